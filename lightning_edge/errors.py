@@ -1,0 +1,64 @@
+"""Every error lightning-edge raises on purpose, and the one way it asks for an optional package.
+
+EdgeError
+├── CompressionError      the network cannot be found, captured or quantized
+├── RecordError           a checkpoint and the phases of this run disagree
+├── ExportError           a target could not write the network, or wrote something else than was asked
+│   └── AgreementError    the exported file computes something else than the network it came from
+├── RunnerError           an exported file does not load or does not run
+└── MissingExtraError     an optional package is not installed (also an ImportError)
+
+Bad argument values stay ``ValueError`` and ``TypeError``. Every message says what was given, what is
+allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class EdgeError(Exception):
+    """Base of all errors of this package."""
+
+
+class CompressionError(EdgeError):
+    """The network cannot be found, captured or quantized."""
+
+
+class RecordError(EdgeError):
+    """A checkpoint and the phases of this run disagree."""
+
+
+class ExportError(EdgeError):
+    """A target could not write the network, or wrote something else than was asked."""
+
+
+class AgreementError(ExportError):
+    """The exported file computes something else than the network it came from."""
+
+
+class RunnerError(EdgeError):
+    """An exported file does not load or does not run."""
+
+
+class MissingExtraError(EdgeError, ImportError):
+    """An optional package is not installed."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import ``module``, or say which extra of lightning-edge brings it.
+
+    Args:
+        module: Dotted name of the module to import.
+        extra: Name of the extra in ``pyproject.toml`` that installs it.
+
+    Raises:
+        MissingExtraError: If the module, or something it imports, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{module!r} cannot be imported ({error}). Install it with: pip install 'lightning-edge[{extra}]'"
+        ) from error

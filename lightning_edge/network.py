@@ -1,0 +1,132 @@
+"""What a network is fed and what an exporter is given. Knows torch only.
+
+`Inputs` is one call's arguments; `Deployable` is a network that is finished with training: a float
+network in eval mode, or a converted int8 graph, together with one sample of what it is fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Precision = Literal["fp32", "int8"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The positional and keyword arguments of one call of a network.
+
+    Every tensor in them that has at least one dimension is batch first.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Any) -> Inputs:
+        """Read a tensor as one argument, a tuple or list as positional and a mapping as keyword arguments."""
+        if isinstance(value, Inputs):
+            return value
+        if isinstance(value, Mapping):
+            return cls(kwargs=dict(value))
+        if isinstance(value, tuple | list):
+            return cls(args=tuple(value))
+        return cls(args=(value,))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """Apply ``function`` to every tensor, however deep it lies in lists, tuples and dicts."""
+        args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, dict(self.kwargs)))
+        return Inputs(args, kwargs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, positional before keyword, in the order torch.export flattens them."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in this call: the first dimension of the first tensor that has one.
+
+        Raises:
+            ValueError: If no tensor has a batch dimension.
+        """
+        for tensor in self.tensors:
+            if tensor.dim() > 0:
+                return tensor.shape[0]
+        raise ValueError(f"no tensor with a batch dimension among the inputs {self!r}; give at least one")
+
+    def sample(self, start: int = 0, size: int = 1) -> Inputs:
+        """Cut ``size`` samples from position ``start`` on; tensors that do not carry the batch stay whole."""
+        batch = self.batch_size
+        return self.map(
+            lambda tensor: tensor[start : start + size] if tensor.dim() and tensor.shape[0] == batch else tensor
+        )
+
+
+class Deployable(nn.Module):
+    """A network as an exporter takes it: done with training, and with a sample of what it is fed.
+
+    Args:
+        graph: The network. For ``int8`` a converted graph whose weights are stored as int8 constants.
+        inputs: A call of the network; its first sample is kept, on the CPU.
+        precision: ``"fp32"`` or ``"int8"``.
+        unfolded: For ``int8``, the same converted graph with float weights followed by their quantize
+            operations, the form LiteRT's converter reads (it refuses int8 constants).
+        output_scales: For ``int8``, the quantization step of each output in the order they are
+            flattened, ``None`` where an output is not quantized.
+
+    Raises:
+        ValueError: If ``precision`` is not one of the two.
+    """
+
+    def __init__(
+        self,
+        graph: nn.Module,
+        inputs: Inputs,
+        precision: Precision,
+        unfolded: nn.Module | None = None,
+        output_scales: tuple[float | None, ...] = (),
+    ) -> None:
+        super().__init__()
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision={precision!r} is not one of {get_args(Precision)}")
+        self.graph = graph
+        self.unfolded = unfolded
+        self.inputs = inputs.map(lambda tensor: tensor.detach().cpu()).sample()
+        self.precision: Precision = precision
+        self.output_scales = output_scales
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network; shapes and structure are those of the network it was made from."""
+        return self.graph(*args, **kwargs)
+
+    def program(self, *, fold_weights: bool = True) -> torch.export.ExportedProgram:
+        """Export for a batch of one, the form every target takes.
+
+        Args:
+            fold_weights: Whether int8 weights are constants (True) or float weights followed by their
+                quantize operations (False). Means nothing for ``fp32``.
+        """
+        graph = self.graph if fold_weights or self.unfolded is None else self.unfolded
+        with torch.no_grad():
+            return torch.export.export(graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)
+
+    def output_names(self) -> list[str]:
+        """Names of the flattened outputs: the keys of a dict output, ``output_<i>`` otherwise."""
+        with torch.no_grad():
+            outputs = self(*self.inputs.args, **self.inputs.kwargs)
+        paths = [path for path, leaf in pytree.tree_flatten_with_path(outputs)[0] if isinstance(leaf, Tensor)]
+        keys = [[str(getattr(entry, "key", getattr(entry, "idx", ""))) for entry in path] for path in paths]
+        if len(keys) == 1 and not any(isinstance(entry, pytree.MappingKey) for entry in paths[0]):
+            return ["output"]
+        return ["_".join(part) if not part[0].isdigit() else "output_" + "_".join(part) for part in keys]
+
+
+def flatten_outputs(outputs: Any) -> list[Tensor]:
+    """Every tensor of a network's output, in the order torch.export flattens them."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]

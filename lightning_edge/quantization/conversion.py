@@ -1,0 +1,102 @@
+"""From the fake-quantized network in training to an int8 graph: a copy, its constants computed, quantizers replaced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from lightning_edge.errors import CompressionError
+from lightning_edge.network import Deployable
+from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm
+from lightning_edge.quantization.network import quantized_forward, quiet_torchao
+
+
+def convert(module: nn.Module) -> Deployable:
+    """Convert the quantized network in ``module`` to an int8 graph, as a copy on the CPU.
+
+    Args:
+        module: A LightningModule or network after quantization-aware training, or what `quantize` returned.
+
+    Raises:
+        CompressionError: If nothing in ``module`` is quantized, or its ranges were never observed.
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    _, child = quantized_forward(module)
+    prepared = copy.deepcopy(child.bind()).cpu()
+    _refuse_unobserved(prepared)
+    _take_out(prepared)
+    _compute_constants(prepared)
+    with quiet_torchao():
+        folded = convert_pt2e(copy.deepcopy(prepared), fold_quantize=True)
+        unfolded = convert_pt2e(prepared, fold_quantize=False)
+    return Deployable(folded, child.inputs, "int8", unfolded, tuple(_output_scales(folded)))
+
+
+def _refuse_unobserved(graph: GraphModule) -> None:
+    for module in graph.modules():
+        observer = getattr(module, "activation_post_process", None)
+        minimum = getattr(observer, "min_val", None)
+        if hasattr(module, "observing") and minimum is not None and not torch.isfinite(minimum).all():
+            raise CompressionError(
+                "A quantizer of the network never saw a finite value: its range is empty or not a number. Train or "
+                "calibrate the quantized network before converting it, and check its weights and inputs for NaN."
+            )
+
+
+def _take_out(graph: GraphModule) -> None:
+    """Remove dropouts, and give layers with a live BatchNorm their bias instead."""
+    for node in list(graph.graph.nodes):
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, LiveBatchNorm):
+            layer, _, bias = node.args[:3]
+            layer.args = (*layer.args[:2], bias, *layer.args[3:])
+        if isinstance(module, LiveBatchNorm | GraphDropout):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+            graph.delete_submodule(str(node.target))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _compute_constants(graph: GraphModule) -> None:
+    """Evaluate what depends on parameters alone, such as weights with a BatchNorm in them."""
+    computed: dict[Node, Any] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            value = graph
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            computed[node] = value
+        elif node.op == "call_function" and node.all_input_nodes and all(p in computed for p in node.all_input_nodes):
+            with torch.no_grad():
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda parent: computed[parent])
+                computed[node] = node.target(*args, **kwargs)
+    for index, (node, value) in enumerate(computed.items()):
+        read = any(reader not in computed for reader in node.users)
+        if node.op == "get_attr" or not read or not isinstance(value, Tensor):
+            continue
+        name = f"constant_{index}"
+        graph.register_parameter(name, nn.Parameter(value.detach().contiguous(), requires_grad=False))
+        with graph.graph.inserting_before(node):
+            constant = graph.graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+    graph.graph.eliminate_dead_code()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+
+
+def _output_scales(graph: GraphModule) -> Iterator[float | None]:
+    """The step of each output: the scale of the dequantize operation it comes from, if it comes from one."""
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    outputs: list[Any] = []
+    torch.fx.node.map_arg(output.args, outputs.append)
+    for node in outputs:
+        quantized = node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
+        yield float(node.args[1]) if quantized else None

@@ -1,0 +1,57 @@
+"""What goes back into the graph behind the quantizers: dropout and BatchNorm. Knows torch only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GraphDropout(nn.Module):
+    """A dropout of the user's, put back behind the quantizers; it follows ``training`` like any other module."""
+
+    def __init__(self, operator: Any, probability: float) -> None:
+        super().__init__()
+        self.operator = operator
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop at random while training."""
+        dropped: Tensor = self.operator(x, self.probability, True) if self.training else x
+        return dropped
+
+
+class LiveBatchNorm(nn.Module):
+    """BatchNorm behind a layer whose weights already carry its scale, while its statistics still learn.
+
+    In training the layer's output is divided by that scale again and normalized by the batch; otherwise, and once
+    `folded`, what is left of BatchNorm is the layer's bias.
+    """
+
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+        self.folded = False
+
+    def forward(
+        self,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        layer_bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+    ) -> Tensor:
+        """Normalize the layer's output ``y``, which has no bias yet, channels in dimension 1."""
+        shape = [1, -1] + [1] * (y.dim() - 2)
+        if not self.training or self.folded:
+            return y + bias.view(shape)
+        # A channel whose gamma is zero has no scale to divide by; its output is zero either way.
+        y = y / torch.where(scale == 0, 1.0, scale).view(shape)
+        if layer_bias is not None:
+            y = y + layer_bias.view(shape)
+        return nn.functional.batch_norm(y, mean, variance, gamma, beta, True, self.momentum, self.eps)

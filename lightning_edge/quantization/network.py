@@ -1,0 +1,235 @@
+"""The quantized graph inside the user's module: attach it, detach it, find it.
+
+The module keeps its tree, parameters and state_dict keys; its calls go to the graph, whose attributes are the module's
+own submodules, and one child named `CHILD` holds what the graph adds: fake-quantizers, dropouts, live BatchNorms.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lightning_edge.errors import CompressionError
+from lightning_edge.network import Inputs
+from lightning_edge.quantization.calls import CallShape
+from lightning_edge.quantization.capture import Dropout, FoldedBatchNorm, capture
+from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm
+
+CHILD = "edge_quantizers"
+
+
+class QuantizedForward(nn.Module):
+    """What the graph adds to the user's module, and the call that runs the graph.
+
+    Args:
+        network: The module whose submodules the graph's attributes are.
+        graph: The prepared graph.
+        inputs: A call of the network, on the CPU.
+    """
+
+    def __init__(self, network: nn.Module, graph: GraphModule, inputs: Inputs) -> None:
+        super().__init__()
+        added = {
+            node.target: graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"
+        }
+        self.added = nn.ModuleDict(added)
+        roots = {node.target.split(".")[0] for node in graph.graph.nodes if node.op == "get_attr"}
+        # Tensors that torch.export lifted out of forward() belong to the graph alone.
+        self.constants = sorted(name for name in roots if not hasattr(network, name))
+        for name in self.constants:
+            self.register_buffer(name, getattr(graph, name), persistent=False)
+        self.shared = sorted(roots - set(self.constants))
+        self.inputs = inputs
+        self.call = CallShape(type(network), inputs)
+        self.calls = 0
+        # Not registered as children: the network is this module's parent, and the graph's modules are the network's.
+        object.__setattr__(self, "_network", network)
+        object.__setattr__(self, "_graph", graph)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph with the network's present parameters and buffers.
+
+        Raises:
+            CompressionError: If the call differs from the captured one in more than its batch size.
+        """
+        self.calls += 1
+        inputs = self.call.match(args, kwargs)
+        return self.bind()(*inputs.args, **inputs.kwargs)
+
+    def bind(self) -> GraphModule:
+        """Point the graph's attributes at the network's; a deep copy or a move to a device lets go of them."""
+        graph: GraphModule = self._graph  # type: ignore[assignment]
+        for names, owner in ((self.shared, self._network), (self.constants, self)):
+            for name in names:
+                for table in ("_modules", "_parameters", "_buffers"):
+                    entries = getattr(owner, table)
+                    if name in entries:
+                        getattr(graph, table)[name] = entries[name]
+        for name, module in self.added.items():
+            graph._modules[name] = module
+        return graph
+
+    def fake_quantizers(self) -> Iterator[nn.Module]:
+        """Every fake-quantizer, once."""
+        return (module for module in self.added.children() if hasattr(module, "observing"))
+
+    def live_batch_norms(self) -> list[LiveBatchNorm]:
+        """The BatchNorms whose statistics still learn."""
+        return [m for m in self.added.children() if isinstance(m, LiveBatchNorm) and not m.folded]
+
+    def freeze_observers(self) -> None:
+        """Let no range move from here on."""
+        for module in self.fake_quantizers():
+            module.disable_observer()  # type: ignore[operator]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no range moves any more."""
+        return not any(module.observing for module in self.fake_quantizers())
+
+    def fold_batch_norms(self) -> None:
+        """Let every BatchNorm use its running statistics from here on."""
+        for module in self.live_batch_norms():
+            module.folded = True
+
+
+def attach(
+    network: nn.Module, inputs: Inputs, *, averaging: float | None = 0.01, live_batch_norm: bool = False
+) -> QuantizedForward:
+    """Quantize ``network`` in place: from here on its calls go through fake-quantizers.
+
+    Args:
+        network: A float network. Parameters, buffers and tree stay as they are.
+        inputs: One call of it, on the network's device.
+        averaging: Weight of the newest batch in the moving average of activation ranges; ``None`` for post-training
+            quantization, which searches the range of least error over all batches.
+        live_batch_norm: Let BatchNorm's statistics learn on, until `QuantizedForward.fold_batch_norms`.
+
+    Returns:
+        The child that was added; its ranges are empty until the network runs in training mode.
+
+    Raises:
+        CompressionError: If the network is quantized already, cannot be captured, or has nothing to quantize.
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    from lightning_edge.quantization.quantizer import EdgeQuantizer
+
+    if is_quantized(network):
+        raise CompressionError(f"{type(network).__name__} is quantized already; detach() gives the float network back.")
+    captured = capture(network, inputs)
+    quantizer = EdgeQuantizer(averaging)
+    with quiet_torchao():
+        graph = prepare_qat_pt2e(captured.graph, quantizer)
+    if not quantizer.quantized:
+        raise CompressionError(
+            f"{type(network).__name__} has no operation that can run in int8; its graph: "
+            f"{sorted({str(node.target) for node in graph.graph.nodes if node.op == 'call_function'})}."
+        )
+    _put_back_dropouts(graph, captured.dropouts)
+    if live_batch_norm:
+        _put_back_batch_norms(network, graph, captured.batch_norms)
+    graph.graph.lint()
+    graph.recompile()
+    child = QuantizedForward(network, graph, inputs.map(lambda tensor: tensor.detach().cpu()).sample(size=2))
+    device = next((tensor.device for tensor in inputs.tensors), torch.device("cpu"))
+    network.add_module(CHILD, child.to(device))
+    child.train(network.training)
+    network.forward = child.forward
+    return child
+
+
+def detach(network: nn.Module) -> None:
+    """Give the float network back, in place; its parameters are as they are now."""
+    if is_quantized(network):
+        del network._modules[CHILD]
+        del network.__dict__["forward"]
+
+
+def is_quantized(network: nn.Module) -> bool:
+    """Whether the calls of this module go through a quantized graph."""
+    return CHILD in network._modules
+
+
+def quantized_forward(module: nn.Module) -> tuple[nn.Module, QuantizedForward]:
+    """Find the quantized network in ``module`` (itself or a submodule), and what was attached to it.
+
+    Raises:
+        CompressionError: If there is none.
+    """
+    for network in module.modules():
+        child = network._modules.get(CHILD)
+        if isinstance(child, QuantizedForward):
+            return network, child
+    raise CompressionError(
+        f"{type(module).__name__} holds no quantized network. Train it with "
+        "EdgeCompressionCallback([Quantize(...)]) or calibrate it with lightning_edge.quantize(model, batches)."
+    )
+
+
+def float_copy(module: nn.Module) -> nn.Module:
+    """Copy ``module`` with its present weights and without quantizers."""
+    copied = copy.deepcopy(module)
+    for network in copied.modules():
+        detach(network)
+    return copied
+
+
+def _put_back_dropouts(graph: GraphModule, dropouts: tuple[Dropout, ...]) -> None:
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for index, dropout in enumerate(dropouts):
+        readers = [nodes[name] for name in dropout.readers if name in nodes]
+        if dropout.probability == 0 or not readers:
+            continue
+        name = f"dropout_{index}"
+        graph.add_module(name, GraphDropout(dropout.operator, dropout.probability))
+        # What the readers have now: the source, or the quantizer that was put behind it.
+        source = nodes[dropout.source]
+        last = next((arg for arg in readers[0].all_input_nodes if _behind_quantizers(graph, arg) is source), source)
+        with graph.graph.inserting_after(last):
+            dropped = graph.graph.call_module(name, (last,))
+        for reader in readers:
+            reader.replace_input_with(last, dropped)
+
+
+def _behind_quantizers(graph: GraphModule, node: Node) -> Node:
+    while node.op == "call_module" and hasattr(graph.get_submodule(str(node.target)), "observing"):
+        assert isinstance(node.args[0], Node)
+        node = node.args[0]
+    return node
+
+
+def _put_back_batch_norms(network: nn.Module, graph: GraphModule, batch_norms: tuple[FoldedBatchNorm, ...]) -> None:
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for index, folded in enumerate(batch_norms):
+        original = network.get_submodule(folded.name)
+        if not original.training:  # frozen by the user, and stays so
+            continue
+        if original.momentum is None:
+            raise CompressionError(
+                f"{folded.name} has momentum=None, an average over all batches, which cannot be continued in a graph. "
+                "Give it a momentum, or fold BatchNorm at the start of quantization (fold_batch_norm=None)."
+            )
+        layer = nodes[folded.layer]
+        name = f"batch_norm_{index}"
+        graph.add_module(name, LiveBatchNorm(folded.momentum, folded.eps))
+        names = (folded.scale, folded.bias, folded.layer_bias, folded.gamma, folded.beta, folded.mean, folded.variance)
+        layer.args = (*layer.args[:2], None, *layer.args[3:])
+        with graph.graph.inserting_after(layer):
+            normalized = graph.graph.call_module(name, (layer, *(nodes.get(part or "") for part in names)))
+        layer.replace_all_uses_with(normalized, delete_user_cb=lambda user, keep=normalized: user is not keep)
+
+
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Hide torchao's warnings about its own calls of torch; what concerns the user is told by us."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

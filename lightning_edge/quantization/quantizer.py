@@ -1,0 +1,274 @@
+"""Where quantizers go: our annotations on torchao's base classes, the same for every target.
+
+The scheme is the one ExecuTorch (XNNPACK), Core ML and LiteRT all accept: int8 activations, affine, one scale per
+tensor; int8 weights, symmetric, one scale per output channel. Each operation of the graph falls in one of a few
+kinds, which are the tables below; what is in none of them stays float.
+
+Import this module only where torchao may be imported.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.observer import (
+    FixedQParamsObserver,
+    HistogramObserver,
+    MovingAverageMinMaxObserver,
+    PerChannelMinMaxObserver,
+)
+from torchao.quantization.pt2e.quantizer import (
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+
+from lightning_edge.quantization.fake_quantize import FakeQuantize
+
+aten = torch.ops.aten
+
+# Operation -> axis of its weight that counts output channels.
+WEIGHTED: dict[Any, int] = {
+    aten.conv1d.default: 0,
+    aten.conv2d.default: 0,
+    aten.conv1d.padding: 0,
+    aten.conv2d.padding: 0,
+    aten.conv_transpose1d.default: 1,
+    aten.conv_transpose2d.input: 1,
+    aten.linear.default: 0,
+}
+
+# The result is quantized once, behind the activation, when it has no other reader.
+FUSABLE_ACTIVATIONS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default}
+
+# Two quantized operands, one quantized result.
+BINARY = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.maximum.default,
+    aten.minimum.default,
+    aten.matmul.default,
+    aten.bmm.default,
+}
+
+# One quantized operand, a result with a range of its own.
+UNARY = {
+    *FUSABLE_ACTIVATIONS,
+    aten.hardswish.default,
+    aten.silu.default,
+    aten.gelu.default,
+    aten.leaky_relu.default,
+    aten.elu.default,
+    aten.mean.dim,
+    aten.mean.default,
+    aten.sum.dim_IntList,
+}
+
+# The result lies in a range that is known, and that TFLite's kernels insist on.
+FIXED_RANGE: dict[Any, tuple[float, int]] = {
+    aten.sigmoid.default: (1 / 256, -128),
+    aten.hardsigmoid.default: (1 / 256, -128),
+    aten.softmax.int: (1 / 256, -128),
+    aten._softmax.default: (1 / 256, -128),
+    aten.tanh.default: (1 / 128, 0),
+}
+
+# Moves or selects values: the result keeps the operand's scale, or a kernel would have to rescale it.
+SAME_RANGE = {
+    aten.max_pool1d.default,
+    aten.max_pool2d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.avg_pool1d.default,
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.expand.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest2d.default,
+    aten.pixel_shuffle.default,
+    aten.channel_shuffle.default,
+    aten.flip.default,
+}
+
+# One operand, several results, each read through operator.getitem.
+SPLITTING = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+
+JOINING = {aten.cat.default, aten.stack.default}
+
+
+class EdgeQuantizer(Quantizer):  # type: ignore[misc]
+    """Annotate a captured graph for int8 on every target.
+
+    Args:
+        averaging: Weight of the newest batch in the moving average of activation ranges; ``None`` for
+            post-training quantization, which searches the range of least error over all batches instead.
+    """
+
+    def __init__(self, averaging: float | None) -> None:
+        super().__init__()
+        observer: Callable[..., Any] = HistogramObserver
+        if averaging is not None:
+            observer = MovingAverageMinMaxObserver.with_args(averaging_constant=averaging)
+        self._activation = _activation_spec(FakeQuantize.with_args(observer=observer))
+        self.quantized: list[str] = []
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Mark which inputs and outputs of which nodes are quantized; the names of the nodes go to ``quantized``."""
+        activations = _activations(model)
+        for node in model.graph.nodes:
+            if node not in activations or _annotation(node) is not None or not _is_float(node):
+                continue
+            if node.target in WEIGHTED:
+                self._annotate_weighted(node, activations)
+            elif node.target in BINARY:
+                self._annotate_op(node, [arg for arg in node.args[:2] if isinstance(arg, Node)])
+            elif node.target in FIXED_RANGE:
+                self._annotate_op(node, [node.args[0]], _fixed_spec(*FIXED_RANGE[node.target]))
+            elif node.target in UNARY:
+                self._annotate_op(node, [node.args[0]])
+            elif node.target in SAME_RANGE:
+                self._annotate_shared(node, [node.args[0]])
+            elif node.target in JOINING:
+                self._annotate_shared(node, list(node.args[0]))
+            elif node.target is operator.getitem and node.args[0].target in SPLITTING:
+                self._annotate_split(node)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to check: every annotation comes from the tables of this module."""
+
+    def _annotate_weighted(self, node: Node, activations: set[Node]) -> None:
+        x, weight = node.args[:2]
+        if weight in activations:
+            self._annotate_op(node, [x, weight])
+            return
+        axis = WEIGHTED[node.target]
+        grouped_transpose = axis == 1 and len(node.args) > 6 and node.args[6] != 1
+        inputs = {x: self._activation, weight: _weight_spec(None if grouped_transpose else axis)}
+        self._annotate(node, inputs, self._activation)
+
+    def _annotate_op(self, node: Node, operands: list[Any], output: QuantizationSpec | None = None) -> None:
+        inputs = {operand: self._activation for operand in operands if _is_float(operand)}
+        if inputs:
+            self._annotate(node, inputs, output or self._activation)
+
+    def _annotate(self, node: Node, inputs: dict[Any, Any], output: QuantizationSpec) -> None:
+        """Quantize a node's inputs, and its output: behind the activation that is its only reader, if there is one."""
+        self.quantized.append(node.name)
+        activation = next(iter(node.users)) if len(node.users) == 1 else None
+        fused = activation is not None and activation.target in FUSABLE_ACTIVATIONS and node.target not in UNARY
+        node.meta["quantization_annotation"] = QuantizationAnnotation(
+            input_qspec_map=inputs, output_qspec=None if fused else output, _annotated=True
+        )
+        if fused and activation is not None:
+            self.quantized.append(activation.name)
+            activation.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=output, _annotated=True)
+
+    def _annotate_shared(self, node: Node, operands: list[Node]) -> None:
+        first, *rest = operands
+        if not _is_float(first):
+            return
+        shared = SharedQuantizationSpec((first, node))
+        inputs: dict[Node, Any] = {first: self._activation, **dict.fromkeys(rest, shared)}
+        producer = _annotation(first)
+        if producer is not None and producer.output_qspec is not None:
+            inputs[first] = shared = SharedQuantizationSpec(first)
+            inputs.update(dict.fromkeys(rest, shared))
+        self.quantized.append(node.name)
+        node.meta["quantization_annotation"] = QuantizationAnnotation(
+            input_qspec_map=inputs, output_qspec=shared, _annotated=True
+        )
+
+    def _annotate_split(self, node: Node) -> None:
+        """Share each part's range with the operand of the split, which itself has no tensor for an output."""
+        split = node.args[0]
+        assert isinstance(split, Node)
+        source = split.args[0]
+        assert isinstance(source, Node)
+        producer = _annotation(source)
+        shared = SharedQuantizationSpec((source, split))
+        if producer is not None and producer.output_qspec is not None:
+            shared = SharedQuantizationSpec(source)
+        if _annotation(split) is None:
+            spec = shared if shared.edge_or_node is source else self._activation
+            split.meta["quantization_annotation"] = QuantizationAnnotation({source: spec}, None, _annotated=True)
+        self.quantized.append(node.name)
+        node.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=shared, _annotated=True)
+
+
+def _annotation(node: Node) -> Any:
+    return node.meta.get("quantization_annotation")
+
+
+def _activation_spec(constructor: Any) -> QuantizationSpec:
+    return QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_tensor_affine,
+        observer_or_fake_quant_ctr=constructor,
+    )
+
+
+def _fixed_spec(scale: float, zero_point: int) -> QuantizationSpec:
+    observer = FixedQParamsObserver.with_args(scale=scale, zero_point=zero_point)
+    return _activation_spec(FakeQuantize.with_args(observer=observer))
+
+
+def _weight_spec(axis: int | None) -> QuantizationSpec:
+    """Symmetric weights, by the range they have now: a weight is known exactly, so nothing is averaged."""
+    per_tensor = MovingAverageMinMaxObserver.with_args(averaging_constant=1.0)
+    observer = per_tensor if axis is None else PerChannelMinMaxNow.with_args(ch_axis=axis)
+    return QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=-127,
+        quant_max=127,
+        qscheme=torch.per_tensor_symmetric if axis is None else torch.per_channel_symmetric,
+        observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=observer),
+    )
+
+
+class PerChannelMinMaxNow(PerChannelMinMaxObserver):  # type: ignore[misc]
+    """Torchao's per-channel observer without its memory of larger values that the weights had before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the range of ``x`` in place of the one so far."""
+        self.reset_min_max_vals()
+        observed: torch.Tensor = super().forward(x)
+        return observed
+
+
+def _activations(model: GraphModule) -> set[Node]:
+    """Nodes that depend on what the network is fed; all others are constants or computed from parameters."""
+    found: set[Node] = set()
+    for node in model.graph.nodes:
+        if node.op == "placeholder" or any(parent in found for parent in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_float(node: Any) -> bool:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point

@@ -1,0 +1,129 @@
+"""Find a network inside a module, redirect its calls, and see what it is fed. Knows torch only.
+
+Nothing here changes parameters or the module tree: a redirected network keeps its layers, its parameters
+and its state_dict, and only its ``forward`` is looked up on the instance instead of on the class.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from torch import nn
+
+from lightning_edge.errors import CompressionError
+from lightning_edge.network import Inputs
+
+# What makes a child a network and not a metric or a loss: a layer with weights.
+_LAYERS = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.Embedding,
+)
+
+
+class _Captured(BaseException):
+    """Carries a call's arguments out of the user's step; not an Exception, so that no handler of theirs swallows it."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def candidates(module: nn.Module) -> dict[str, nn.Module]:
+    """Children of ``module`` that hold at least one layer with weights, by name."""
+    return {
+        name: unwrap_compiled(child)
+        for name, child in module.named_children()
+        if any(isinstance(layer, _LAYERS) for layer in child.modules())
+    }
+
+
+def unwrap_compiled(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or ``module`` itself."""
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
+    """Find the network inside ``module``: the named submodule, its only candidate, or ``module`` itself.
+
+    ``module`` itself is the network if its layers are its own children and it has a ``forward``.
+
+    Args:
+        module: Usually a LightningModule.
+        name: Dotted name of the submodule; ``""`` for ``module`` itself.
+
+    Raises:
+        CompressionError: If there is no such submodule, or none or several candidates and no ``forward``.
+    """
+    found = candidates(module)
+    names = ", ".join(repr(candidate) for candidate in found) or "none"
+    if name is not None:
+        try:
+            return unwrap_compiled(module.get_submodule(name))
+        except AttributeError as error:
+            raise CompressionError(
+                f"module={name!r} is not a submodule of {type(module).__name__}. Candidates: {names}."
+            ) from error
+    if len(found) == 1 and not any(True for _ in module.parameters(recurse=False)):
+        return next(iter(found.values()))
+    if found and _has_own_forward(module):
+        return module
+    raise CompressionError(
+        f"{type(module).__name__} has {len(found)} submodules that could be the network ({names}) and no forward() of "
+        f"its own. Name the one to compress with module=..., or give {type(module).__name__} a forward()."
+    )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a class of the user's, not torch's or Lightning's base class, defines ``forward``."""
+    owner = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
+    return owner is not nn.Module and owner.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+
+
+def accepts(network: nn.Module, inputs: Inputs) -> bool:
+    """Whether ``network``'s forward can be called with these arguments, by its signature alone."""
+    try:
+        inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+@contextmanager
+def redirected(network: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Answer every call of ``network`` with ``function`` while the context lasts."""
+    had = "forward" in network.__dict__
+    before = network.__dict__.get("forward")
+    network.forward = function
+    try:
+        yield
+    finally:
+        if had:
+            network.forward = before  # type: ignore[assignment]
+        else:
+            del network.__dict__["forward"]
+
+
+def capture_inputs(network: nn.Module, step: Callable[[], Any]) -> Inputs | None:
+    """Return what ``step`` feeds ``network`` first, without running the network or the rest of ``step``.
+
+    Returns:
+        The arguments of the first call, or ``None`` if ``step`` ended without calling the network.
+    """
+
+    def stop(*args: Any, **kwargs: Any) -> NoReturn:
+        raise _Captured(Inputs(args, kwargs))
+
+    with redirected(network, stop):
+        try:
+            step()
+        except _Captured as captured:
+            return captured.inputs
+    return None
