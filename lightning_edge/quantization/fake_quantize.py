@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
+from lightning_edge.errors import CompressionError
+
 
 class _RoundToScale(torch.autograd.Function):
     """Quantize and dequantize with one scale; the gradient passes where the value was inside the range."""
@@ -93,8 +95,18 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         return scale, zero_point
 
     def observe(self, x: Tensor) -> None:
-        """Take ``x`` into the range, and compute scale and zero point anew."""
+        """Take ``x`` into the range, and compute scale and zero point anew.
+
+        Raises:
+            CompressionError: If ``x`` holds NaN or infinity.
+        """
         self.activation_post_process(x.detach().float())
+        largest = getattr(self.activation_post_process, "max_val", self.scale)
+        if not bool(torch.isfinite(largest).all()):
+            raise CompressionError(
+                "a quantizer was given a value that is not finite (NaN or infinity), which has no int8 range. Check the "
+                "network's weights and inputs, and its loss for divergence."
+            )
         scale, zero_point = self.calculate_qparams()
         if self.scale.shape != scale.shape:
             self.scale.resize_(scale.shape)
