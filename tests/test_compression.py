@@ -197,14 +197,8 @@ def test_optimizer_and_schedule_go_on_across_the_switch() -> None:
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
             (optimizer,) = trainer.optimizers
             first = optimizer.param_groups[0]["params"][0]
-            seen.append(
-                (
-                    id(optimizer),
-                    optimizer.param_groups[0]["lr"],
-                    float(optimizer.state[first].get("step", 0)),
-                    id(first),
-                )
-            )
+            steps = float(optimizer.state[first].get("step", 0))
+            seen.append((id(optimizer), optimizer.param_groups[0]["lr"], steps, id(first)))
 
     user = new()
     before = [id(parameter) for parameter in user.parameters()]

@@ -88,7 +88,8 @@ class TestPlainPT2E:
             out, expected = module.train()(inputs), reference.train()(inputs)
             torch.testing.assert_close(out, expected, rtol=0, atol=0.15 * float(expected.detach().abs().max()))
             torch.testing.assert_close(module.norm.running_var, reference.norm.running_var, rtol=0.05, atol=1e-6)
-            module.eval(), reference.eval()  # noqa: B018
+            module.eval()
+            reference.eval()
         out, expected = module(inputs), reference(inputs)
         torch.testing.assert_close(out, expected, rtol=0, atol=0.15 * float(expected.detach().abs().max()))
         converted = convert(module)(inputs)

@@ -83,8 +83,8 @@ class EdgeCompressionCallback(Callback):
             if isinstance(phase.first_moment(), float) and _length_is_unknown(trainer):
                 raise CompressionError(
                     f"{type(phase).__name__} begins at {phase.first_moment()!r} of a training whose length is not "
-                    f"known (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). Give the Trainer one of them, "
-                    "or the phase an epoch as a whole number."
+                    f"known (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). Give the Trainer one of "
+                    "them, or the phase an epoch as a whole number."
                 )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

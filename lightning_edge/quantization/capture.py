@@ -7,6 +7,7 @@ becomes part of the weights of the layer before it. Knows torch only.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,6 @@ class FoldedBatchNorm:
     Attributes:
         layer: The convolution or linear operation.
         scale: gamma / sqrt(variance + eps), one value per channel.
-        bias: The bias that the layer has now.
         layer_bias: The bias it had before, if it had one.
         gamma: BatchNorm's weight, if it has one.
         beta: BatchNorm's bias, if it has one.
@@ -75,7 +75,6 @@ class FoldedBatchNorm:
 
     layer: str
     scale: str
-    bias: str
     layer_bias: str | None
     gamma: str | None
     beta: str | None
@@ -115,6 +114,7 @@ def capture(network: nn.Module, inputs: Inputs) -> Captured:
         trained = _operations(_export(network, inputs))
     _refuse_other_path(network, _operations(graph), trained)
     _make_functional(graph)
+    _drop_idle_masks(graph)
     batch_norms = tuple(_fold_batch_norms(graph))
     dropouts = tuple(_take_out_dropouts(graph))
     graph.graph.lint()
@@ -237,6 +237,42 @@ def _make_functional(graph: GraphModule) -> None:
             later = later or reader is node
 
 
+def _drop_idle_masks(graph: GraphModule) -> None:
+    """Take attention masks away that mask nothing: no converter sees through how they are computed."""
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
+            continue
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if isinstance(mask, Node) and mask.meta["val"].dtype == torch.bool and _masks_nothing(graph, mask):
+            node.replace_input_with(mask, None)
+    graph.graph.eliminate_dead_code()
+
+
+def _masks_nothing(graph: GraphModule, mask: Node) -> bool:
+    """Whether a Boolean mask is all True whatever the network is fed, as transformers makes it for encoders."""
+    values: dict[Node, Any] = {}
+
+    def value(node: Node) -> Any:
+        if node in values:
+            return values[node]
+        if node.op == "get_attr":
+            values[node] = operator.attrgetter(str(node.target))(graph)
+        elif node.target is aten.sym_size.int and node.args[1] == 0:
+            values[node] = 1  # the batch: what holds for one sample holds for all, or it would depend on the input
+        elif node.op == "call_function":
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        else:
+            raise LookupError(node.name)
+        return values[node]
+
+    try:
+        with torch.no_grad():
+            return bool(value(mask).all())
+    except LookupError:
+        return False
+
+
 def _take_out_dropouts(graph: GraphModule) -> Iterator[Dropout]:
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target in DROPOUTS:
@@ -281,7 +317,6 @@ def _fold_batch_norms(graph: GraphModule) -> Iterator[FoldedBatchNorm]:
         yield FoldedBatchNorm(
             layer=layer.name,
             scale=scale.name,
-            bias=bias.name,
             layer_bias=_name(layer_bias),
             gamma=_name(gamma),
             beta=_name(beta),

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Deployable
-from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm
+from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias
 from lightning_edge.quantization.network import quantized_forward, quiet_torchao
 
 
@@ -28,7 +28,8 @@ def convert(module: nn.Module) -> Deployable:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
     _, child = quantized_forward(module)
-    prepared = copy.deepcopy(child.bind()).cpu()
+    with quiet_torchao():
+        prepared = copy.deepcopy(child.bind()).cpu()
     _refuse_unobserved(prepared)
     _take_out(prepared)
     _compute_constants(prepared)
@@ -73,6 +74,8 @@ def _compute_constants(graph: GraphModule) -> None:
             for part in str(node.target).split("."):
                 value = getattr(value, part)
             computed[node] = value
+        elif node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), RoundedBias):
+            computed[node] = graph.get_submodule(str(node.target))(computed[node.args[0]])
         elif node.op == "call_function" and node.all_input_nodes and all(p in computed for p in node.all_input_nodes):
             with torch.no_grad():
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda parent: computed[parent])

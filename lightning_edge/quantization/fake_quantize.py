@@ -33,9 +33,10 @@ class _RoundToScale(torch.autograd.Function):
         # The range in real values, half a step wider at both ends: what rounds into the range is inside it.
         ctx.low = (quant_min - 0.5 - zero_point) * scale
         ctx.high = (quant_max + 0.5 - zero_point) * scale
-        # mul() makes the one new tensor, the rest works in it; 1/scale as quantized_decomposed does, to the same bits.
-        rounded = x.float().mul(1.0 / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
-        return rounded.sub_(zero_point).mul_(scale).to(x.dtype)
+        # mul() makes the one new tensor, the rest works in it. 1/scale as quantized_decomposed has it, to the same
+        # bits; adding the zero point and taking it off again is left out: among whole numbers it changes nothing.
+        rounded = x.float().mul(1.0 / scale).round_().clamp_(quant_min - zero_point, quant_max - zero_point)
+        return rounded.mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,8 +105,8 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         largest = getattr(self.activation_post_process, "max_val", self.scale)
         if not bool(torch.isfinite(largest).all()):
             raise CompressionError(
-                "a quantizer was given a value that is not finite (NaN or infinity), which has no int8 range. Check the "
-                "network's weights and inputs, and its loss for divergence."
+                "a quantizer was given a value that is not finite (NaN or infinity), which has no int8 range. Check "
+                "the network's weights and inputs, and its loss for divergence."
             )
         scale, zero_point = self.calculate_qparams()
         if self.scale.shape != scale.shape:

@@ -1,4 +1,4 @@
-"""What goes back into the graph behind the quantizers: dropout and BatchNorm. Knows torch only."""
+"""What goes into the graph behind the quantizers: dropout and BatchNorm again, and rounded biases. Torch only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,33 @@ class GraphDropout(nn.Module):
         """Drop at random while training."""
         dropped: Tensor = self.operator(x, self.probability, True) if self.training else x
         return dropped
+
+
+class RoundedBias(nn.Module):
+    """A bias on the grid of the accumulator that it is added to.
+
+    Integer kernels keep a bias as a 32-bit integer in steps of input scale times weight scale. Left out, its rounding
+    is the largest difference between a trained network and its files: on ResNet-8 one output step on average.
+
+    Args:
+        input_quantizer: The fake-quantizer of the layer's input.
+        weight_quantizer: The fake-quantizer of its weight.
+    """
+
+    quantizers: tuple[Any, Any]
+
+    def __init__(self, input_quantizer: nn.Module, weight_quantizer: nn.Module) -> None:
+        super().__init__()
+        # A tuple, so that they are read and not owned: both are modules of the graph already.
+        self.quantizers = (input_quantizer, weight_quantizer)
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """Round, with a gradient of one."""
+        with torch.no_grad():
+            input_quantizer, weight_quantizer = self.quantizers
+            step = (input_quantizer.scale * weight_quantizer.scale).double()
+            rounding: Tensor = (bias / step).round_().mul_(step).to(bias.dtype) - bias
+        return bias + rounding
 
 
 class LiveBatchNorm(nn.Module):

@@ -20,7 +20,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.calls import CallShape
 from lightning_edge.quantization.capture import Dropout, FoldedBatchNorm, capture
-from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm
+from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias
 
 CHILD = "edge_quantizers"
 
@@ -53,6 +53,8 @@ class QuantizedForward(nn.Module):
         object.__setattr__(self, "_network", network)
         object.__setattr__(self, "_graph", graph)
 
+    # The ranges are state that a compiled graph would be compiled anew for, step by step.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph with the network's present parameters and buffers.
 
@@ -133,6 +135,7 @@ def attach(
             f"{type(network).__name__} has no operation that can run in int8; its graph: "
             f"{sorted({str(node.target) for node in graph.graph.nodes if node.op == 'call_function'})}."
         )
+    _round_biases(graph)
     _put_back_dropouts(graph, captured.dropouts)
     if live_batch_norm:
         _put_back_batch_norms(network, graph, captured.batch_norms)
@@ -176,10 +179,25 @@ def quantized_forward(module: nn.Module) -> tuple[nn.Module, QuantizedForward]:
 
 def float_copy(module: nn.Module) -> nn.Module:
     """Copy ``module`` with its present weights and without quantizers."""
-    copied = copy.deepcopy(module)
+    with quiet_torchao():
+        copied = copy.deepcopy(module)
     for network in copied.modules():
         detach(network)
     return copied
+
+
+def _round_biases(graph: GraphModule) -> None:
+    from lightning_edge.quantization.quantizer import WEIGHTED
+
+    layers = [node for node in graph.graph.nodes if node.target in WEIGHTED and len(node.args) > 2]
+    for index, layer in enumerate(layer for layer in layers if layer.args[2] is not None):
+        sources = layer.args[:2]
+        if all(node.op == "call_module" for node in sources):
+            name = f"rounded_bias_{index}"
+            graph.add_module(name, RoundedBias(*(graph.get_submodule(str(node.target)) for node in sources)))
+            with graph.graph.inserting_before(layer):
+                rounded = graph.graph.call_module(name, (layer.args[2],))
+            layer.update_arg(2, rounded)
 
 
 def _put_back_dropouts(graph: GraphModule, dropouts: tuple[Dropout, ...]) -> None:
@@ -220,16 +238,17 @@ def _put_back_batch_norms(network: nn.Module, graph: GraphModule, batch_norms: t
         layer = nodes[folded.layer]
         name = f"batch_norm_{index}"
         graph.add_module(name, LiveBatchNorm(folded.momentum, folded.eps))
-        names = (folded.scale, folded.bias, folded.layer_bias, folded.gamma, folded.beta, folded.mean, folded.variance)
+        names = (folded.layer_bias, folded.gamma, folded.beta, folded.mean, folded.variance)
+        parts = (nodes[folded.scale], layer.args[2], *(nodes.get(part or "") for part in names))
         layer.args = (*layer.args[:2], None, *layer.args[3:])
         with graph.graph.inserting_after(layer):
-            normalized = graph.graph.call_module(name, (layer, *(nodes.get(part or "") for part in names)))
+            normalized = graph.graph.call_module(name, (layer, *parts))
         layer.replace_all_uses_with(normalized, delete_user_cb=lambda user, keep=normalized: user is not keep)
 
 
 @contextmanager
 def quiet_torchao() -> Iterator[None]:
-    """Hide torchao's warnings about its own calls of torch; what concerns the user is told by us."""
+    """Hide what torchao and copies of graphs warn of their own calls of torch; what concerns the user we tell."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -26,7 +26,7 @@ class Quantize(Phase):
         freeze_observers: When the ranges stop moving; ``None``: halfway between ``start`` and the end of training, or
             one epoch after ``start`` where the length of training is not known.
         fold_batch_norm: When BatchNorm stops learning statistics and becomes a constant part of the weights;
-            ``None``: at ``start``, which is exact in what ships and cheaper than float training.
+            ``None``: at ``start``, which costs about as much as float training.
         averaging: Weight of the newest batch in the moving average of activation ranges, above 0 and up to 1.
 
     Raises:

@@ -1,0 +1,305 @@
+"""What every target shares: the artifact that comes out, what it says of itself, and the contract of a target.
+
+Knows no file format and no runtime.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_edge.errors import EdgeError, ExportError, RunnerError
+from lightning_edge.network import Deployable, Inputs, Precision
+
+_OPERATOR = re.compile(r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, read from the file itself and not from what was asked for.
+
+    Attributes:
+        int8_weight_bytes: Bytes of weights of convolution and linear operations stored as 8-bit integers.
+        float_weight_bytes: Bytes of such weights stored in a float type.
+        ops: Every operation of the file with its count.
+        float_compute_ops: Convolution, linear and matmul operations that compute in float.
+        float_ops: The other operations that compute in float (an int8 file's float islands).
+        delegated_ops: Operations handed to the target's delegate; ``None`` where the file does not tell.
+        undelegated_ops: Names of operations left to the runtime's own kernels; ``None`` where the file does not tell.
+        planned_memory_bytes: Memory the file plans for activations, ``None`` where it does not tell.
+    """
+
+    int8_weight_bytes: int
+    float_weight_bytes: int
+    ops: Mapping[str, int]
+    float_compute_ops: tuple[str, ...] = ()
+    float_ops: tuple[str, ...] = ()
+    delegated_ops: int | None = None
+    undelegated_ops: tuple[str, ...] | None = None
+    planned_memory_bytes: int | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """``"int8"`` if any weight is stored as int8, else ``"fp32"``."""
+        return "int8" if self.int8_weight_bytes else "fp32"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a runner takes as one input.
+
+    Attributes:
+        shape: Shape of one sample, batch of one first, in the layout of the network (NCHW for images).
+        dtype: Type the runner takes; a float type also where the file itself holds quantized integers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Runner(Protocol):
+    """Runs one loaded file on one sample.
+
+    Attributes:
+        runtime: What runs it, with version, delegate and thread count; says so where it is not the target's own.
+        is_reference: Whether this is a reference interpreter, whose latency means nothing for the target.
+        inputs: What it takes, in the order of `Inputs.tensors` with keyword arguments sorted by name.
+    """
+
+    runtime: str
+    is_reference: bool
+    inputs: tuple[TensorSpec, ...]
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run on the flattened inputs of one sample (batch of one); float inputs and outputs are real values."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """An exported file, loaded: call it as the network it came from, batch of any size.
+
+    Attributes:
+        target: Name of the target, a key of `exporters.TARGETS`.
+        path: The file, or the folder of a Core ML package.
+        size_bytes: Bytes on disk, summed over a package's files.
+        compressed_bytes: Bytes of a zip (deflate) of it, what an app download pays.
+        contents: What the file says of itself.
+        runner: Runs one sample.
+        load_ms: Wall time from the path to a runner that is ready, milliseconds.
+    """
+
+    target: str
+    path: Path
+    size_bytes: int
+    compressed_bytes: int
+    contents: Contents
+    runner: Runner = field(repr=False)
+    load_ms: float
+
+    @property
+    def precision(self) -> Precision:
+        """Precision of the weights, read from the file."""
+        return self.contents.precision
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Run on a batch, sample by sample; returns the flattened outputs, batch first.
+
+        Raises:
+            RunnerError: If number, shape or type of the inputs is not what the file takes, or it fails to run.
+        """
+        inputs = sort_keywords(Inputs(args, kwargs)).map(lambda tensor: tensor.detach().cpu())
+        if not any(tensor.dim() for tensor in inputs.tensors):
+            return stack([self.run(inputs.tensors)])
+        if inputs.batch_size == 0:
+            raise RunnerError(f"{self.path.name} was given a batch of 0 samples; give at least one")
+        return stack([self.run(inputs.sample(start).tensors) for start in range(inputs.batch_size)])
+
+    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run on the flattened inputs of one sample, after checking them against the file.
+
+        Raises:
+            RunnerError: If number, shape or type of the inputs is not what the file takes, or it fails to run.
+        """
+        ready = conform(tensors, self.runner.inputs, self.path.name)
+        try:
+            with torch.no_grad():
+                return self.runner(ready)
+        except EdgeError:
+            raise
+        except Exception as error:
+            raise RunnerError(f"{self.path.name} failed in {self.runner.runtime}: {first_line(error)}") from error
+
+
+class Target(Protocol):
+    """One module per target offers these names and nothing else is asked of it."""
+
+    SUFFIX: str
+
+    def write(self, network: Deployable, path: Path, **options: Any) -> None:
+        """Write the network to exactly ``path``, which does not exist yet (a staging path).
+
+        Its keyword-only parameters are the target's options.
+        """
+        ...
+
+    def inspect(self, path: Path) -> Contents:
+        """Read what the file holds from the file itself."""
+        ...
+
+    def open(self, path: Path, threads: int) -> Runner:
+        """Load the file into its runtime."""
+        ...
+
+
+def sort_keywords(inputs: Inputs) -> Inputs:
+    """Put keyword arguments in the order of their names, the one order every file is written in.
+
+    Files name their inputs by position, some of them only so; callers are free to write keywords in any order.
+    """
+    return Inputs(inputs.args, dict(sorted(inputs.kwargs.items())))
+
+
+@final
+class _FileForm(nn.Module):
+    """A network as it is written: in no mode, called with tensors only, keywords in any order.
+
+    It also keeps two faults of others away: torch.export swaps the keywords of a graph that was exported before if
+    they come in another order, and ExecuTorch cannot fold the BatchNorm of a module that has a number for a name.
+    """
+
+    def __init__(self, network: nn.Module, call: Inputs) -> None:
+        super().__init__()
+        self.network = network
+        self._constants = {
+            key: value for key, value in (*enumerate(call.args), *call.kwargs.items()) if not _has_tensors(value)
+        }
+        # Only here: a converted graph refuses eval().
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network, its arguments that are no tensors put back in."""
+        positional = list(args)
+        for key, value in self._constants.items():
+            if isinstance(key, int):
+                positional.insert(key, value)
+        named = {key: value for key, value in self._constants.items() if isinstance(key, str)}
+        return self.network(*positional, **kwargs, **named)
+
+
+def in_file_form(network: Deployable) -> Deployable:
+    """Give the network as every file has it: keywords sorted by name, arguments that are no tensors built in."""
+    call = sort_keywords(network.inputs)
+    if network.precision == "int8":  # a copy by its making; a float network may be the user's own
+        in_plain_order(network)
+    inputs = Inputs(
+        tuple(value for value in call.args if _has_tensors(value)),
+        {name: value for name, value in call.kwargs.items() if _has_tensors(value)},
+    )
+    unfolded = None if network.unfolded is None else _FileForm(network.unfolded, call)
+    # In the memory order that `conform` gives: ExecuTorch writes the order of the sample into the file, and does not
+    # look at that of what it is fed.
+    inputs = inputs.map(lambda tensor: tensor.contiguous())
+    return Deployable(_FileForm(network.graph, call), inputs, network.precision, unfolded, network.output_scales)
+
+
+def in_plain_order(network: nn.Module) -> nn.Module:
+    """Lay out all tensors of a network in their plain order, in place; ExecuTorch cannot fold channels_last weights."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return network
+
+
+def conform(tensors: list[Tensor], specs: tuple[TensorSpec, ...], name: str) -> list[Tensor]:
+    """Check one sample's tensors against what a file takes, and convert float to float and integer to integer.
+
+    Args:
+        tensors: The flattened inputs of one sample.
+        specs: What the file takes.
+        name: Name of the file, for the message.
+
+    Raises:
+        RunnerError: If number, shape or kind of the tensors differ from ``specs``.
+    """
+    given = ", ".join(f"{list(tensor.shape)} {_short(tensor.dtype)}" for tensor in tensors) or "nothing"
+    expected = ", ".join(f"{list(spec.shape)} {_short(spec.dtype)}" for spec in specs)
+    fits = len(tensors) == len(specs) and all(
+        tuple(tensor.shape) == spec.shape and tensor.dtype.is_floating_point == spec.dtype.is_floating_point
+        for tensor, spec in zip(tensors, specs, strict=True)
+    )
+    if not fits:
+        raise RunnerError(
+            f"{name} was given {given} per sample but takes {expected}. "
+            "Call it as the network it came from: same arguments, batch first, keyword arguments by name"
+        )
+    return [tensor.to(spec.dtype).contiguous() for tensor, spec in zip(tensors, specs, strict=True)]
+
+
+def stack(samples: list[list[Tensor]]) -> list[Tensor]:
+    """Join the outputs of single samples, batch first; an output without dimensions becomes one value per sample."""
+    return [
+        torch.cat([part.reshape(1) if part.dim() == 0 else part for part in parts])
+        for parts in zip(*samples, strict=True)
+    ]
+
+
+def size_bytes(path: Path) -> int:
+    """Count the bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def compressed_bytes(path: Path) -> int:
+    """Count the bytes of a zip (deflate) of a file or folder."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in _files(path):
+            archive.write(file, file.relative_to(path.parent))
+    return len(buffer.getvalue())
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line an exception says, or its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def explain(target: str, error: BaseException, advice: str) -> ExportError:
+    """Turn what a converter raised into one error: innermost message, operator, what to try.
+
+    Args:
+        target: Name of the target.
+        error: What the converter raised.
+        advice: What to try, one sentence.
+    """
+    innermost = error
+    while (
+        below := innermost.__cause__ or (None if innermost.__suppress_context__ else innermost.__context__)
+    ) is not None:
+        innermost = below
+    found = _OPERATOR.search(str(innermost)) or _OPERATOR.search(str(error))
+    operator = f" (operator {found.group().rstrip('.')})" if found else ""
+    outer = "" if innermost is error else f" The converter said: {first_line(error)}."
+    if "data-dependent" in str(error).lower():
+        advice = "The network's control flow depends on its values: write it without if and .item() on tensors."
+    return ExportError(f"{target}: {first_line(innermost).rstrip('.')}{operator}.{outer} {advice}")
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,209 @@
+"""Hold a written file against the network it was written from."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lightning_edge.errors import AgreementError, ExportError
+from lightning_edge.exporters.base import Artifact, Contents, sort_keywords, stack
+from lightning_edge.measure import Agreement, Comparison, Tolerance
+from lightning_edge.network import Deployable, Inputs, flatten_outputs
+
+
+class ExportWarning(UserWarning):
+    """A file runs, but not all of it the way an int8 file for this target should."""
+
+
+# How many matrix products one operation is, and the position of its first factor.
+_PRODUCTS = {
+    "conv1d": 1,
+    "conv2d": 1,
+    "conv3d": 1,
+    "convolution": 1,
+    "conv_transpose1d": 1,
+    "conv_transpose2d": 1,
+    "conv_transpose3d": 1,
+    "linear": 1,
+    "matmul": 1,
+    "mm": 1,
+    "bmm": 1,
+    "addmm": 1,
+    "baddbmm": 1,
+    "scaled_dot_product_attention": 2,
+}
+_ADDED_FIRST = frozenset({"addmm", "baddbmm"})
+# Activations that are part of the layer before them.
+_CLIPS = frozenset({"clamp", "clamp_min", "hardtanh", "relu", "relu6"})
+# Operations that hand their first argument's values on unchanged.
+_VIEWS = frozenset(
+    {
+        "alias",
+        "clone",
+        "contiguous",
+        "expand",
+        "flatten",
+        "permute",
+        "reshape",
+        "select",
+        "slice",
+        "squeeze",
+        "t",
+        "transpose",
+        "unsqueeze",
+        "view",
+    }
+)
+
+
+def check_contents(network: Deployable, contents: Contents, target: str) -> None:
+    """Make sure that the file is of the network's precision and is delegated at all.
+
+    Args:
+        network: What was exported.
+        contents: What the file says of itself.
+        target: Name of the target, for the message.
+
+    Raises:
+        ExportError: If an int8 network became a file without int8 weights, or with more products in float than
+            `float_products` of the network; or if nothing is handed to the target's delegate.
+    """
+    if contents.delegated_ops == 0:
+        raise ExportError(
+            f"{target}: none of the file's operations ({_counted(contents.undelegated_ops or ())}) is handed to the "
+            "delegate, so it would run on slow reference kernels. Use layers that the delegate has, or another target."
+        )
+    if contents.undelegated_ops:
+        names = _counted(contents.undelegated_ops)
+        _warn(target, f"these operations run outside the delegate, on slower kernels: {names}")
+    if network.precision == "fp32":
+        return
+    if not contents.int8_weight_bytes:
+        raise ExportError(
+            f"{target}: the network is int8 but the file holds no int8 weights "
+            f"({contents.float_weight_bytes} bytes are float). Operations in it: {_counted(contents.ops)}."
+        )
+    wanted = float_products(network.graph)
+    if len(contents.float_compute_ops) > len(wanted):
+        allowed = f" (of the network itself, {_counted(wanted)} may stay in float)" if wanted else ""
+        raise ExportError(
+            f"{target}: the network is int8 but the file computes in float: {_counted(contents.float_compute_ops)}"
+            f"{allowed}. Quantize these layers, or export the network as fp32."
+        )
+    if contents.float_compute_ops or contents.float_ops:
+        names = _counted((*contents.float_compute_ops, *contents.float_ops))
+        _warn(target, f"an int8 file, but these operations in it compute in float: {names}")
+
+
+def float_products(graph: torch.nn.Module) -> list[str]:
+    """Name the convolution, linear and matmul operations of a converted graph that a file may compute in float.
+
+    They are those that are not quantized on all sides, and those of two activations: they have no weights, and not
+    every target has int8 kernels for them.
+    """
+    if not isinstance(graph, fx.GraphModule):
+        return []
+    found: list[str] = []
+    for node in graph.graph.nodes:
+        name = _operation(node)
+        if name in _PRODUCTS:
+            first = 1 if name in _ADDED_FIRST else 0
+            factors = node.args[first : first + 2]
+            quantized = all(_is_dequantized(factor) for factor in factors) and _is_quantized(node)
+            if not (quantized and _is_constant(factors[1])):
+                found += [name] * _PRODUCTS[name]
+    return found
+
+
+def agreement_of(network: Deployable, artifact: Artifact, batches: Iterable[Any] | None = None) -> Agreement:
+    """Compare a file's outputs with the network's.
+
+    Args:
+        network: What was exported.
+        artifact: The file.
+        batches: Inputs of the network, each what `Inputs.of` reads; ``None`` for the network's own sample.
+    """
+    comparison = Comparison(network.output_scales if network.precision == "int8" else ())
+    for batch in [network.inputs] if batches is None else batches:
+        inputs = sort_keywords(Inputs.of(batch)).map(
+            lambda tensor: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()
+        )
+        comparison.update(reference_outputs(network, inputs), artifact(*inputs.args, **inputs.kwargs))
+    return comparison.result()
+
+
+def reference_outputs(network: Deployable, inputs: Inputs) -> list[Tensor]:
+    """Run the network itself and flatten its outputs, batch first as `Artifact` gives them."""
+    with torch.no_grad():
+        outputs = flatten_outputs(network(*inputs.args, **inputs.kwargs))
+        size = inputs.batch_size
+        if all(output.dim() and output.shape[0] == size for output in outputs):
+            return outputs
+        # An output without batch dimension, such as a mean over it, means something else for one sample.
+        samples = [inputs.sample(start) for start in range(size)]
+        return stack([flatten_outputs(network(*sample.args, **sample.kwargs)) for sample in samples])
+
+
+def check_agreement(network: Deployable, artifact: Artifact, agreement: Agreement, tolerance: Tolerance) -> None:
+    """Make sure that the file computes what the network does.
+
+    Raises:
+        AgreementError: If it lies outside the tolerance; the message holds the figures.
+    """
+    violations = tolerance.violations(agreement, network.precision)
+    if violations:
+        raise AgreementError(
+            f"{artifact.target}: {artifact.path.name} computes something else than the network it came from: "
+            f"{'; '.join(violations)} (over {agreement.samples} samples). Nothing was written. Look for the "
+            "operation that differs, or state a wider tolerance=Tolerance(...)."
+        )
+
+
+def _operation(node: fx.Node) -> str:
+    """The plain name of an aten operation, without namespace, overload and in-place mark."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    return node.target._schema.name.split("::")[-1].rstrip("_")
+
+
+def _is_dequantized(value: Any) -> bool:
+    while isinstance(value, fx.Node):
+        name = _operation(value)
+        if name.startswith("dequantize_"):
+            return True
+        if name not in _VIEWS:
+            return False
+        value = value.args[0]
+    return False
+
+
+def _is_quantized(node: fx.Node) -> bool:
+    """Whether all that reads a value reads it quantized, the activation that a layer ends with included."""
+    names = [(reader, _operation(reader)) for reader in node.users]
+    return bool(names) and all(
+        name.startswith("quantize_") or ((name in _VIEWS or name in _CLIPS) and _is_quantized(reader))
+        for reader, name in names
+    )
+
+
+def _is_constant(value: Any) -> bool:
+    while isinstance(value, fx.Node) and value.op != "get_attr":
+        name = _operation(value)
+        if name not in _VIEWS and not name.startswith(("quantize_", "dequantize_")):
+            return False
+        value = value.args[0]
+    return isinstance(value, fx.Node)
+
+
+def _counted(names: Iterable[str]) -> str:
+    counts = names if isinstance(names, dict) else Counter(names)
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in sorted(counts.items())) or "none"
+
+
+def _warn(target: str, message: str) -> None:
+    warnings.warn(f"{target}: {message}", ExportWarning, stacklevel=4)

@@ -1,0 +1,281 @@
+"""Core ML: write an ML Program package, read what is in it, run it.
+
+On macOS Core ML itself runs the package; everywhere else `mil` executes the saved program in torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, final, get_args
+
+import numpy
+import torch
+from torch import Tensor
+from torch.export.graph_signature import ConstantArgument
+
+from lightning_edge.errors import ExportError, RunnerError
+from lightning_edge.exporters.base import Contents, Runner, TensorSpec
+from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
+from lightning_edge.exporters.mil_ops import DTYPES, MOVES
+from lightning_edge.exporters.mlpackage import compact, coremltools, quiet, read
+from lightning_edge.network import Deployable
+
+SUFFIX = ".mlpackage"
+
+ComputePrecision = Literal["float16", "float32"]
+
+_PRODUCTS = {"conv": "weight", "conv_transpose": "weight", "linear": "weight", "matmul": "y"}
+_COMPUTE = frozenset({*_PRODUCTS, "einsum", "scaled_dot_product_attention"})
+_WEIGHTS = {
+    "constexpr_affine_dequantize": "quantized_data",
+    "constexpr_blockwise_shift_scale": "data",
+    "constexpr_lut_to_dense": "indices",
+    "constexpr_sparse_to_dense": "nonzero_data",
+}
+# An activation that clips is part of the operation before it: the quantizer behind it clips anyway.
+_CLIPS = frozenset({"relu", "relu6", "clip"})
+
+
+# The converter knows where() with tensors, but not with a number on its right.
+_SCALAR_CHOICES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.where.ScalarOther: lambda condition, chosen, other: torch.where(
+        condition, chosen, torch.full((), other, dtype=chosen.dtype)
+    ),
+}
+
+
+def write(
+    network: Deployable,
+    path: Path,
+    *,
+    minimum_ios: int = 17,
+    compute_precision: ComputePrecision = "float32",
+) -> None:
+    """Write the network as an ML Program with named inputs and outputs.
+
+    Args:
+        network: The network; int8 ones carry their trained ranges into the file.
+        path: Where to write, a folder ending in ``.mlpackage`` that does not exist yet.
+        minimum_ios: Oldest iOS that can run it, 17 or later; 18 stores weights in its own block-wise form.
+        compute_precision: Type of what is not int8. ``"float32"`` gives what the network gives to a step or so of
+            its outputs, at the same size; ``"float16"`` is what the Neural Engine runs, some steps off.
+
+    Raises:
+        ExportError: If coremltools cannot convert the network.
+        ValueError: If an option is not one of those allowed.
+        MissingExtraError: If coremltools is not installed.
+    """
+    if compute_precision not in get_args(ComputePrecision):
+        raise ValueError(f"compute_precision={compute_precision!r} is not one of {get_args(ComputePrecision)}")
+    tools = coremltools()
+    deployment = getattr(tools.target, f"iOS{minimum_ios}", None)
+    if deployment is None or minimum_ios < 17:
+        raise ValueError(
+            f"minimum_ios={minimum_ios!r} is not a version this coremltools writes int8 programs for; give 17 or later"
+        )
+    try:
+        with quiet():
+            program = _tensors_only(network.program().run_decompositions(_SCALAR_CHOICES))
+            model = tools.convert(
+                program,
+                outputs=_output_types(tools, program),
+                minimum_deployment_target=deployment,
+                compute_precision=getattr(tools.precision, compute_precision.upper()),
+                skip_model_load=True,
+            )
+            model.save(str(path))
+    except OSError:
+        raise
+    except Exception as error:  # the converter raises whatever an operation leads it to
+        raise ExportError(
+            f"Core ML's converter (coremltools {tools.__version__}) cannot take this network: "
+            f"{type(error).__name__}: {error}. Replace the operation named there with one it converts, "
+            "or export to another target."
+        ) from error
+    compact(path, network.output_names())
+
+
+def _output_types(tools: Any, program: torch.export.ExportedProgram) -> list[Any]:
+    """Ask for float32 outputs where the network has float ones, whatever it computes in, as its inputs are."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    outputs = [values[name] for name in program.graph_signature.user_outputs]
+    return [tools.TensorType(dtype=numpy.float32 if value.is_floating_point() else None) for value in outputs]
+
+
+def _tensors_only(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Drop numbers, strings and None from the inputs: torch.export has written them into the graph already."""
+    signature = program.graph_signature
+    fixed = {spec.arg.name for spec in signature.input_specs if isinstance(spec.arg, ConstantArgument)}
+    for node in [node for node in program.graph.nodes if node.op == "placeholder" and node.name in fixed]:
+        if not node.users:
+            program.graph.erase_node(node)
+    signature.input_specs[:] = [spec for spec in signature.input_specs if spec.arg.name not in fixed]
+    return program
+
+
+def inspect(path: Path) -> Contents:
+    """Read from a saved package which weights are int8 and which operations compute in float.
+
+    An operation computes on int8 where its inputs come from ``dequantize`` and its weights from a ``constexpr``
+    operation over 8-bit integers: that is how an ML Program writes int8 arithmetic.
+
+    Raises:
+        RunnerError: If the package cannot be read.
+        MissingExtraError: If coremltools is not installed.
+    """
+    return contents(read(path))
+
+
+def contents(program: Program) -> Contents:
+    """Count the weights and the float operations of a program; see `inspect`."""
+    makers = {output: operation for operation in program.operations for output in operation.outputs}
+    integers: dict[Any, int] = {}
+    floats: dict[Any, int] = {}
+    float_compute: list[str] = []
+    float_others: list[str] = []
+    for operation in program.operations:
+        for key in ("x", "y", "weight") if operation.kind in _PRODUCTS else ():
+            if key in operation.inputs:
+                _count_weight(_origin(operation.inputs[key], makers), makers, integers, floats)
+        if operation.kind in MOVES or operation.kind.startswith("constexpr_"):
+            continue
+        if operation.kind in ("quantize", "dequantize", "cast") or _is_clip_of_compute(operation, makers):
+            continue
+        if not _computes_float(operation, makers):
+            continue
+        named = operation.kind in operation.name
+        label = operation.name if named else f"{operation.kind} ({operation.name})"
+        (float_compute if operation.kind in _COMPUTE else float_others).append(label)
+    return Contents(
+        int8_weight_bytes=sum(integers.values()),
+        float_weight_bytes=sum(floats.values()),
+        ops=Counter(operation.kind for operation in program.operations),
+        float_compute_ops=tuple(float_compute),
+        float_ops=tuple(float_others),
+    )
+
+
+def _origin(operand: Any, makers: Mapping[Variable, Operation]) -> Variable | Constant:
+    """Follow a value back through operations that only move values about."""
+    while isinstance(operand, Variable) and operand in makers and makers[operand].kind in MOVES:
+        operand = next(iter(makers[operand].operands()))
+    origin: Variable | Constant = operand
+    return origin
+
+
+def _count_weight(
+    origin: Variable | Constant, makers: Mapping[Variable, Operation], integers: dict[Any, int], floats: dict[Any, int]
+) -> None:
+    if isinstance(origin, Constant):
+        floats[origin] = origin.size_bytes
+        return
+    maker = makers.get(origin)
+    stored = maker.inputs.get(_WEIGHTS[maker.kind]) if maker is not None and maker.kind in _WEIGHTS else None
+    if isinstance(stored, Constant):
+        (integers if stored.dtype in ("int8", "uint8") else floats)[stored] = stored.size_bytes
+
+
+def _is_clip_of_compute(operation: Operation, makers: Mapping[Variable, Operation]) -> bool:
+    source = operation.inputs.get("x")
+    return operation.kind in _CLIPS and isinstance(source, Variable) and source in makers
+
+
+def _computes_float(operation: Operation, makers: Mapping[Variable, Operation]) -> bool:
+    """Whether it makes floats of anything but int8 values and, where it is no product, constants."""
+    if all(output.dtype not in ("fp16", "fp32") for output in operation.outputs):
+        return False
+    weight = operation.inputs.get(_PRODUCTS.get(operation.kind, ""))
+    if weight is not None and isinstance(_origin(weight, makers), Constant):
+        return True
+    origins = [origin for operand in operation.operands() for origin in _origins(operand, makers)]
+    kinds = {makers[origin].kind if origin in makers else "" for origin in origins if isinstance(origin, Variable)}
+    return not kinds <= {"dequantize", *_WEIGHTS}
+
+
+def _origins(operand: Variable | Constant, makers: Mapping[Variable, Operation]) -> list[Variable | Constant]:
+    """Every value that a value is put together from by moving alone."""
+    if not isinstance(operand, Variable) or operand not in makers or makers[operand].kind not in MOVES:
+        return [operand]
+    return [origin for part in makers[operand].operands() for origin in _origins(part, makers)]
+
+
+def open(path: Path, threads: int) -> Runner:
+    """Load the package: into Core ML on macOS, into the reference interpreter elsewhere.
+
+    Args:
+        path: The ``.mlpackage`` folder.
+        threads: CPU threads for the reference interpreter; Core ML chooses its own.
+
+    Raises:
+        RunnerError: If the package cannot be read or run.
+        MissingExtraError: If coremltools is not installed.
+    """
+    return _CoreML(path) if sys.platform == "darwin" else _Reference(path, threads)
+
+
+def _specs(program: Program) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(variable.shape, DTYPES[variable.dtype]) for variable in program.inputs)
+
+
+@final
+class _Reference:
+    """The saved program run by `mil.Interpreter`."""
+
+    is_reference = True
+
+    def __init__(self, path: Path, threads: int) -> None:
+        program = read(path)
+        self._interpreter = Interpreter(program)
+        self.inputs = _specs(program)
+        self._threads = threads
+        self.runtime = (
+            f"reference interpreter of the MIL program (torch {torch.__version__}, {threads} threads), "
+            "not Core ML's kernels"
+        )
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run on the flattened inputs of one sample."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return self._interpreter(tensors)
+        finally:
+            torch.set_num_threads(before)
+
+
+@final
+class _CoreML:
+    """The package run by Core ML on macOS, on all compute units."""
+
+    is_reference = False
+
+    def __init__(self, path: Path) -> None:
+        program = read(path)
+        self._inputs = program.inputs
+        self.inputs = _specs(program)
+        self._outputs = [output for output in program.outputs if isinstance(output, Variable)]
+        tools = coremltools()
+        try:
+            with quiet():
+                self._model = tools.models.MLModel(str(path))
+        except Exception as error:  # whatever Core ML's compiler reports
+            raise RunnerError(f"Core ML cannot load {str(path)!r}: {type(error).__name__}: {error}") from error
+        self.runtime = f"Core ML (coremltools {tools.__version__}, all compute units)"
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run on the flattened inputs of one sample."""
+        if len(tensors) != len(self._inputs):
+            names = ", ".join(variable.name for variable in self._inputs)
+            raise RunnerError(f"the program takes {len(self._inputs)} inputs ({names}), {len(tensors)} given")
+        fed = {
+            variable.name: tensor.detach().to(torch.int32 if variable.dtype == "int32" else torch.float32).numpy()
+            for variable, tensor in zip(self._inputs, tensors, strict=True)
+        }
+        try:
+            given = self._model.predict(fed)
+        except Exception as error:  # whatever Core ML reports
+            raise RunnerError(f"Core ML cannot run the program: {type(error).__name__}: {error}") from error
+        return [torch.as_tensor(given[output.name]).reshape(output.shape) for output in self._outputs]

@@ -1,0 +1,144 @@
+"""ExecuTorch: a ``.pte`` file for the XNNPACK delegate, run by ``executorch.runtime``."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lightning_edge.errors import RunnerError, require
+from lightning_edge.exporters import averages, pte
+from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
+from lightning_edge.network import Deployable
+
+SUFFIX = ".pte"
+
+_EXTRA = "executorch"
+_METHOD = "forward"
+
+
+def write(network: Deployable, path: Path) -> None:
+    """Lower the network to the XNNPACK delegate and write it.
+
+    Args:
+        network: The network; its sample says the shapes.
+        path: Where to write, a path that does not exist yet.
+
+    Raises:
+        ExportError: If ExecuTorch refuses the network.
+    """
+    exir = require("executorch.exir", _EXTRA)
+    partitioner = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", _EXTRA)
+    try:
+        with warnings.catch_warnings():
+            # torch.export's own copying is deprecated by itself, once for every node.
+            warnings.simplefilter("ignore", FutureWarning)
+            program = averages.keep_dimensions(network.program())
+            delegate = [partitioner.XnnpackPartitioner()]
+            lowered = exir.to_edge_transform_and_lower(program, partitioner=delegate).to_executorch()
+    except Exception as error:
+        raise explain(
+            "executorch",
+            error,
+            "Replace that operation by one that ExecuTorch's core operator set has, or leave the target out.",
+        ) from error
+    with path.open("wb") as file:
+        lowered.write_to_file(file)
+
+
+def inspect(path: Path) -> Contents:
+    """Read what the file holds.
+
+    Raises:
+        ValueError: If it is not a whole ExecuTorch program for XNNPACK.
+    """
+    return pte.read(path)
+
+
+def open(path: Path, threads: int) -> Runner:
+    """Load the file with ``executorch.runtime``.
+
+    Args:
+        path: The file.
+        threads: Threads of XNNPACK's pool, which all ExecuTorch artifacts of the process share.
+
+    Raises:
+        RunnerError: If the file has no method of the name that `write` gives it.
+    """
+    return _Runner(path, threads)
+
+
+@final
+class _Pool:
+    """XNNPACK's thread pool, one for the whole process.
+
+    A loaded method keeps a pointer to the pool it was loaded with, so a reset makes every method loaded
+    before it unusable; `generation` counts the resets.
+    """
+
+    def __init__(self) -> None:
+        self.generation = 0
+
+    def set(self, threads: int) -> int:
+        """Give the pool this many threads and return its generation."""
+        library = require("executorch.extension.pybindings.portable_lib", _EXTRA)
+        if library._threadpool_get_thread_count() != threads:
+            library._unsafe_reset_threadpool(threads)
+            self.generation += 1
+        return self.generation
+
+
+_POOL = _Pool()
+
+
+@final
+class _Runner:
+    """Runs the one method of a program."""
+
+    is_reference = False
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._data = path.read_bytes()
+        self._threads = threads
+        self._generation = _POOL.set(threads)
+        self._method = self._load(path.name)
+        metadata = self._method.metadata
+        self.inputs = tuple(_spec(metadata.input_tensor_meta(index)) for index in range(metadata.num_inputs()))
+        count = "1 thread" if threads == 1 else f"{threads} threads"
+        self.runtime = f"ExecuTorch {version('executorch')}, XNNPACK, {count}"
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run on the flattened inputs of one sample."""
+        generation = _POOL.set(self._threads)
+        if generation != self._generation:
+            self._method, self._generation = self._load("the file"), generation
+        return list(self._method.execute(tensors))
+
+    def _load(self, name: str) -> Any:
+        program = require("executorch.runtime", _EXTRA).Runtime.get().load_program(self._data)
+        if _METHOD not in program.method_names:
+            raise RunnerError(f"{name} has no method {_METHOD!r}; it has {sorted(program.method_names)}")
+        return program.load_method(_METHOD)
+
+
+def _spec(info: Any) -> TensorSpec:
+    return TensorSpec(tuple(info.sizes()), _DTYPES[info.dtype()])
+
+
+# ExecuTorch tells a type by its number in the ScalarType enumeration it shares with PyTorch.
+_DTYPES = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    15: torch.bfloat16,
+}

@@ -1,0 +1,168 @@
+"""Read what an ExecuTorch file holds: its plan, and the graphs it hands to XNNPACK."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_edge.errors import require
+from lightning_edge.exporters.base import Contents
+
+_XNNPACK = "XnnpackBackend"
+_NODE = "XNN"
+# XNNPACK's nodes that multiply by weights or matrices, with the fields of their two factors.
+_PRODUCTS = {
+    "Conv2d": ("input1_id", "filter_id"),
+    "DepthwiseConv2d": ("input1_id", "filter_id"),
+    "ConvTranspose2d": ("input1_id", "filter_id"),
+    "FullyConnected": ("input1_id", "filter_id"),
+    "BatchMatrixMultiply": ("input1_id", "input2_id"),
+    "ScaledDotProductAttention": ("query_id", "key_id"),
+}
+# Nodes that only move or convert values: not computation, whatever type the values have.
+_MOVES = frozenset({"Convert", "Copy", "StaticTranspose", "StaticReshape", "StaticSlice", "StaticConstantPad"})
+_FLOATS = frozenset({"fp32", "fp16", "bf16", "pfp32"})
+_INT8 = frozenset({"qint8", "quint8", "qcint8"})
+_KERNEL_PRODUCTS = re.compile(r"aten::(convolution|linear|addmm|mm|bmm|baddbmm|matmul)\b")
+_KERNEL_MOVES = re.compile(
+    r"aten::(view|permute|transpose|t|clone|copy|slice|select|cat|expand|squeeze|unsqueeze|_to_copy|to|split|unbind|stack|"
+    r"alias|as_strided|full|full_like|arange|constant_pad_nd|detach|empty)(_copy)?\b"
+    r"|dim_order_ops::|quantized_decomposed::|executorch_prim::"
+)
+
+
+@dataclass
+class _Tally:
+    ops: Counter[str] = field(default_factory=Counter)
+    # By the constant's own name, since two graphs of one file may share it.
+    int8_weights: dict[str, int] = field(default_factory=dict)
+    float_weights: dict[str, int] = field(default_factory=dict)
+    float_compute: list[str] = field(default_factory=list)
+    float_other: list[str] = field(default_factory=list)
+    delegated: int = 0
+    undelegated: list[str] = field(default_factory=list)
+
+
+def read(path: Path) -> Contents:
+    """Read a ``.pte`` file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If the file is cut short, is not an ExecuTorch program, or holds a delegate other than XNNPACK.
+    """
+    program = _program(path.read_bytes())
+    tally = _Tally()
+    planned = 0
+    for plan in program.execution_plan:
+        planned += sum(plan.non_const_buffer_sizes)
+        for index, delegate in enumerate(plan.delegates):
+            if delegate.id != _XNNPACK:
+                raise ValueError(f"delegate {delegate.id!r} is not {_XNNPACK!r}, the only one this version reads")
+            payload = bytes(program.backend_delegate_data[delegate.processed.index].data)
+            _count_graph(_graph(payload), f"{index}", tally)
+        for chain in plan.chains:
+            for instruction in chain.instructions:
+                _count_kernel(plan, program, instruction.instr_args, tally)
+    return Contents(
+        int8_weight_bytes=sum(tally.int8_weights.values()),
+        float_weight_bytes=sum(tally.float_weights.values()),
+        ops=dict(sorted(tally.ops.items())),
+        float_compute_ops=tuple(tally.float_compute),
+        float_ops=tuple(tally.float_other),
+        delegated_ops=tally.delegated,
+        undelegated_ops=tuple(tally.undelegated),
+        planned_memory_bytes=planned,
+    )
+
+
+def _program(data: bytes) -> Any:
+    serialize = require("executorch.exir._serialize._program", "executorch")
+    if data[4:6] != b"ET":
+        raise ValueError("it does not start as an ExecuTorch program does")
+    header = serialize._get_extended_header(data)
+    if header is not None:
+        needed = max(header.program_size, header.segment_base_offset + header.segment_data_size)
+        if len(data) < needed:
+            raise ValueError(f"it is cut short: {len(data)} bytes of {needed}")
+    return serialize.deserialize_pte_binary(data).program
+
+
+def _graph(payload: bytes) -> dict[str, Any]:
+    """Decode one XNNPACK payload: a header, a flatbuffer, and what constants are not kept by name elsewhere."""
+    xnnpack = require("executorch.backends.xnnpack.serialization.xnnpack_graph_serialize", "executorch")
+    flatbuffer = require("executorch.exir._serialize._flatbuffer", "executorch")
+    header = xnnpack.XNNHeader.from_bytes(payload[: xnnpack.XNNHeader.EXPECTED_LENGTH])
+    start = header.flatbuffer_offset
+    with tempfile.TemporaryDirectory() as folder:
+        schema, binary = Path(folder, "schema.fbs"), Path(folder, "graph.bin")
+        schema.write_bytes(xnnpack._get_schema_bytes())
+        binary.write_bytes(payload[start : start + header.flatbuffer_size])
+        flatbuffer._flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
+        text = Path(folder, "graph.json").read_text(encoding="utf-8", errors="replace")
+    # flatc writes infinities and not-a-number as C does, Python's json reads them as JavaScript does.
+    text = re.sub(r"(:|\[|,)(\s*)(-?)inf\b", r"\1\2\3Infinity", text)
+    graph = json.loads(re.sub(r"(:|\[|,)(\s*)-?nan\b", r"\1\2NaN", text))
+    assert isinstance(graph, dict)
+    return graph
+
+
+def _count_graph(graph: dict[str, Any], name: str, tally: _Tally) -> None:
+    values: dict[int, tuple[str, int]] = {}
+    for value in graph["xvalues"]:
+        tensor = value["xvalue_union"]
+        tensor = tensor.get("tensor_value", tensor)
+        values[tensor["id_out"]] = (tensor["datatype"].removeprefix("xnn_datatype_"), tensor["constant_buffer_idx"])
+    for node in graph["xnodes"]:
+        kind = node["xnode_union_type"].removeprefix(_NODE)
+        fields = node["xnode_union"]
+        tally.ops[kind] += 1
+        tally.delegated += 1
+        if kind in _PRODUCTS:
+            left, right = _PRODUCTS[kind]
+            if values[fields[left]][0] in _FLOATS or values[fields[right]][0] in _FLOATS:
+                tally.float_compute.append(kind)
+            datatype, constant = values[fields[right]]
+            if constant:
+                entry = graph["constant_data"][constant]
+                stored = tally.int8_weights if datatype in _INT8 else tally.float_weights
+                stored[entry["named_key"] or f"{name}:{constant}"] = entry["size"]
+        elif kind not in _MOVES and not kind.startswith("Concatenate") and values[fields["output_id"]][0] in _FLOATS:
+            tally.float_other.append(kind)
+
+
+def _count_kernel(plan: Any, program: Any, call: Any, tally: _Tally) -> None:
+    if type(call).__name__ != "KernelCall":
+        return
+    operator = plan.operators[call.op_index]
+    name = str(operator.name)
+    tally.ops[name] += 1
+    tally.undelegated.append(name)
+    tensors = [tensor for index in call.args for tensor in _tensors(plan, index)]
+    is_float = any(tensor.scalar_type.name in ("FLOAT", "HALF", "DOUBLE", "BFLOAT16") for tensor in tensors)
+    if not is_float:
+        return
+    if _KERNEL_PRODUCTS.match(name):
+        tally.float_compute.append(name)
+        for tensor in tensors:
+            if tensor.data_buffer_idx and tensor.allocation_info is None and len(tensor.sizes) > 1:
+                size = len(program.constant_buffer[tensor.data_buffer_idx].storage)
+                tally.float_weights[f"constant:{tensor.data_buffer_idx}"] = size
+    elif not _KERNEL_MOVES.match(name):
+        tally.float_other.append(name)
+
+
+def _tensors(plan: Any, index: int) -> Iterator[Any]:
+    value = plan.values[index].val
+    if type(value).__name__ == "Tensor":
+        yield value
+    elif type(value).__name__ == "TensorList":
+        for item in value.items:
+            yield from _tensors(plan, item)

@@ -1,0 +1,210 @@
+"""TensorFlow Lite: a ``.tflite`` file written by LiteRT's converter, run by LiteRT's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, final, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_edge.errors import ExportError, require
+from lightning_edge.exporters import tflite_graph
+from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
+from lightning_edge.network import Deployable, Inputs
+
+SUFFIX = ".tflite"
+
+Io = Literal["int8", "float"]
+Layout = Literal["nchw", "nhwc"]
+
+_EXTRA = "tflite"
+_LAYOUT_NOTE = "lightning_edge.layout"
+_PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
+
+
+def write(network: Deployable, path: Path, *, io: Io | None = None, layout: Layout = "nchw") -> None:
+    """Convert the network and write it.
+
+    Args:
+        network: The network; its sample says the shapes.
+        path: Where to write, a path that does not exist yet.
+        io: Type of the file's own inputs and outputs: ``"int8"`` or ``"float"``. An int8 network's default is
+            ``"int8"``; with ``"float"`` the file quantizes and dequantizes at its ends and its kernels stay int8.
+        layout: Layout of the file's own 4-D inputs. ``"nhwc"`` saves a transpose where the app has images that way.
+
+    Raises:
+        ExportError: If LiteRT refuses the network.
+        ValueError: If an option has a value that is not allowed.
+    """
+    io = io or ("int8" if network.precision == "int8" else "float")
+    if io not in get_args(Io):
+        raise ValueError(f"io={io!r} is not one of {get_args(Io)}")
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout={layout!r} is not one of {get_args(Layout)}")
+    if io == "int8" and network.precision == "fp32":
+        raise ValueError("io='int8' needs an int8 network and this one is fp32; leave io out or quantize first")
+    model = tflite_graph.parse(_convert(network, layout))
+    _check_order(model, network.inputs)
+    tflite_graph.shorten_names(model)
+    if io == "float":
+        tflite_graph.float_ends(model)
+    if layout == "nhwc":
+        tflite_graph.set_note(model, _LAYOUT_NOTE, layout)
+    path.write_bytes(tflite_graph.pack(model))
+
+
+def inspect(path: Path) -> Contents:
+    """Read what the file holds.
+
+    Raises:
+        ValueError: If it is not a whole TensorFlow Lite file.
+    """
+    return tflite_graph.contents(path)
+
+
+def open(path: Path, threads: int) -> Runner:
+    """Load the file with LiteRT's interpreter.
+
+    Args:
+        path: The file.
+        threads: Threads of the interpreter.
+    """
+    return _Runner(path, threads)
+
+
+@final
+class _ChannelsLast(nn.Module):
+    """Takes 4-D inputs as NHWC and hands them to the network as it wants them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network on inputs whose channels come last."""
+        inputs = Inputs(args, kwargs).map(lambda tensor: tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor)
+        return self.network(*inputs.args, **inputs.kwargs)
+
+
+def _convert(network: Deployable, layout: Layout) -> bytes:
+    litert_torch = require("litert_torch", _EXTRA)
+    quantize = require("litert_torch.quantize.quant_config", _EXTRA)
+    quantizer = require("litert_torch.quantize.pt2e_quantizer", _EXTRA)
+    graph: nn.Module = network.graph
+    inputs, config = network.inputs, None
+    if network.precision == "int8":
+        # The converter refuses int8 constants; it needs the config only to know that the graph is quantized.
+        graph = network.unfolded or graph
+        scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
+        config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
+    if layout == "nhwc":
+        graph = _ChannelsLast(graph)
+        inputs = inputs.map(lambda tensor: tensor.permute(0, 2, 3, 1).contiguous() if tensor.dim() == 4 else tensor)
+    try:
+        with torch.no_grad(), _quiet():
+            converted = litert_torch.convert(graph, inputs.args, dict(inputs.kwargs) or None, quant_config=config)
+            return bytes(converted.model_content())
+    except Exception as error:
+        raise explain(
+            "tflite",
+            error,
+            "Replace that operation by one that LiteRT has, or leave the target out.",
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the converter from printing its progress, which it reads from the environment only."""
+    before = os.environ.get(_PROGRESS)
+    os.environ[_PROGRESS] = "n"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PROGRESS]
+        else:
+            os.environ[_PROGRESS] = before
+
+
+def _check_order(model: Any, inputs: Inputs) -> None:
+    """Make sure that the file takes its inputs in the order of the network's flattened arguments."""
+    names = {int(entry.tensorIndex): entry.name.decode() for entry in model.signatureDefs[0].inputs}
+    given = [names.get(int(index), "?") for index in model.subgraphs[0].inputs]
+    roots = [f"args_{index}" for index in range(len(inputs.args))] + list(inputs.kwargs)
+    positions = [next((at for at, root in enumerate(roots) if _belongs(name, root)), -1) for name in given]
+    if len(given) != len(inputs.tensors) or positions != sorted(positions):
+        raise ExportError(
+            f"tflite: LiteRT gave the file the inputs {given}, but the network takes {len(inputs.tensors)} tensors in "
+            f"the order {roots}. Give every input as a tensor that the network uses."
+        )
+
+
+def _belongs(name: str, root: str) -> bool:
+    return name == root or name.startswith(f"{root}_")
+
+
+@final
+class _Runner:
+    """Runs one loaded file; quantizes and dequantizes at its ends by the file's own scales."""
+
+    is_reference = False
+
+    def __init__(self, path: Path, threads: int) -> None:
+        interpreter = require("ai_edge_litert.interpreter", _EXTRA)
+        data = path.read_bytes()
+        self._interpreter = interpreter.Interpreter(model_content=data, num_threads=threads)
+        self._interpreter.allocate_tensors()
+        self._channels_last = tflite_graph.notes(tflite_graph.parse(data)).get(_LAYOUT_NOTE) == "nhwc"
+        self._ins = self._interpreter.get_input_details()
+        self._outs = self._interpreter.get_output_details()
+        self.inputs = tuple(self._spec(details) for details in self._ins)
+        count = "1 thread" if threads == 1 else f"{threads} threads"
+        self.runtime = f"LiteRT {version('ai-edge-litert')}, XNNPACK, {count}"
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run on the flattened inputs of one sample."""
+        for tensor, details in zip(tensors, self._ins, strict=True):
+            if self._channels_last and tensor.dim() == 4:
+                tensor = tensor.permute(0, 2, 3, 1)
+            self._interpreter.set_tensor(details["index"], _quantize(tensor, details).contiguous().numpy())
+        self._interpreter.invoke()
+        return [_dequantize(self._interpreter.get_tensor(details["index"]), details) for details in self._outs]
+
+    def _spec(self, details: Any) -> TensorSpec:
+        shape = tuple(int(size) for size in details["shape"])
+        if self._channels_last and len(shape) == 4:
+            shape = (shape[0], shape[3], shape[1], shape[2])
+        return TensorSpec(shape, torch.float32 if _scale(details) else _torch_type(details))
+
+
+def _torch_type(details: Any) -> torch.dtype:
+    dtype = getattr(torch, details["dtype"].__name__.rstrip("_"))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _scale(details: Any) -> float:
+    return float(details["quantization"][0])
+
+
+def _quantize(tensor: Tensor, details: Any) -> Tensor:
+    if not _scale(details):
+        return tensor
+    dtype = _torch_type(details)
+    limits = torch.iinfo(dtype)
+    steps: Tensor = torch.round(tensor / _scale(details)) + details["quantization"][1]
+    return steps.clamp(limits.min, limits.max).to(dtype)
+
+
+def _dequantize(array: Any, details: Any) -> Tensor:
+    tensor: Tensor = torch.as_tensor(array)
+    if not _scale(details):
+        return tensor
+    values: Tensor = (tensor.float() - details["quantization"][1]) * _scale(details)
+    return values

@@ -1,0 +1,283 @@
+"""Read and rewrite the flatbuffer of a TensorFlow Lite file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_edge.errors import require
+from lightning_edge.exporters.base import Contents
+
+_EXTRA = "tflite"
+_IDENTIFIER = b"TFL3"
+# Operations that multiply by weights or matrices, with the positions of their two factors.
+_PRODUCTS = {
+    "CONV_2D": (0, 1),
+    "DEPTHWISE_CONV_2D": (0, 1),
+    "FULLY_CONNECTED": (0, 1),
+    "CONV_3D": (0, 1),
+    "TRANSPOSE_CONV": (2, 1),
+    "CONV_3D_TRANSPOSE": (2, 1),
+    "BATCH_MATMUL": (0, 1),
+}
+# Operations that only move or convert values: not computation, whatever type the values have.
+_MOVES = frozenset(
+    {
+        "BATCH_TO_SPACE_ND",
+        "BROADCAST_TO",
+        "CAST",
+        "CONCATENATION",
+        "DEPTH_TO_SPACE",
+        "DEQUANTIZE",
+        "EMBEDDING_LOOKUP",
+        "EXPAND_DIMS",
+        "FILL",
+        "GATHER",
+        "GATHER_ND",
+        "MIRROR_PAD",
+        "PACK",
+        "PAD",
+        "PADV2",
+        "QUANTIZE",
+        "RESHAPE",
+        "REVERSE_V2",
+        "SELECT",
+        "SELECT_V2",
+        "SHAPE",
+        "SLICE",
+        "SPACE_TO_BATCH_ND",
+        "SPACE_TO_DEPTH",
+        "SPLIT",
+        "SPLIT_V",
+        "SQUEEZE",
+        "STRIDED_SLICE",
+        "TILE",
+        "TRANSPOSE",
+        "UNPACK",
+    }
+)
+# Constants must lie at multiples of this, or a runtime that maps the file reads unaligned words.
+_ALIGNMENT = 16
+
+
+def parse(data: bytes) -> Any:
+    """Unpack a file into the schema's object tree (a ``ModelT``).
+
+    Raises:
+        ValueError: If it is cut short or no TensorFlow Lite file.
+    """
+    schema = _schema()
+    if data[4:8] != _IDENTIFIER:
+        raise ValueError("it does not start as a TensorFlow Lite file does")
+    try:
+        model = schema.ModelT.InitFromPackedBuf(data, 0)
+        _check_constants(model)
+    except Exception as error:
+        raise ValueError(f"it is cut short or damaged ({error})") from error
+    if not model.subgraphs:
+        raise ValueError("it holds no graph")
+    return model
+
+
+def pack(model: Any) -> bytes:
+    """Pack the object tree of `parse` into a file, constants aligned as the schema asks."""
+    flatbuffers = require("flatbuffers", _EXTRA)
+    for buffer in model.buffers:
+        buffer.Pack = _aligned(buffer)
+    builder = _sharing(flatbuffers)
+    builder.Finish(model.Pack(builder), file_identifier=_IDENTIFIER)
+    return bytes(builder.Output())
+
+
+def contents(path: Path) -> Contents:
+    """Read what a file holds.
+
+    Raises:
+        ValueError: If it is cut short or no TensorFlow Lite file.
+    """
+    model = parse(path.read_bytes())
+    floats = {_schema().TensorType.FLOAT32, _schema().TensorType.FLOAT16}
+    bytes_of: dict[str, dict[int, int]] = {"int8": {}, "float": {}}
+    ops: Counter[str] = Counter()
+    float_compute: list[str] = []
+    float_other: list[str] = []
+    for graph in model.subgraphs:
+        produced = {index: op for op in graph.operators for index in op.outputs}
+        for op in graph.operators:
+            name = op_name(model, op)
+            ops[name] += 1
+            tensors = [graph.tensors[index] for index in (*op.inputs, *op.outputs) if index >= 0]
+            is_float = any(tensor.type in floats for tensor in tensors)
+            if name in _PRODUCTS:
+                if is_float:
+                    float_compute.append(name)
+                for position in _PRODUCTS[name]:
+                    weight = _stored(model, graph, produced, op.inputs[position])
+                    if weight is not None:
+                        kind = "float" if weight.type in floats else "int8"
+                        bytes_of[kind][weight.buffer] = _length(model, weight)
+            elif is_float and name not in _MOVES:
+                float_other.append(name)
+    return Contents(
+        int8_weight_bytes=sum(bytes_of["int8"].values()),
+        float_weight_bytes=sum(bytes_of["float"].values()),
+        ops=dict(sorted(ops.items())),
+        float_compute_ops=tuple(float_compute),
+        float_ops=tuple(float_other),
+    )
+
+
+def op_name(model: Any, op: Any) -> str:
+    """Name an operation as the schema does, a custom one as the file does."""
+    code = model.operatorCodes[op.opcodeIndex]
+    if code.customCode:
+        return str(code.customCode.decode() if isinstance(code.customCode, bytes) else code.customCode)
+    number = max(code.builtinCode, code.deprecatedBuiltinCode)
+    operators = vars(_schema().BuiltinOperator)
+    return next((str(name) for name, value in operators.items() if value == number), f"BUILTIN_{number}")
+
+
+def shorten_names(model: Any) -> None:
+    """Name tensors by their number: the converter writes the whole module path into each, for debugging only."""
+    for graph in model.subgraphs:
+        ends = {*graph.inputs, *graph.outputs}
+        for index, tensor in enumerate(graph.tensors):
+            if index not in ends:
+                tensor.name = str(index).encode()
+
+
+def float_ends(model: Any) -> None:
+    """Let the graph take and give float: quantize at its int8 inputs, dequantize at its int8 outputs.
+
+    What lies between is not touched, so the kernels inside stay int8.
+    """
+    graph = model.subgraphs[0]
+    graph.inputs = [int(index) for index in graph.inputs]
+    graph.outputs = [int(index) for index in graph.outputs]
+    inputs = _convert_ends(model, graph, graph.inputs, "QUANTIZE")
+    outputs = _convert_ends(model, graph, graph.outputs, "DEQUANTIZE")
+    graph.operators = [*inputs, *graph.operators, *outputs]
+
+
+def set_note(model: Any, name: str, value: str) -> None:
+    """Keep a short text in the file's metadata."""
+    schema = _schema()
+    import numpy
+
+    model.buffers.append(schema.BufferT(data=numpy.frombuffer(value.encode(), dtype=numpy.uint8)))
+    note = schema.MetadataT(name=name, buffer=len(model.buffers) - 1)
+    model.metadata = [*(model.metadata or []), note]
+
+
+def notes(model: Any) -> Mapping[str, str]:
+    """Read the texts of `set_note` (and what else the metadata holds) by name."""
+    found = {}
+    for entry in model.metadata or []:
+        data = model.buffers[entry.buffer].data
+        name = entry.name.decode() if isinstance(entry.name, bytes) else entry.name
+        found[name] = "" if data is None else bytes(data).decode("utf-8", errors="replace")
+    return found
+
+
+def _schema() -> Any:
+    return require("ai_edge_litert.schema_py_generated", _EXTRA)
+
+
+def _sharing(flatbuffers: Any) -> Any:
+    """Make a builder that writes equal vectors once: most are the zero points of channels, all zero."""
+    written: dict[tuple[str, bytes], Any] = {}
+
+    class Builder(flatbuffers.Builder):  # type: ignore[misc]
+        def CreateNumpyVector(self, x: Any) -> Any:
+            key = (x.dtype.str, x.tobytes())
+            if key not in written:
+                written[key] = super().CreateNumpyVector(x)
+            return written[key]
+
+    return Builder(1024)
+
+
+def _aligned(buffer: Any) -> Any:
+    """Make a buffer's own packing: the generated one ignores the schema's alignment of constants."""
+    schema = _schema()
+
+    def pack_buffer(builder: Any) -> Any:
+        vector = None
+        if buffer.data is not None and len(buffer.data):
+            data = bytes(buffer.data)
+            builder.StartVector(1, len(data), _ALIGNMENT)
+            builder.head -= len(data)
+            builder.Bytes[builder.head : builder.head + len(data)] = data
+            vector = builder.EndVector()
+        schema.BufferStart(builder)
+        if vector is not None:
+            schema.BufferAddData(builder, vector)
+        return schema.BufferEnd(builder)
+
+    return pack_buffer
+
+
+def _check_constants(model: Any) -> None:
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            _length(model, tensor)
+        for op in graph.operators:
+            for index in (*op.inputs, *op.outputs):
+                graph.tensors[index]
+
+
+def _length(model: Any, tensor: Any) -> int:
+    data = model.buffers[tensor.buffer].data
+    return 0 if data is None else len(data)
+
+
+def _stored(model: Any, graph: Any, produced: Mapping[int, Any], index: int) -> Any:
+    """The constant behind an operand, through the DEQUANTIZE of a weight that is only stored as int8."""
+    tensor = graph.tensors[index]
+    if _length(model, tensor):
+        return tensor
+    maker = produced.get(index)
+    if maker is not None and op_name(model, maker) == "DEQUANTIZE":
+        return _stored(model, graph, produced, maker.inputs[0])
+    return None
+
+
+def _convert_ends(model: Any, graph: Any, ends: list[int], operator: str) -> list[Any]:
+    """Put a float tensor and the operation to it at each int8 end of the graph; returns the operations."""
+    schema = _schema()
+    signatures = model.signatureDefs or []
+    maps = [signature.inputs if operator == "QUANTIZE" else signature.outputs for signature in signatures]
+    added: dict[int, int] = {}
+    operators = []
+    for position, inner in enumerate(ends):
+        quantized = graph.tensors[inner]
+        if quantized.type != schema.TensorType.INT8:
+            continue
+        if inner not in added:
+            outer = schema.TensorT(name=quantized.name, shape=quantized.shape, type=schema.TensorType.FLOAT32)
+            outer.hasRank = quantized.hasRank
+            quantized.name = str(inner).encode()
+            graph.tensors.append(outer)
+            added[inner] = len(graph.tensors) - 1
+            pair = (added[inner], inner) if operator == "QUANTIZE" else (inner, added[inner])
+            code = _op_code(model, operator)
+            operators.append(schema.OperatorT(opcodeIndex=code, inputs=[pair[0]], outputs=[pair[1]]))
+        ends[position] = added[inner]
+    for entry in (entry for entries in maps for entry in entries):
+        entry.tensorIndex = added.get(int(entry.tensorIndex), entry.tensorIndex)
+    return operators
+
+
+def _op_code(model: Any, operator: str) -> int:
+    schema = _schema()
+    number = getattr(schema.BuiltinOperator, operator)
+    for index, code in enumerate(model.operatorCodes):
+        if max(code.builtinCode, code.deprecatedBuiltinCode) == number and not code.customCode:
+            return index
+    version = 2 if operator == "DEQUANTIZE" else 1
+    model.operatorCodes.append(
+        schema.OperatorCodeT(deprecatedBuiltinCode=min(number, 127), builtinCode=number, version=version)
+    )
+    return len(model.operatorCodes) - 1

@@ -1,0 +1,83 @@
+"""Compression in PyTorch Lightning training, and proof on every edge runtime.
+
+The public names are resolved on first use, so that ``import lightning_edge`` loads no optional library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_edge.callbacks.compression import EdgeCompressionCallback
+    from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
+    from lightning_edge.errors import (
+        AgreementError,
+        CompressionError,
+        EdgeError,
+        ExportError,
+        MissingExtraError,
+        RecordError,
+        RunnerError,
+    )
+    from lightning_edge.exporters import export, load
+    from lightning_edge.measure import Tolerance
+    from lightning_edge.quantization import Quantize, convert, quantize
+
+    __version__: str
+
+_HOMES = {
+    "lightning_edge.callbacks.compression": ("EdgeCompressionCallback",),
+    "lightning_edge.callbacks.evaluation": ("DeviceEvaluationCallback",),
+    "lightning_edge.errors": (
+        "AgreementError",
+        "CompressionError",
+        "EdgeError",
+        "ExportError",
+        "MissingExtraError",
+        "RecordError",
+        "RunnerError",
+    ),
+    "lightning_edge.exporters": ("export", "load"),
+    "lightning_edge.measure": ("Tolerance",),
+    "lightning_edge.quantization": ("Quantize", "convert", "quantize"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AgreementError",
+    "CompressionError",
+    "DeviceEvaluationCallback",
+    "EdgeCompressionCallback",
+    "EdgeError",
+    "ExportError",
+    "MissingExtraError",
+    "Quantize",
+    "RecordError",
+    "RunnerError",
+    "Tolerance",
+    "__version__",
+    "convert",
+    "export",
+    "load",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module it lives in, and keep it."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("lightning-edge")
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has: {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported already or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,211 @@
+"""DeviceEvaluationCallback: after a fit, every target's file, validated and timed, in one report."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, final
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torchmetrics import Metric
+
+from lightning_edge.callbacks.compression import EdgeCompressionCallback
+from lightning_edge.errors import EdgeError
+from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures
+from lightning_edge.measure import Timing, Tolerance
+from lightning_edge.monitor import Mode, Monitor, direction
+from lightning_edge.network import Inputs
+from lightning_edge.quantization import is_quantized
+from lightning_edge.report import Report
+from lightning_edge.surgery import find_network
+from lightning_edge.tracking import log_report
+from lightning_edge.validation import Split, Validation, calibration_inputs, check_data, check_split
+
+
+@final
+class DeviceEvaluationCallback(Callback):
+    """Export to every target when training is done, and report how well and how fast each file does.
+
+    Every file is run on the whole validation set, in the user's own validation loop, and compared there with the
+    network it came from; a file that lies outside the tolerance is not kept. The report is written beside the files as
+    ``report.json`` and ``report.md``, printed as a table, and logged as ``edge/<target>/<name>``. With an
+    `EdgeCompressionCallback` in the Trainer the int8 files are those of the network it trained; otherwise the trained
+    network is quantized after training. ``Trainer(fast_dev_run=True)`` goes through all of it and keeps no file.
+
+    Args:
+        targets: Targets to export to: ``"executorch"``, ``"coreml"``, ``"tflite"``.
+        dirpath: Folder for the files and the report.
+        module: Name of the network, as for `EdgeCompressionCallback`; found by itself, or taken from there.
+        split: ``"validate"`` or ``"test"``: which of the user's loops gives the metrics.
+        tolerance: How far a file may lie from the network it came from.
+        options: A target's own options, by target: ``{"tflite": {"float_io": True}}``.
+        timing: Warm-up, repeats and threads of the latency measurement.
+        calibration_batches: Batches of training data for post-training quantization; 0 for none.
+        fp32_files: Whether to export the float network as well, as the baseline.
+        metric: The metric by which trained and post-training quantization are compared. If not given: what the
+            Trainer's checkpoints and early stopping monitor, else one whose name tells.
+        mode: ``"max"`` if higher is better, ``"min"`` if lower; needed where the metric's name does not tell.
+        metrics: Metrics by name, updated with ``(outputs, target)`` of batches ``(inputs, target)``, in place of the
+            module's own step.
+        strict: Whether a target that fails is an error after the report is written, or only a warning.
+
+    Attributes:
+        report: The report of the last fit; ``None`` before, and on all processes but the first.
+
+    Raises:
+        ValueError: If an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        targets: list[str],
+        dirpath: str = "artifacts",
+        module: str | None = None,
+        split: Split = "validate",
+        tolerance: Tolerance | None = None,
+        options: dict[str, dict[str, Any]] | None = None,
+        timing: Timing | None = None,
+        calibration_batches: int = 32,
+        fp32_files: bool = True,
+        metric: str | None = None,
+        mode: Mode | None = None,
+        metrics: dict[str, Metric] | None = None,
+        strict: bool = True,
+    ) -> None:
+        check_targets(targets, options)
+        check_split(split)
+        if calibration_batches < 0:
+            raise ValueError(f"calibration_batches={calibration_batches} is not allowed; give 0 or more")
+        self.targets = targets
+        self.dirpath = dirpath
+        self.module = module
+        self.split = split
+        self.tolerance = tolerance or Tolerance()
+        self.options = options or {}
+        self.timing = timing or Timing()
+        self.calibration_batches = calibration_batches
+        self.fp32_files = fp32_files
+        self.monitor = _monitor(metric, mode)
+        self.metrics = metrics
+        self.strict = strict
+        self.report: Report | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out before training what would fail after it.
+
+        Raises:
+            ValueError: If there will be nothing to evaluate on.
+            CompressionError: If the network cannot be found.
+            EdgeError: If the folder cannot be written to.
+        """
+        self.report = None
+        check_data(trainer, self.split)
+        find_network(pl_module, self._module(trainer))
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            try:
+                Path(self.dirpath).mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=self.dirpath):
+                    pass
+            except OSError as error:
+                raise EdgeError(
+                    f"dirpath={self.dirpath!r} cannot be written to: {error}. Give another folder"
+                ) from error
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate, write, print and log; then raise if a target failed.
+
+        Raises:
+            ExportError: If a target failed and ``strict`` is set; the report has the others.
+        """
+        if not trainer.is_global_zero:
+            return
+        with ExitStack() as stack:
+            folder = Path(self.dirpath)
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                rank_zero_info("fast_dev_run: the evaluation keeps no file")
+            with isolate_rng():
+                self.report = self._evaluate(trainer, pl_module, folder)
+            _print(self.report)
+            log_report(trainer.loggers, self.report, folder, trainer.global_step)
+        if self.strict:
+            raise_failures(self.report)
+        for row in self.report.failures:
+            rank_zero_warn(f"{row.label} failed: {row.error}")
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> Report:
+        name = self._module(trainer)
+        compression = _compression(trainer)
+        trained = compression is not None and is_quantized(find_network(pl_module, name))
+        return evaluate_module(
+            Validation.after_fit(trainer, pl_module, name, self.split, self.metrics),
+            self.targets,
+            folder,
+            calibration=(lambda: self._calibration(trainer, pl_module)) if self.calibration_batches else None,
+            baseline=compression.baseline(pl_module) if compression is not None and trained else None,
+            tolerance=self.tolerance,
+            options=self.options,
+            timing=self.timing,
+            fp32_files=self.fp32_files,
+            monitor=self.monitor,
+            watched=_watched(trainer),
+            tell=rank_zero_info,
+        )
+
+    def _calibration(self, trainer: Trainer, pl_module: LightningModule) -> list[Inputs]:
+        return calibration_inputs(
+            pl_module,
+            trainer.train_dataloader,
+            min(self.calibration_batches, int(trainer.num_training_batches)),
+            self._module(trainer),
+            trainer.datamodule,  # type: ignore[attr-defined]
+        )
+
+    def _module(self, trainer: Trainer) -> str | None:
+        compression = _compression(trainer)
+        if compression is None or compression.module is None or compression.module == self.module:
+            return self.module
+        if self.module is None:
+            return compression.module
+        raise ValueError(
+            f"DeviceEvaluationCallback(module={self.module!r}) and EdgeCompressionCallback(module="
+            f"{compression.module!r}) name different networks; leave it out here"
+        )
+
+
+def _monitor(metric: str | None, mode: Mode | None) -> Monitor | None:
+    if metric is None:
+        if mode is not None:
+            raise ValueError(f"mode={mode!r} without metric; name the metric as well")
+        return None
+    told = mode or direction(metric)
+    if told is None:
+        raise ValueError(f"metric={metric!r} does not tell where it is better; give mode='max' or mode='min'")
+    return Monitor(metric, told)
+
+
+def _compression(trainer: Trainer) -> EdgeCompressionCallback | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, EdgeCompressionCallback)), None)
+
+
+def _watched(trainer: Trainer) -> list[Monitor]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [
+        Monitor(callback.monitor, "max" if callback.mode == "max" else "min")
+        for callback in callbacks
+        if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None
+    ]
+
+
+def _print(report: Report) -> None:
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(report.to_markdown())
+    else:
+        Console().print(report.table())

@@ -1,0 +1,305 @@
+"""The command line: LightningCLI, recipes by name, `export` and `evaluate`, and errors that start with the cause."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from torch import nn
+
+from lightning_edge import exporters, record
+from lightning_edge.callbacks.compression import EdgeCompressionCallback
+from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
+from lightning_edge.errors import EdgeError
+from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures
+from lightning_edge.exporters import Artifact, deployable
+from lightning_edge.mistakes import explain
+from lightning_edge.network import Inputs
+from lightning_edge.quantization import float_copy, is_quantized
+from lightning_edge.record import load_compressed
+from lightning_edge.report import Report
+from lightning_edge.surgery import find_network
+from lightning_edge.validation import Split, Validation, calibration_inputs
+
+RECIPE = "recipe:"
+_NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
+_Callback = TypeVar("_Callback", bound=Callback)
+
+
+def recipe_names() -> list[str]:
+    """List the recipes that ship with this package."""
+    files = resources.files("lightning_edge.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Find the file of a recipe, in a checkout as in an installed wheel.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    if name not in recipe_names():
+        raise ValueError(f"there is no recipe {name!r}. Recipes: {', '.join(recipe_names())}")
+    return Path(str(resources.files("lightning_edge.recipes") / f"{name}.yaml"))
+
+
+class _ConfigFile(ActionConfigFile):
+    """``--config`` that also takes ``recipe:<name>``."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        if isinstance(values, str) and values.startswith(RECIPE):
+            try:
+                values = str(recipe_path(values.removeprefix(RECIPE)))
+            except ValueError as error:
+                raise ArgumentError(None, str(error)) from error
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+
+
+class EdgeParser(LightningArgumentParser):
+    """A parser whose errors start with the innermost line, and do not print every option there is."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong with the arguments and exit with status 2."""
+        if not self.exit_on_error or _debugging():
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        options = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+        sys.stderr.write(f"error: {explain(message, options)}\n")
+        sys.exit(2)
+
+
+class EdgeTrainer(Trainer):
+    """A Trainer that can also export and evaluate what another run has trained."""
+
+    callbacks: list[Callback]
+
+    def export(
+        self,
+        model: LightningModule,
+        ckpt_path: str,
+        datamodule: LightningDataModule | None = None,
+        targets: list[str] | None = None,
+        dirpath: str | None = None,
+        batches: int = 8,
+    ) -> list[Artifact]:
+        """Write the network of a checkpoint for each target, int8 if it was trained so, and prove each file.
+
+        Args:
+            model: The module the checkpoint was written by, newly made.
+            ckpt_path: The checkpoint.
+            datamodule: Where the validation data is, if not in ``model``.
+            targets: Targets to export to: those of the DeviceEvaluationCallback, or all.
+            dirpath: Folder for the files: that of the DeviceEvaluationCallback, or ``artifacts``.
+            batches: Validation batches on which each file is compared with the network.
+
+        Raises:
+            EdgeError: If the checkpoint does not load or a file cannot be made.
+            ValueError: If a target is unknown.
+        """
+        settings = self._settings(targets, dirpath)
+        name = self._network_name(settings)
+        network = find_network(load_compressed(ckpt_path, model, name), name)
+        if datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup("validate")
+        loaders = (datamodule or model).val_dataloader()
+        inputs = calibration_inputs(model, loaders, batches, name, datamodule)
+        finished = deployable(network, None if is_quantized(network) else inputs[0])
+        artifacts = []
+        for target in settings.targets:
+            path = Path(settings.dirpath) / f"model-{finished.precision}{exporters.target(target).SUFFIX}"
+            options = settings.options.get(target, {})
+            artifact = exporters.export(finished, target, path, batches=inputs, tolerance=settings.tolerance, **options)
+            print(f"{path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
+            artifacts.append(artifact)
+        return artifacts
+
+    def evaluate(
+        self,
+        model: LightningModule,
+        ckpt_path: str,
+        datamodule: LightningDataModule | None = None,
+        targets: list[str] | None = None,
+        dirpath: str | None = None,
+        split: Split | None = None,
+    ) -> Report:
+        """Export the network of a checkpoint, validate and time every file, and write the report.
+
+        Settings that are not given are those of the configuration's DeviceEvaluationCallback.
+
+        Args:
+            model: The module the checkpoint was written by, newly made.
+            ckpt_path: The checkpoint.
+            datamodule: Where the data is, if not in ``model``.
+            targets: Targets to export to, all of them without a callback.
+            dirpath: Folder for the files and the report, ``artifacts`` without a callback.
+            split: The loop that gives the metrics, ``validate`` without a callback.
+
+        Raises:
+            EdgeError: If the checkpoint does not load or a file cannot be made; the report has the others.
+            ValueError: If a target is unknown.
+        """
+        settings = self._settings(targets, dirpath)
+        name = self._network_name(settings)
+        load_compressed(ckpt_path, model, name)
+        split = split or settings.split
+        if datamodule is not None:
+            validation = Validation.of_datamodule(model, datamodule, name, split, metrics=settings.metrics)
+        else:
+            loaders = model.val_dataloader() if split == "validate" else model.test_dataloader()
+            validation = Validation(model, loaders, name, split, metrics=settings.metrics)
+
+        def calibration() -> list[Inputs]:
+            if datamodule is not None:
+                datamodule.setup("fit")
+            loader = (datamodule or model).train_dataloader()
+            return calibration_inputs(model, loader, settings.calibration_batches, name, datamodule)
+
+        report = evaluate_module(
+            validation,
+            settings.targets,
+            settings.dirpath,
+            calibration=calibration if settings.calibration_batches else None,
+            baseline=_float_network(ckpt_path, find_network(model, name)),
+            tolerance=settings.tolerance,
+            options=settings.options,
+            timing=settings.timing,
+            fp32_files=settings.fp32_files,
+            monitor=settings.monitor,
+            tell=print,
+        )
+        Console().print(report.table())
+        raise_failures(report)
+        return report
+
+    def _settings(self, targets: list[str] | None, dirpath: str | None) -> DeviceEvaluationCallback:
+        """The configuration's callback with what was given in place of its own, or one of its own."""
+        settings = _first(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
+        settings = copy.copy(settings)
+        if targets is not None:
+            settings.targets = targets
+            settings.options = {name: value for name, value in settings.options.items() if name in targets}
+            check_targets(targets, settings.options)
+        settings.dirpath = dirpath or settings.dirpath
+        return settings
+
+    def _network_name(self, settings: DeviceEvaluationCallback) -> str | None:
+        compression = _first(self.callbacks, EdgeCompressionCallback)
+        return settings.module if compression is None or compression.module is None else compression.module
+
+
+class EdgeCLI(LightningCLI):
+    """LightningCLI that tells a setting its class refuses from a failure of the run."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Build one parser, whose ``--config`` also takes ``recipe:<name>``."""
+        kwargs.setdefault("dump_header", None)
+        parser = self.parser_class(**kwargs)
+        help_text = "Configuration file in YAML or JSON, or recipe:<name>. May be given several times."
+        parser.add_argument("-c", "--config", action=_ConfigFile, help=help_text)
+        return parser
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the subcommands, each with the arguments that the configuration gives."""
+        given = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "export": given, "evaluate": given}
+
+    def instantiate_classes(self) -> None:
+        """Build module, data module and trainer; a value that one of them refuses is a mistake in the arguments."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            if _debugging():
+                raise
+            sys.stderr.write(f"error: {_cause(error)}\n")
+            sys.exit(2)
+
+    def before_export(self) -> None:
+        """Refuse targets that there are not before the checkpoint is loaded."""
+        targets = self._get(self.config_init, "targets")
+        try:
+            check_targets(list(exporters.TARGETS) if targets is None else targets, None)
+        except ValueError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(2)
+
+    before_evaluate = before_export
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint that is none before anything is built."""
+        given = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        try:
+            if given and given not in _NAMED_CHECKPOINTS and "://" not in given and not Path(given).is_file():
+                raise FileNotFoundError("there is no such file")
+            super()._parse_ckpt_path()
+        except (OSError, RuntimeError, UnpicklingError, KeyError, AttributeError) as error:
+            if _debugging():
+                raise
+            sys.stderr.write(
+                f"error: ckpt_path: given {given!r}, {str(error).splitlines()[0]}\n"
+                f"  allowed: a checkpoint that loads with weights_only=True, or {', '.join(_NAMED_CHECKPOINTS)}\n"
+            )
+            sys.exit(2)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Arguments without the program's name, ``sys.argv`` if not given.
+
+    Raises:
+        SystemExit: With status 2 for a mistake in the arguments, 1 for a failure of our own making.
+    """
+    try:
+        EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, args=args)
+    except (EdgeError, OSError) as error:
+        if _debugging():
+            raise
+        sys.stderr.write(f"error: {error}\n(JSONARGPARSE_DEBUG=true shows where it was raised)\n")
+        sys.exit(1)
+
+
+def _first(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback | None:
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def _float_network(ckpt_path: str, network: nn.Module) -> nn.Module | None:
+    """The float network that quantization-aware training began with, which the checkpoint keeps."""
+    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True).get(record.KEY) or {}
+    if saved.get("float_state") is None:
+        return None
+    baseline = float_copy(network)
+    baseline.load_state_dict(saved["float_state"])
+    return baseline
+
+
+def _debugging() -> bool:
+    """Whether jsonargparse's own switch asks for tracebacks."""
+    return os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true"
+
+
+def _cause(error: BaseException) -> str:
+    """Say what was raised first, and by the constructor of which class: jsonargparse wraps it once for every type."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    owner, traceback = "", error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_name == "__init__" and "self" in frame.f_locals:
+            owner = f"{type(frame.f_locals['self']).__name__}: "
+        traceback = traceback.tb_next
+    return f"{owner}{error}"

@@ -1,0 +1,368 @@
+"""Every form of a trained network, each on the user's own validation: in torch, quantized, and as files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from lightning_edge.errors import EdgeError, ExportError
+from lightning_edge.exporters import TARGETS, Artifact, ExportWarning, checks, deployable, stage
+from lightning_edge.exporters import target as target_module
+from lightning_edge.exporters.base import sort_keywords
+from lightning_edge.measure import (
+    Agreement,
+    Comparison,
+    Latency,
+    Timing,
+    Tolerance,
+    interleaved_latency,
+    module_bytes,
+    parameter_count,
+)
+from lightning_edge.monitor import Monitor, choose
+from lightning_edge.network import Deployable, Inputs, Precision
+from lightning_edge.quantization import convert, float_copy, is_quantized, quantize
+from lightning_edge.reference import Reference
+from lightning_edge.report import Report, Row, Source, digest, installed_versions
+from lightning_edge.surgery import find_network
+from lightning_edge.validation import Validation
+
+_log = logging.getLogger(__name__)
+
+
+def evaluate_module(
+    validation: Validation,
+    targets: Sequence[str],
+    dirpath: str | Path,
+    *,
+    calibration: Callable[[], Sequence[Inputs]] | None = None,
+    baseline: nn.Module | None = None,
+    tolerance: Tolerance | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    timing: Timing | None = None,
+    fp32_files: bool = True,
+    monitor: Monitor | None = None,
+    watched: Sequence[Monitor] = (),
+    tell: Callable[[str], None] = _log.info,
+    name: str = "model",
+) -> Report:
+    """Export a trained network to every target, validate and time each file, and write the report beside them.
+
+    The int8 network is the one in the module if it was trained with quantizers; else the trained network is quantized
+    after training, from ``calibration``. A target that fails is a row with an error and does not stop the others:
+    follow this with `raise_failures`.
+
+    Args:
+        validation: The user's module and the loop that gives its metrics.
+        targets: Keys of `exporters.TARGETS`.
+        dirpath: Folder for ``<name>-<precision><suffix>``, ``report.json`` and ``report.md``.
+        calibration: Gives the inputs for post-training quantization; without it there is none.
+        baseline: The float network that quantization-aware training began with; the present weights if not given.
+        tolerance: How far each file may lie from the network it came from over the whole split.
+        options: Options of targets, by target.
+        timing: Warm-up, repeats and threads of the latency measurement.
+        fp32_files: Whether to export the float network as well.
+        monitor: The metric that decides between post-training and trained quantization; found by itself if not given.
+        watched: What the training watched, the first choice where ``monitor`` is not given.
+        tell: Is told what is done next.
+        name: How the files are named.
+
+    Raises:
+        ValueError: If a target is unknown.
+        EdgeError: If the network is not found or the loop does not call it, or the report cannot be written.
+    """
+    check_targets(targets, options)
+    return _Evaluation(
+        validation, Path(dirpath), tolerance or Tolerance(), options or {}, timing or Timing(), tell, name
+    ).run(targets, calibration, baseline, fp32_files, monitor, watched)
+
+
+def check_targets(targets: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None) -> None:
+    """Refuse targets that there are not, twice the same, and options for a target that is not asked for.
+
+    Raises:
+        ValueError: Naming what was given and what is allowed.
+    """
+    allowed = ", ".join(map(repr, TARGETS))
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets={targets!r}: give a list of one or more of {allowed}")
+    for name in targets:
+        if name not in TARGETS:
+            raise ValueError(f"targets={list(targets)}: {name!r} is not one of {allowed}")
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"targets={list(targets)} names a target twice")
+    for name in options or {}:
+        if name not in targets:
+            raise ValueError(f"options are given for {name!r}, which is not one of targets={list(targets)}")
+
+
+def raise_failures(report: Report) -> None:
+    """Raise one error that names every file that could not be made.
+
+    Raises:
+        ExportError: If there is one.
+    """
+    if report.failures:
+        lines = "\n".join(f"  {row.label}: {row.error}" for row in report.failures)
+        raise ExportError(f"{len(report.failures)} of the files could not be made; the report has the others:\n{lines}")
+
+
+@final
+class _Evaluation:
+    """One evaluation: the rows so far and what each of them is timed by."""
+
+    def __init__(
+        self,
+        validation: Validation,
+        dirpath: Path,
+        tolerance: Tolerance,
+        options: Mapping[str, Mapping[str, Any]],
+        timing: Timing,
+        tell: Callable[[str], None],
+        name: str,
+    ) -> None:
+        self._validation = validation
+        self._dirpath = dirpath
+        self._tolerance = tolerance
+        self._options = options
+        self._timing = timing
+        self._tell = tell
+        self._name = name
+        self._rows: list[Row] = []
+        self._timed: dict[int, Callable[[], object]] = {}
+        self._warnings: list[str] = []
+        self._notes: list[str] = []
+
+    def run(
+        self,
+        targets: Sequence[str],
+        calibration: Callable[[], Sequence[Inputs]] | None,
+        baseline: nn.Module | None,
+        fp32_files: bool,
+        monitor: Monitor | None,
+        watched: Sequence[Monitor],
+    ) -> Report:
+        trained = find_network(self._validation.pl_module, self._validation.module)
+        float_network = (float_copy(trained) if baseline is None else baseline).cpu().float().eval()
+        self._note_metrics()
+        if baseline is not None:
+            self._notes.append(
+                "fp32, and with it post-training quantization, is the network as it was when quantization-aware "
+                "training began; what training went on to learn is in the trained network only."
+            )
+
+        float_reference = Reference(float_network)
+        self._torch_row("fp32", "float", float_reference, float_network)
+        assert float_reference.sample is not None
+        networks: list[tuple[Deployable, Source, Reference]] = []
+        if fp32_files:
+            networks.append((deployable(float_network, float_reference.sample), "float", float_reference))
+        calibration_batches, int8 = self._int8_networks(trained, float_network, calibration)
+        networks += int8[-1:]
+
+        for target in targets:
+            for network, source, reference in networks:
+                self._file_row(target, network, source, reference)
+        self._time(float_reference.sample)
+        monitor = self._compare_quantizations(monitor, watched)
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        report = Report(
+            model=type(self._validation.pl_module).__name__,
+            split=self._validation.split,
+            rows=tuple(self._rows),
+            parameters=parameter_count(float_network),
+            monitor=monitor.metric if monitor else None,
+            warmup=self._timing.warmup,
+            repeats=self._timing.repeats,
+            threads=self._timing.threads,
+            calibration_batches=calibration_batches,
+            seed=int(seed) if seed else None,
+            warnings=tuple(self._warnings),
+            notes=tuple(self._notes),
+            versions=installed_versions(),
+        )
+        report.write(self._dirpath)
+        return report
+
+    def _note_metrics(self) -> None:
+        if self._validation.own_step:
+            self._notes.append(f"The metrics are what {self._validation.step} logs with each candidate in its place.")
+        elif self._validation.metrics:
+            self._notes.append("The metrics were given with metrics=... and updated with (outputs, target).")
+        else:
+            self._notes.append(
+                f"There are no task metrics: the LightningModule has no {self._validation.step}, and metrics=... "
+                "was not given."
+            )
+
+    def _int8_networks(
+        self, trained: nn.Module, float_network: nn.Module, calibration: Callable[[], Sequence[Inputs]] | None
+    ) -> tuple[int, list[tuple[Deployable, Source, Reference]]]:
+        """Give the post-training and the trained int8 network, where there are such, the one to ship last."""
+        found: list[tuple[Deployable, Source, Reference]] = []
+        batches = 0
+        if calibration is not None:
+            self._tell("Quantizing after training")
+            try:
+                inputs = calibration()
+                batches = len(inputs)
+                found.append(self._int8(convert(quantize(float_network, inputs)), "post-training"))
+            except EdgeError as error:
+                if not is_quantized(trained):
+                    raise
+                self._warn(f"There is no post-training baseline to compare with: {error}")
+        elif not is_quantized(trained):
+            self._notes.append("There is no int8 network: none was trained, and no calibration data was given.")
+        if is_quantized(trained):
+            found.append(self._int8(convert(trained), "trained"))
+        return batches, found
+
+    def _int8(self, network: Deployable, source: Source) -> tuple[Deployable, Source, Reference]:
+        reference = Reference(network)
+        self._torch_row("int8", source, reference, network.graph)
+        return network, source, reference
+
+    def _torch_row(self, precision: Precision, source: Source, reference: Reference, held: nn.Module) -> None:
+        row = Row("torch", precision, source, runtime=f"PyTorch {torch.__version__}", size_bytes=module_bytes(held))
+        self._tell(f"Validating {row.label}")
+        metrics = self._validation.run(reference.answers())
+        # A converted graph in torch computes on float numbers in int8 steps, at a speed that means nothing.
+        self._rows.append(replace(row, metrics=metrics, is_reference=precision == "int8"))
+        if precision == "fp32":
+            self._timed[len(self._rows) - 1] = lambda: reference.network(*reference.call.args, **reference.call.kwargs)
+
+    def _file_row(self, target: str, network: Deployable, source: Source, reference: Reference) -> None:
+        row = Row(target, network.precision, source)
+        path = self._dirpath / f"{self._name}-{network.precision}{target_module(target).SUFFIX}"
+        self._tell(f"Exporting and validating {row.label}")
+        try:
+            with ExitStack() as stack:
+                with _recorded() as caught:
+                    staged = stack.enter_context(
+                        stage(network, target, path, threads=self._timing.threads, **self._options.get(target, {}))
+                    )
+                self._warnings += [f"{row.label}: {warning}" for warning in caught]
+                row = _described(row, staged.artifact)
+                scales = network.output_scales if network.precision == "int8" else ()
+                comparison = Comparison(scales, class_scores=not reference.reconstructs)
+                metrics = self._validation.run(reference.answers(staged.artifact, comparison))
+                agreement = comparison.result()
+                row = _compared(replace(row, metrics=metrics), agreement)
+                checks.check_agreement(network, staged.artifact, agreement, self._tolerance)
+                artifact = staged.accept()
+            row = replace(row, path=artifact.path.name, sha256=digest(artifact.path))
+            if not artifact.runner.is_reference:
+                self._timed[len(self._rows)] = lambda: artifact.run(sort_keywords(reference.call).tensors)
+        except EdgeError as error:
+            row = replace(row, error=str(error))
+        except Exception as error:
+            # Not one of ours: still no reason to lose the other targets after a long training.
+            _log.error("%s failed", row.label, exc_info=True)
+            row = replace(row, error=f"{type(error).__name__}: {error}")
+        self._rows.append(row)
+
+    def _time(self, sample: Inputs) -> None:
+        self._tell(f"Measuring latency of {len(self._timed)} candidates")
+        with torch_threads(self._timing.threads), torch.inference_mode():
+            found = interleaved_latency(
+                {str(index): run for index, run in self._timed.items()}, self._timing.warmup, self._timing.repeats
+            )
+        for index, latency in found.items():
+            self._rows[int(index)] = _timed(self._rows[int(index)], latency)
+
+    def _compare_quantizations(self, monitor: Monitor | None, watched: Sequence[Monitor]) -> Monitor | None:
+        rows = {row.source: row for row in self._rows if row.target == "torch"}
+        names = list(rows["float"].metrics)
+        if monitor is not None and monitor.metric not in names:
+            self._warn(f"metric={monitor.metric!r} is not among the metrics of {self._validation.step}: {names}")
+            monitor = None
+        monitor = monitor or choose(names, watched)
+        if "trained" not in rows or "post-training" not in rows:
+            return monitor
+        if monitor is None:
+            self._notes.append(
+                "Trained and post-training quantization were not compared: no metric's name tells whether higher is "
+                "better; give metric=... and mode=..."
+            )
+            return None
+        trained, after = (rows[source].metrics[monitor.metric] for source in ("trained", "post-training"))
+        if monitor.worse(trained, after):
+            self._warn(
+                f"Quantization-aware training is worse than post-training quantization: {monitor.metric} {trained:.4f} "
+                f"against {after:.4f} on the {self._validation.split} split ({monitor.mode} is better). Train longer, "
+                "start earlier or lower the learning rate; or ship the post-training network."
+            )
+        return monitor
+
+    def _warn(self, message: str) -> None:
+        self._warnings.append(message)
+        warnings.warn(message, stacklevel=2)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch compute with this many threads while the context lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _recorded() -> Iterator[list[str]]:
+    """Collect what an export warns of, and warn of it all the same; what converters say to each other is dropped."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExportWarning)
+        try:
+            yield messages
+        finally:
+            messages += [str(entry.message) for entry in caught if issubclass(entry.category, ExportWarning)]
+    for message in messages:
+        warnings.warn(message, ExportWarning, stacklevel=2)
+
+
+def _described(row: Row, artifact: Artifact) -> Row:
+    contents = artifact.contents
+    weights = contents.int8_weight_bytes + contents.float_weight_bytes
+    return replace(
+        row,
+        size_bytes=artifact.size_bytes,
+        compressed_bytes=artifact.compressed_bytes,
+        load_ms=artifact.load_ms,
+        planned_memory_bytes=contents.planned_memory_bytes,
+        int8_weight_share=contents.int8_weight_bytes / weights if weights else None,
+        float_ops=(*contents.float_compute_ops, *contents.float_ops) if row.precision == "int8" else None,
+        delegated_ops=contents.delegated_ops,
+        undelegated_ops=contents.undelegated_ops,
+        runtime=artifact.runner.runtime,
+        is_reference=artifact.runner.is_reference,
+    )
+
+
+def _compared(row: Row, agreement: Agreement) -> Row:
+    return replace(
+        row,
+        samples=agreement.samples,
+        top1=agreement.top1,
+        max_steps=agreement.max_steps,
+        mean_steps=agreement.mean_steps,
+        max_relative=agreement.max_relative,
+    )
+
+
+def _timed(row: Row, latency: Latency) -> Row:
+    return replace(
+        row, p50_ms=latency.p50_ms, p95_ms=latency.p95_ms, p99_ms=latency.p99_ms, throughput=latency.throughput
+    )

@@ -1,0 +1,79 @@
+"""What `import lightning_edge` brings with it, seen from fresh interpreters."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import lightning_edge
+
+OPTIONAL = (
+    "executorch",
+    "coremltools",
+    "litert_torch",
+    "torch_pruning",
+    "wandb",
+    "matplotlib",
+    "ai_edge_litert",
+    "sklearn",
+)
+HEAVY = (*OPTIONAL, "torchao")
+# They subclass torchao's classes, so they import it; nothing imports them before a network is quantized.
+NEED_TORCHAO = ("lightning_edge.quantization.quantizer", "lightning_edge.quantization.fake_quantize")
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "pass",
+        *(f"lightning_edge.{name}" for name in ("EdgeCompressionCallback", "DeviceEvaluationCallback", "Quantize")),
+    ],
+)
+def test_import_is_light(statement: str) -> None:
+    code = f"import sys, lightning_edge; {statement}; print([name for name in {HEAVY} if name in sys.modules])"
+    assert run(code) == "[]"
+
+
+def test_import_brings_no_torch() -> None:
+    assert run("import sys, lightning_edge; print('torch' in sys.modules)") == "False"
+
+
+def test_every_module_imports_without_optional_libraries() -> None:
+    names = [module.name for module in pkgutil.walk_packages(lightning_edge.__path__, "lightning_edge.")]
+    names += [f"lightning_edge.exporters.{name}" for name in ("executorch", "coreml", "tflite")]
+    light = sorted({name for name in names if name not in NEED_TORCHAO})
+    assert "lightning_edge.cli" in light
+    blocked = f"import sys, importlib; sys.modules.update(dict.fromkeys({HEAVY}))"
+    assert run(f"{blocked}; [importlib.import_module(name) for name in {light}]; print('done')") == "done"
+
+
+def test_public_names_are_those_in_all() -> None:
+    for name in lightning_edge.__all__:
+        assert getattr(lightning_edge, name) is not None
+    assert set(lightning_edge.__all__) <= set(dir(lightning_edge))
+    assert lightning_edge.__all__ == sorted(lightning_edge.__all__)
+    assert run("from lightning_edge import *; print(Tolerance.__name__)") == "Tolerance"
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'quantise'; it has: .*quantize"):
+        _ = lightning_edge.quantise
+
+
+def test_missing_library_names_its_extra() -> None:
+    code = (
+        "import sys; sys.modules['coremltools'] = None\n"
+        "from lightning_edge.errors import MissingExtraError, require\n"
+        "try:\n    require('coremltools', 'coreml')\n"
+        "except MissingExtraError as error:\n    print(error)"
+    )
+    assert "pip install 'lightning-edge[coreml]'" in run(code)

@@ -1,0 +1,174 @@
+"""Agreement, latency and sizes: each number against one worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_edge.errors import AgreementError
+from lightning_edge.measure import (
+    Agreement,
+    Comparison,
+    Timing,
+    Tolerance,
+    interleaved_latency,
+    latency,
+    module_bytes,
+    parameter_count,
+)
+
+
+def agreement_of(reference: Tensor, candidate: Tensor, *scales: float | None) -> Agreement:
+    comparison = Comparison(scales)
+    comparison.update([reference], [candidate])
+    return comparison.result()
+
+
+def test_difference_is_counted_in_steps_of_the_output() -> None:
+    found = agreement_of(torch.tensor([[0.0, 2.0], [4.0, 1.0]]), torch.tensor([[0.5, 2.0], [3.0, 1.0]]), 0.5)
+    assert found == Agreement(samples=2, top1=1.0, max_steps=2.0, mean_steps=0.75, max_abs=1.0, max_relative=0.25)
+
+
+def test_batches_of_different_size_count_by_sample() -> None:
+    comparison = Comparison()
+    comparison.update([torch.tensor([[1.0, 0.0]] * 3)], [torch.tensor([[1.0, 0.0]] * 3)])
+    comparison.update([torch.tensor([[1.0, 0.0]])], [torch.tensor([[0.0, 1.0]])])
+    found = comparison.result()
+    assert (found.samples, found.top1, found.max_steps, found.mean_steps) == (4, 0.75, None, None)
+
+
+def test_each_output_has_its_own_step_and_range() -> None:
+    comparison = Comparison([0.1, 10.0])
+    comparison.update(
+        [torch.zeros(1, 2, 2), torch.tensor([[100.0, 0.0]])], [torch.zeros(1, 2, 2), torch.tensor([[110.0, 0.0]])]
+    )
+    found = comparison.result()
+    assert found.max_steps == pytest.approx(1.0)
+    assert found.max_relative == pytest.approx(0.1)
+
+
+def test_unquantized_output_of_an_int8_network_is_counted_in_parts_of_its_range() -> None:
+    found = agreement_of(torch.tensor([[127.5, 0.0]]), torch.tensor([[124.5, 0.0]]), None)
+    assert found.max_steps == pytest.approx(3.0)
+
+
+def test_class_that_shares_the_largest_score_counts_as_the_same() -> None:
+    assert agreement_of(torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]])).top1 == 1.0
+    assert agreement_of(torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])).top1 == 0.0
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3, 2, 2)])
+def test_outputs_that_are_no_class_scores_have_no_top1(shape: tuple[int, ...]) -> None:
+    assert agreement_of(torch.rand(shape), torch.rand(shape)).top1 is None
+
+
+def test_top1_can_be_left_out() -> None:
+    comparison = Comparison((), class_scores=False)
+    comparison.update([torch.rand(2, 3)], [torch.rand(2, 3)])
+    assert comparison.result().top1 is None
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_value_that_is_not_finite_is_a_violation_and_no_agreement(broken: float) -> None:
+    found = agreement_of(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, broken]]), 1.0)
+    assert (found.max_steps, found.max_relative, found.top1) == (math.inf, math.inf, 0.0)
+    assert len(Tolerance().violations(found, "int8")) == 3
+    assert len(Tolerance().violations(found, "fp32")) == 2
+
+
+def test_equal_infinities_agree() -> None:
+    masked = torch.tensor([[1.0, -math.inf]])
+    assert agreement_of(masked, masked.clone()).max_relative == 0.0
+
+
+def test_all_zero_reference_agrees_with_zeros_only() -> None:
+    assert agreement_of(torch.zeros(1, 2), torch.zeros(1, 2)).max_relative == 0.0
+    assert agreement_of(torch.zeros(1, 2), torch.full((1, 2), 1e-6)).max_relative == math.inf
+
+
+def test_other_shape_or_number_of_outputs_is_an_error() -> None:
+    with pytest.raises(AgreementError, match=r"\(2, 4\).*\(2, 3\)"):
+        agreement_of(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(AgreementError, match="shapes"):
+        Comparison().update([torch.zeros(1)], [])
+    with pytest.raises(AgreementError, match="2 output scales for 1 outputs"):
+        agreement_of(torch.zeros(2, 3), torch.zeros(2, 3), 0.1, 0.1)
+
+
+def test_nothing_compared_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing was compared"):
+        Comparison().result()
+
+
+def test_agreement_at_the_limits_is_no_violation() -> None:
+    limit = Agreement(100, top1=0.98, max_steps=4.0, mean_steps=1.0, max_abs=1.0, max_relative=1e-3)
+    assert Tolerance().violations(limit, "int8") == []
+    assert Tolerance().violations(limit, "fp32") == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "found", "says"),
+    [
+        ("int8", Agreement(9, 1.0, 4.5, 0.1, 1.0, 0.0), "4.5 quantization steps, allowed 4"),
+        ("int8", Agreement(9, 1.0, 4.0, 1.5, 1.0, 0.0), "mean difference 1.5"),
+        ("int8", Agreement(9, 0.5, 4.0, 0.1, 1.0, 0.0), "50.00% of 9 samples, allowed from 98.00%"),
+        ("int8", Agreement(9, None, None, None, 1.0, 0.1), "0.1 of the largest output"),
+        ("fp32", Agreement(9, 1.0, None, None, 1.0, 0.002), "0.002 of the largest output, allowed 0.001"),
+    ],
+)
+def test_each_limit_is_held(precision: str, found: Agreement, says: str) -> None:
+    violations = Tolerance().violations(found, precision)  # type: ignore[arg-type]
+    assert len(violations) == 1
+    assert says in violations[0]
+
+
+def test_relative_difference_is_not_held_against_int8_and_top1_can_be_switched_off() -> None:
+    found = Agreement(9, 0.1, 2.0, 0.5, 1.0, max_relative=0.5)
+    assert Tolerance(top1=None).violations(found, "int8") == []
+
+
+@pytest.mark.parametrize("values", [{"max_steps": -1}, {"mean_steps": math.nan}, {"max_relative": -0.1}, {"top1": 1.1}])
+def test_tolerance_refuses_what_is_no_limit(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Tolerance(**values)
+
+
+@pytest.mark.parametrize("values", [{"warmup": -1}, {"repeats": 0}, {"threads": 0}])
+def test_timing_refuses_what_cannot_be_timed(values: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Timing(**values)
+
+
+def test_candidates_take_turns_after_all_are_warm() -> None:
+    calls: list[str] = []
+    found = interleaved_latency({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, warmup=2, repeats=3)
+    assert calls == ["a", "a", "b", "b", *["a", "b"] * 3]
+    assert {name: (one.warmup, one.repeats) for name, one in found.items()} == {"a": (2, 3), "b": (2, 3)}
+
+
+def test_percentiles_are_ordered_and_throughput_is_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations_ms = [*range(1, 101)]
+    ticks = iter([tick for ms in durations_ms for tick in (0, ms * 1_000_000)])
+    monkeypatch.setattr("lightning_edge.measure.time.perf_counter_ns", lambda: next(ticks))
+    found = latency(lambda: None, warmup=0, repeats=100)
+    assert [found.p50_ms, found.p95_ms, found.p99_ms] == pytest.approx([50.5, 95.05, 99.01])
+    assert all(low < high for low, high in pairwise([found.p50_ms, found.p95_ms, found.p99_ms]))
+    assert found.throughput == pytest.approx(100 / 5.050)
+
+
+def test_latency_needs_a_call() -> None:
+    with pytest.raises(ValueError, match="repeats=0"):
+        latency(lambda: None, repeats=0)
+
+
+def test_sizes_count_shared_tensors_once() -> None:
+    tied = nn.Linear(3, 2, bias=False)
+    module = nn.ModuleList([tied, nn.BatchNorm1d(2)])
+    module.append(nn.Linear(3, 2, bias=False))
+    module[2].weight = tied.weight
+    assert parameter_count(module) == 6 + 4
+    assert module_bytes(module) == 4 * (6 + 4 + 4) + 8

@@ -1,0 +1,194 @@
+"""TensorFlow Lite files: what is written, what is read back of them, and what LiteRT computes."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deployables import batches, network, weight_count
+from torch import Tensor, nn
+
+from lightning_edge.errors import ExportError
+from lightning_edge.exporters import Artifact, ExportWarning, checks, deployable, export, load, tflite_graph
+from lightning_edge.network import Deployable, Precision
+from lightning_edge.quantization import quantize
+from lightning_edge.zoo.networks import ResNet8
+
+pytest.importorskip("ai_edge_litert")
+pytest.importorskip("litert_torch")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tflite")
+
+
+@cache
+def written(folder: Path, name: str, precision: Precision, **options: str) -> tuple[Artifact, list[str]]:
+    """The file, and what the export warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExportWarning)
+        path = folder / f"{'-'.join((name, precision, *options.values()))}.tflite"
+        artifact = export(network(name, precision), "tflite", path, batches=batches(name), **options)
+    return artifact, [str(warning.message) for warning in caught if issubclass(warning.category, ExportWarning)]
+
+
+def ends(path: Path) -> tuple[list[Any], list[Any]]:
+    """The file's own inputs and outputs, as LiteRT tells them."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path))
+    return interpreter.get_input_details(), interpreter.get_output_details()
+
+
+def steps(name: str, network: Deployable, artifact: Artifact) -> float:
+    largest = checks.agreement_of(network, artifact, batches(name)).max_steps
+    assert largest is not None
+    return largest
+
+
+@pytest.mark.parametrize("name", ["residual", "two_inputs", "difference", "plain", "pooled"])
+def test_an_int8_file_is_int8_throughout(folder: Path, name: str) -> None:
+    artifact, warned = written(folder, name, "int8")
+    contents = artifact.contents
+    assert warned == []
+    assert (contents.int8_weight_bytes, contents.float_weight_bytes) == (weight_count(name), 0)
+    assert (contents.float_compute_ops, contents.float_ops) == ((), ())
+    assert contents.delegated_ops is None
+    assert artifact.precision == "int8"
+    assert {details["dtype"].__name__ for side in ends(artifact.path) for details in side} == {"int8"}
+    assert steps(name, network(name, "int8"), artifact) <= 2
+
+
+@pytest.mark.parametrize("name", ["residual", "difference", "tokens", "attention"])
+def test_float_outputs_are_those_of_the_network(folder: Path, name: str) -> None:
+    artifact, _ = written(folder, name, "fp32")
+    assert artifact.precision == "fp32"
+    inputs = batches(name)[0]
+    for output, wanted in zip(
+        artifact(*inputs.args, **inputs.kwargs), checks.reference_outputs(network(name, "fp32"), inputs), strict=True
+    ):
+        torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_float_weight_bytes_are_those_of_the_network(folder: Path) -> None:
+    contents = written(folder, "residual", "fp32")[0].contents
+    assert (contents.int8_weight_bytes, contents.float_weight_bytes) == (0, 4 * weight_count("residual"))
+    assert contents.float_compute_ops.count("CONV_2D") == 3
+
+
+def test_float_ends_keep_the_kernels_int8(folder: Path) -> None:
+    int8, _ = written(folder, "difference", "int8")
+    artifact, warned = written(folder, "difference", "int8", io="float")
+    assert warned == []
+    assert {details["dtype"].__name__ for side in ends(artifact.path) for details in side} == {"float32"}
+    added = {"QUANTIZE": 2, "DEQUANTIZE": 2}
+    assert dict(artifact.contents.ops) == {**int8.contents.ops, **added}
+    assert artifact.contents.float_compute_ops == ()
+    inputs = batches("difference")[0]
+    for one, other in zip(artifact(**inputs.kwargs), int8(**inputs.kwargs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_float_ends_keep_the_names_of_the_signature(folder: Path) -> None:
+    from ai_edge_litert.interpreter import Interpreter
+
+    artifact, _ = written(folder, "difference", "int8", io="float")
+    signature = Interpreter(model_path=str(artifact.path)).get_signature_runner()
+    given = batches("difference")[0].sample()
+    named = signature(**{name: tensor.numpy() for name, tensor in given.kwargs.items()})
+    whole, first = artifact(**given.kwargs)
+    torch.testing.assert_close(torch.from_numpy(named["whole"]), whole)
+    torch.testing.assert_close(torch.from_numpy(named["first"]), first)
+
+
+def test_inputs_and_outputs_of_one_shape_keep_their_order(folder: Path) -> None:
+    class Twelve(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.layer(part) * (index + 1) for index, part in enumerate(parts[::-1]))
+
+    parts = tuple(torch.randn(3, 2) for _ in range(12))
+    artifact = export(Twelve(), "tflite", folder / "twelve.tflite", inputs=parts, batches=[parts])
+    assert len(artifact(*parts)) == 12
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_images_may_have_their_channels_last(folder: Path, precision: Precision) -> None:
+    artifact, _ = written(folder, "two_inputs", precision, layout="nhwc")
+    shapes = sorted(tuple(int(size) for size in details["shape"]) for details in ends(artifact.path)[0])
+    assert shapes == [(1, 4), (1, 8, 8, 3)]
+    assert [spec.shape for spec in artifact.runner.inputs] == [(1, 3, 8, 8), (1, 4)]
+    assert (
+        artifact.contents.ops.get("TRANSPOSE", 0)
+        < written(folder, "two_inputs", precision)[0].contents.ops["TRANSPOSE"]
+    )
+    assert [spec.shape for spec in load(artifact.path).runner.inputs] == [(1, 3, 8, 8), (1, 4)]
+
+
+def test_integers_and_truth_values_are_taken(folder: Path) -> None:
+    artifact, _ = written(folder, "tokens", "fp32")
+    assert [spec.dtype for spec in artifact.runner.inputs] == [torch.int32, torch.bool]
+    ids, mask = batches("tokens")[0].args
+    assert ids.dtype == torch.int64
+    assert torch.equal(artifact(ids.int(), mask)[0], artifact(ids, mask)[0])
+
+
+def test_constants_are_aligned_and_debug_names_gone(folder: Path) -> None:
+    data = written(folder, "residual", "int8")[0].path.read_bytes()
+    model = tflite_graph.parse(data)
+    constants = [bytes(buffer.data) for buffer in model.buffers if buffer.data is not None and len(buffer.data) > 64]
+    assert constants
+    assert all(data.find(constant) % 16 == 0 for constant in constants)
+    assert b"Conv2d" not in data
+    assert b"serving_default" in data
+
+
+def test_packing_changes_no_content(folder: Path) -> None:
+    data = written(folder, "residual", "int8")[0].path.read_bytes()
+    assert tflite_graph.pack(tflite_graph.parse(data)) == data
+
+
+def test_resnet8_is_no_larger_than_the_reference(folder: Path) -> None:
+    torch.manual_seed(0)
+    images = [torch.rand(8, 3, 32, 32)]
+    artifact = export(quantize(ResNet8().eval(), images), "tflite", folder / "resnet8.tflite", batches=images)
+    assert artifact.contents.int8_weight_bytes == 77_360
+    assert artifact.size_bytes <= 98_496
+
+
+def test_float_islands_are_named(folder: Path) -> None:
+    artifact, warned = written(folder, "attention", "int8")
+    assert artifact.contents.float_ops
+    assert len(warned) == 1
+    assert all(operation in warned[0] for operation in artifact.contents.float_ops)
+
+
+def test_an_operation_it_does_not_have_is_named(tmp_path: Path) -> None:
+    class Unsupported(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            values: Tensor = torch.linalg.svdvals(x)
+            return values
+
+    with pytest.raises(ExportError, match=r"^tflite: Lowering not found: aten\._linalg_svd.*Replace that operation"):
+        export(Unsupported(), "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 3, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_are_told(folder: Path) -> None:
+    path = written(folder, "residual", "int8")[0].path
+    assert load(path, threads=2).runner.runtime.endswith("XNNPACK, 2 threads")
+
+
+def test_a_float_layer_in_an_int8_graph_is_counted(tmp_path: Path) -> None:
+    made = deployable(nn.Sequential(nn.Linear(6, 4)), torch.randn(1, 6))
+    pretended = Deployable(made.graph, made.inputs, "int8", made.graph, (0.1,))
+    with pytest.raises(ExportError, match="int8 but the file holds no int8 weights"):
+        export(pretended, "tflite", tmp_path / "net.tflite")
