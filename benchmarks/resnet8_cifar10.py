@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from lightning_edge import EdgeCompressionCallback, Quantize, exporters
-from lightning_edge.evaluation import evaluate_module, torch_threads
+from lightning_edge.evaluation import evaluate_module, raise_failures, torch_threads
 from lightning_edge.measure import Timing, interleaved_latency
 from lightning_edge.network import Inputs
 from lightning_edge.validation import Validation, calibration_inputs
@@ -85,6 +85,7 @@ def main() -> None:
         enable_model_summary=False,
     )
     trainer.fit(module, data)
+    trainer.save_checkpoint(options.output / "trained.ckpt")
 
     validation = Validation.of_datamodule(module, data, split="test")
     calibration: list[Inputs] = calibration_inputs(module, data.train_dataloader(), 32)
@@ -99,6 +100,7 @@ def main() -> None:
             name="resnet8",
         )
         Console().print(report.table())
+        raise_failures(report)
         if options.reference is not None:
             ours = options.output / "resnet8-int8.tflite"
             line = evaluate_reference(options.reference, data.test_dataloader(), ours, options.repeats)

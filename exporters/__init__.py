@@ -11,16 +11,16 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast, final
+from typing import Any, Literal, Self, cast, final, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from lightning_edge.errors import EdgeError, ExportError, RunnerError
+from lightning_edge.errors import EdgeError, ExportError, RunnerError, check_installed
 from lightning_edge.exporters import checks
 from lightning_edge.exporters.base import (
     Artifact,
@@ -37,7 +37,7 @@ from lightning_edge.exporters.base import (
 from lightning_edge.exporters.checks import ExportWarning
 from lightning_edge.exporters.staging import StagedPath, writing
 from lightning_edge.measure import Tolerance
-from lightning_edge.network import Deployable, Inputs
+from lightning_edge.network import Deployable, Inputs, Precision
 
 __all__ = [
     "TARGETS",
@@ -47,9 +47,12 @@ __all__ = [
     "Runner",
     "Staged",
     "TensorSpec",
+    "check_options",
+    "check_target_installed",
     "deployable",
     "export",
     "load",
+    "options_of",
     "stage",
     "target",
 ]
@@ -75,6 +78,54 @@ def target(name: str) -> Target:
     return cast(Target, import_module(TARGETS[name]))
 
 
+def check_target_installed(name: str) -> None:
+    """Make sure that what a target needs is installed, without importing it.
+
+    Raises:
+        MissingExtraError: Naming the first module that is missing, and how to install it.
+        ValueError: If there is no such target.
+    """
+    module = target(name)
+    for needed in getattr(module, "NEEDS", ()):
+        check_installed(needed, module.EXTRA)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a target does not have, and values that are not of the option's type.
+
+    Raises:
+        ValueError: Naming what was given and what is allowed.
+    """
+    if not options:
+        return
+    write = target(name).write
+    parameters = inspect.signature(write).parameters.values()
+    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for option, value in options.items():
+        if option not in allowed:
+            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(allowed) or 'none'}")
+        hint = get_type_hints(write)[option]
+        choices = [get_args(kind) for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+        if choices and value is not None and value not in choices[0]:
+            raise ValueError(f"{name}: {option}={value!r} is not one of {choices[0]}")
+        if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name}: {option}={value!r} is not a whole number")
+
+
+def options_of(name: str, precision: Precision, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Give a target's options for a file of this precision.
+
+    Args:
+        name: A key of `TARGETS`.
+        precision: Precision of the file; a float one has no part in what says something of int8 networks only.
+        options: Options by target.
+    """
+    chosen = dict(options.get(name, {}))
+    if precision == "fp32" and chosen:
+        chosen = {option: value for option, value in chosen.items() if option not in target(name).INT8_OPTIONS}
+    return chosen
+
+
 def deployable(model: nn.Module, inputs: Any = None) -> Deployable:
     """Make what an exporter takes of a module: its converted int8 graph, or a float copy in eval mode.
 
@@ -84,6 +135,7 @@ def deployable(model: nn.Module, inputs: Any = None) -> Deployable:
             Needed for a module that is not quantized; a quantized one keeps a sample of its own.
 
     Raises:
+        ExportError: If a weight is not finite.
         ValueError: If inputs are needed and not given, or given beside a `Deployable`.
     """
     if isinstance(model, Deployable):
@@ -92,6 +144,7 @@ def deployable(model: nn.Module, inputs: Any = None) -> Deployable:
         return model
     from lightning_edge import quantization
 
+    checks.check_numbers(model)
     if any(quantization.is_quantized(part) for part in model.modules()):
         return quantization.convert(model)
     if inputs is None:
@@ -170,7 +223,7 @@ def stage(
     module = _target(target)
     path = Path(path)
     _check_path(path, target, module)
-    _check_options(options, target, module)
+    check_options(target, options)
     _check_threads(threads)
     network = deployable(model, inputs)
     place = StagedPath(path)
@@ -280,14 +333,6 @@ def _check_path(path: Path, name: str, module: Target) -> None:
         raise ValueError(f"path={str(path)!r} has the suffix {path.suffix!r}; {name} writes {module.SUFFIX}")
     if path.is_dir() and name != "coreml":
         raise ExportError(f"cannot write {path}: a folder is there. Remove it or choose another name.")
-
-
-def _check_options(options: dict[str, Any], name: str, module: Target) -> None:
-    parameters = inspect.signature(module.write).parameters.values()
-    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(allowed) or 'none'}")
 
 
 def _check_threads(threads: int) -> None:

@@ -117,6 +117,10 @@ class Artifact:
         Raises:
             RunnerError: If number, shape or type of the inputs is not what the file takes, or it fails to run.
         """
+        if any(
+            hasattr(leaf, "__array__") and not isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))
+        ):
+            raise RunnerError(f"{self.path.name} was given a numpy array; give tensors, torch.as_tensor(array)")
         inputs = sort_keywords(Inputs(args, kwargs)).map(lambda tensor: tensor.detach().cpu())
         if not any(tensor.dim() for tensor in inputs.tensors):
             return stack([self.run(inputs.tensors)])
@@ -141,9 +145,19 @@ class Artifact:
 
 
 class Target(Protocol):
-    """One module per target offers these names and nothing else is asked of it."""
+    """One module per target offers these names and nothing else is asked of it.
+
+    Attributes:
+        SUFFIX: Ending of its files.
+        EXTRA: The extra of lightning-edge that brings what it needs.
+        NEEDS: The top-level modules it needs.
+        INT8_OPTIONS: Those of its options that say something of int8 networks only.
+    """
 
     SUFFIX: str
+    EXTRA: str
+    NEEDS: tuple[str, ...]
+    INT8_OPTIONS: frozenset[str]
 
     def write(self, network: Deployable, path: Path, **options: Any) -> None:
         """Write the network to exactly ``path``, which does not exist yet (a staging path).
@@ -171,7 +185,7 @@ def sort_keywords(inputs: Inputs) -> Inputs:
 
 @final
 class _FileForm(nn.Module):
-    """A network as it is written: in no mode, called with tensors only, keywords in any order.
+    """A network as it is written: in no mode, called with tensors only, keywords in any order, giving no ``None``.
 
     It also keeps two faults of others away: torch.export swaps the keywords of a graph that was exported before if
     they come in another order, and ExecuTorch cannot fold the BatchNorm of a module that has a number for a name.
@@ -193,7 +207,16 @@ class _FileForm(nn.Module):
             if isinstance(key, int):
                 positional.insert(key, value)
         named = {key: value for key, value in self._constants.items() if isinstance(key, str)}
-        return self.network(*positional, **kwargs, **named)
+        return _without_none(self.network(*positional, **kwargs, **named))
+
+
+def _without_none(outputs: Any) -> Any:
+    """Leave out what the network does not give this time, such as the loss of a call without labels: no file has it."""
+    if isinstance(outputs, dict):
+        return {key: _without_none(value) for key, value in outputs.items() if value is not None}
+    if type(outputs) in (tuple, list):
+        return type(outputs)(_without_none(value) for value in outputs if value is not None)
+    return outputs
 
 
 def in_file_form(network: Deployable) -> Deployable:

@@ -20,6 +20,7 @@ class ExportWarning(UserWarning):
     """A file runs, but not all of it the way an int8 file for this target should."""
 
 
+_DIVERGED = "Look at the loss for divergence, and take a checkpoint from before it."
 # How many matrix products one operation is, and the position of its first factor.
 _PRODUCTS = {
     "conv1d": 1,
@@ -59,6 +60,21 @@ _VIEWS = frozenset(
         "view",
     }
 )
+
+
+def check_numbers(network: torch.nn.Module) -> None:
+    """Make sure that a network's weights are numbers: int8 turns what is none into some weight or other.
+
+    Raises:
+        ExportError: Naming the first parameter that holds a value that is not finite, or buffer that holds a NaN.
+    """
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            raise ExportError(f"the parameter {name!r} holds values that are not finite (NaN or infinity). {_DIVERGED}")
+    for name, buffer in network.named_buffers():
+        # Masks are buffers that hold infinities on purpose.
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise ExportError(f"the buffer {name!r} holds NaN. {_DIVERGED}")
 
 
 def check_contents(network: Deployable, contents: Contents, target: str) -> None:

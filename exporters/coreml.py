@@ -24,6 +24,9 @@ from lightning_edge.exporters.mlpackage import compact, coremltools, quiet, read
 from lightning_edge.network import Deployable
 
 SUFFIX = ".mlpackage"
+EXTRA = "coreml"
+NEEDS = ("coremltools",)
+INT8_OPTIONS: frozenset[str] = frozenset()
 
 ComputePrecision = Literal["float16", "float32"]
 

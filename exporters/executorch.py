@@ -16,8 +16,10 @@ from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
 from lightning_edge.network import Deployable
 
 SUFFIX = ".pte"
+EXTRA = "executorch"
+NEEDS = ("executorch",)
+INT8_OPTIONS: frozenset[str] = frozenset()
 
-_EXTRA = "executorch"
 _METHOD = "forward"
 
 
@@ -31,8 +33,8 @@ def write(network: Deployable, path: Path) -> None:
     Raises:
         ExportError: If ExecuTorch refuses the network.
     """
-    exir = require("executorch.exir", _EXTRA)
-    partitioner = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", _EXTRA)
+    exir = require("executorch.exir", EXTRA)
+    partitioner = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", EXTRA)
     try:
         with warnings.catch_warnings():
             # torch.export's own copying is deprecated by itself, once for every node.
@@ -85,7 +87,7 @@ class _Pool:
 
     def set(self, threads: int) -> int:
         """Give the pool this many threads and return its generation."""
-        library = require("executorch.extension.pybindings.portable_lib", _EXTRA)
+        library = require("executorch.extension.pybindings.portable_lib", EXTRA)
         if library._threadpool_get_thread_count() != threads:
             library._unsafe_reset_threadpool(threads)
             self.generation += 1
@@ -119,7 +121,7 @@ class _Runner:
         return list(self._method.execute(tensors))
 
     def _load(self, name: str) -> Any:
-        program = require("executorch.runtime", _EXTRA).Runtime.get().load_program(self._data)
+        program = require("executorch.runtime", EXTRA).Runtime.get().load_program(self._data)
         if _METHOD not in program.method_names:
             raise RunnerError(f"{name} has no method {_METHOD!r}; it has {sorted(program.method_names)}")
         return program.load_method(_METHOD)

@@ -122,6 +122,7 @@ def read(path: Path) -> Program:
             "Give the .mlpackage folder that export() wrote."
         )
     coremltools()
+    _check_manifest(path)
     try:
         with quiet():
             from coremltools.converters.mil.frontend.milproto import load
@@ -142,6 +143,20 @@ def read(path: Path) -> Program:
             f"{str(path)!r} cannot be read as a Core ML package ({type(error).__name__}: {error}). "
             "It may be damaged or written by a newer coremltools; export it again."
         ) from error
+
+
+def _check_manifest(path: Path) -> None:
+    """Make sure that the manifest leads to the graph: Core ML opens a package by it, though it is not needed here."""
+    try:
+        manifest = json.loads((path / "Manifest.json").read_text())
+        root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunnerError(
+            f"{str(path)!r} has no Manifest.json that leads to its graph ({type(error).__name__}: {error}); export it "
+            "again"
+        ) from error
+    if Path("Data") / root != _GRAPH:
+        raise RunnerError(f"{str(path)!r} has a Manifest.json that leads to {root!r} and not to {_GRAPH}")
 
 
 def compact(path: Path, output_names: Sequence[str]) -> None:

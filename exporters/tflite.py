@@ -18,11 +18,13 @@ from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
 from lightning_edge.network import Deployable, Inputs
 
 SUFFIX = ".tflite"
+EXTRA = "tflite"
+NEEDS = ("litert_torch", "ai_edge_litert")
+INT8_OPTIONS = frozenset({"io"})
 
 Io = Literal["int8", "float"]
 Layout = Literal["nchw", "nhwc"]
 
-_EXTRA = "tflite"
 _LAYOUT_NOTE = "lightning_edge.layout"
 _PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
 
@@ -93,9 +95,9 @@ class _ChannelsLast(nn.Module):
 
 
 def _convert(network: Deployable, layout: Layout) -> bytes:
-    litert_torch = require("litert_torch", _EXTRA)
-    quantize = require("litert_torch.quantize.quant_config", _EXTRA)
-    quantizer = require("litert_torch.quantize.pt2e_quantizer", _EXTRA)
+    litert_torch = require("litert_torch", EXTRA)
+    quantize = require("litert_torch.quantize.quant_config", EXTRA)
+    quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
     graph: nn.Module = network.graph
     inputs, config = network.inputs, None
     if network.precision == "int8":
@@ -156,7 +158,7 @@ class _Runner:
     is_reference = False
 
     def __init__(self, path: Path, threads: int) -> None:
-        interpreter = require("ai_edge_litert.interpreter", _EXTRA)
+        interpreter = require("ai_edge_litert.interpreter", EXTRA)
         data = path.read_bytes()
         self._interpreter = interpreter.Interpreter(model_content=data, num_threads=threads)
         self._interpreter.allocate_tensors()

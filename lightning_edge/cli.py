@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import zipfile
 from argparse import ArgumentError
 from collections.abc import Iterable
 from importlib import resources
@@ -15,7 +16,9 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import nn
 
@@ -25,9 +28,11 @@ from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
 from lightning_edge.errors import EdgeError
 from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures
 from lightning_edge.exporters import Artifact, deployable
+from lightning_edge.exporters.base import first_line
 from lightning_edge.mistakes import explain
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import float_copy, is_quantized
+from lightning_edge.quantization.network import CHILD
 from lightning_edge.record import load_compressed
 from lightning_edge.report import Report
 from lightning_edge.surgery import find_network
@@ -35,6 +40,8 @@ from lightning_edge.validation import Split, Validation, calibration_inputs
 
 RECIPE = "recipe:"
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
+# How torch begins when the weights of a checkpoint are not those of the module.
+_MISFIT = "Error(s) in loading state_dict"
 _Callback = TypeVar("_Callback", bound=Callback)
 
 
@@ -109,18 +116,17 @@ class EdgeTrainer(Trainer):
             ValueError: If a target is unknown.
         """
         settings = self._settings(targets, dirpath)
+        if batches < 1:
+            raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
         name = self._network_name(settings)
-        network = find_network(load_compressed(ckpt_path, model, name), name)
-        if datamodule is not None:
-            datamodule.prepare_data()
-            datamodule.setup("validate")
-        loaders = (datamodule or model).val_dataloader()
+        network = find_network(self._load(model, ckpt_path, name, "validate", datamodule), name)
+        loaders = _loader(datamodule or model, "val_dataloader")
         inputs = calibration_inputs(model, loaders, batches, name, datamodule)
         finished = deployable(network, None if is_quantized(network) else inputs[0])
         artifacts = []
         for target in settings.targets:
             path = Path(settings.dirpath) / f"model-{finished.precision}{exporters.target(target).SUFFIX}"
-            options = settings.options.get(target, {})
+            options = exporters.options_of(target, finished.precision, settings.options)
             artifact = exporters.export(finished, target, path, batches=inputs, tolerance=settings.tolerance, **options)
             print(f"{path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
             artifacts.append(artifact)
@@ -153,18 +159,16 @@ class EdgeTrainer(Trainer):
         """
         settings = self._settings(targets, dirpath)
         name = self._network_name(settings)
-        load_compressed(ckpt_path, model, name)
         split = split or settings.split
-        if datamodule is not None:
-            validation = Validation.of_datamodule(model, datamodule, name, split, metrics=settings.metrics)
-        else:
-            loaders = model.val_dataloader() if split == "validate" else model.test_dataloader()
-            validation = Validation(model, loaders, name, split, metrics=settings.metrics)
+        self._load(model, ckpt_path, name, split, datamodule)
+        loaders = _loader(datamodule or model, "val_dataloader" if split == "validate" else "test_dataloader")
+        limit = self.limit_val_batches if split == "validate" else self.limit_test_batches
+        validation = Validation(model, loaders, name, split, limit, datamodule, settings.metrics)
 
         def calibration() -> list[Inputs]:
             if datamodule is not None:
                 datamodule.setup("fit")
-            loader = (datamodule or model).train_dataloader()
+            loader = _loader(datamodule or model, "train_dataloader")
             return calibration_inputs(model, loader, settings.calibration_batches, name, datamodule)
 
         report = evaluate_module(
@@ -184,6 +188,26 @@ class EdgeTrainer(Trainer):
         raise_failures(report)
         return report
 
+    def _load(
+        self,
+        model: LightningModule,
+        ckpt_path: str,
+        name: str | None,
+        split: Split,
+        datamodule: LightningDataModule | None,
+    ) -> nn.Module:
+        """Set everything up as a run of this Trainer would, then load the checkpoint."""
+        model.trainer = self
+        if datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup(split)
+        model.prepare_data()
+        # All of it now: a module may build its network here, and after the weights are loaded it would be another one.
+        for stage in ("fit", split):
+            model.setup(stage)
+        model.configure_model()
+        return load_compressed(ckpt_path, model, name)
+
     def _settings(self, targets: list[str] | None, dirpath: str | None) -> DeviceEvaluationCallback:
         """The configuration's callback with what was given in place of its own, or one of its own."""
         settings = _first(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
@@ -198,6 +222,23 @@ class EdgeTrainer(Trainer):
     def _network_name(self, settings: DeviceEvaluationCallback) -> str | None:
         compression = _first(self.callbacks, EdgeCompressionCallback)
         return settings.module if compression is None or compression.module is None else compression.module
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Keeps the configuration of a training beside what it wrote, of the latest where several share a folder.
+
+    Lightning's own refuses to run where there is one already; without a logger that is every second run.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "overwrite": True})
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the configuration, but not over that of the training whose checkpoint is looked at, or the user's."""
+        place = Path(trainer.log_dir or "", self.config_filename).resolve()
+        given = {Path(str(path)).resolve() for path in self.config.get("config") or ()}
+        if (stage == "fit" or trainer.loggers) and place not in given:
+            super().setup(trainer, pl_module, stage)
 
 
 class EdgeCLI(LightningCLI):
@@ -219,9 +260,13 @@ class EdgeCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build module, data module and trainer; a value that one of them refuses is a mistake in the arguments."""
+        given = self._get(self.config, "trainer", default={})
+        if isinstance(given, list | str | int | float):
+            sys.stderr.write(f"error: trainer: given {given!r}\n  allowed: settings of the Trainer by name\n")
+            sys.exit(2)
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, MisconfigurationException) as error:
             if _debugging():
                 raise
             sys.stderr.write(f"error: {_cause(error)}\n")
@@ -240,17 +285,20 @@ class EdgeCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Refuse a checkpoint that is none before anything is built."""
-        given = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        subcommand = self.config.get("subcommand")
+        given = self.config.get(f"{subcommand}.ckpt_path")
+        # These are known to a Trainer that has trained, or finds them by itself; ours read a file.
+        named = () if subcommand in ("export", "evaluate") else _NAMED_CHECKPOINTS
         try:
-            if given and given not in _NAMED_CHECKPOINTS and "://" not in given and not Path(given).is_file():
-                raise FileNotFoundError("there is no such file")
+            if given and given not in named and "://" not in given:
+                _check_checkpoint(Path(given))
             super()._parse_ckpt_path()
-        except (OSError, RuntimeError, UnpicklingError, KeyError, AttributeError) as error:
+        except (OSError, RuntimeError, UnpicklingError, KeyError, AttributeError, EOFError, ValueError) as error:
             if _debugging():
                 raise
             sys.stderr.write(
-                f"error: ckpt_path: given {given!r}, {str(error).splitlines()[0]}\n"
-                f"  allowed: a checkpoint that loads with weights_only=True, or {', '.join(_NAMED_CHECKPOINTS)}\n"
+                f"error: ckpt_path: given {given!r}, {first_line(error)}\n"
+                f"  allowed: {', '.join(('a checkpoint that Lightning wrote and weights_only=True loads', *named))}\n"
             )
             sys.exit(2)
 
@@ -265,12 +313,52 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: With status 2 for a mistake in the arguments, 1 for a failure of our own making.
     """
     try:
-        EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, args=args)
-    except (EdgeError, OSError) as error:
-        if _debugging():
+        EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)
+    except Exception as error:
+        if _debugging() or not _is_told(error):
             raise
-        sys.stderr.write(f"error: {error}\n(JSONARGPARSE_DEBUG=true shows where it was raised)\n")
+        sys.stderr.write(f"error: {_told(error)}\n(JSONARGPARSE_DEBUG=true shows where it was raised)\n")
         sys.exit(1)
+
+
+def _told(error: Exception) -> str:
+    """The message; where weights do not fit, what to do about it comes before torch's list of them."""
+    if not str(error).startswith(_MISFIT):
+        return str(error)
+    cause = "they are of another network; give the model the settings it was trained with"
+    if CHILD in str(error):
+        cause = "they were trained quantized; give the configuration the EdgeCompressionCallback of that training"
+    return f"ckpt_path: the weights do not fit the model: {cause}\n\nin full:\n  {error}"
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError("which is a folder" if path.is_dir() else "there is no such file")
+    state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    if not isinstance(state, dict) or not {"state_dict", "pytorch-lightning_version"} <= state.keys():
+        raise ValueError("which Lightning did not write")
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether the message says all there is to say: raised by us, by Lightning for a setting, or by the system."""
+    if isinstance(error, EdgeError | OSError | MisconfigurationException) or str(error).startswith(_MISFIT):
+        return True
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    raised_in = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
+    return isinstance(error, TypeError | ValueError) and raised_in.partition(".")[0] == "lightning_edge"
+
+
+def _loader(source: LightningModule | LightningDataModule, name: str) -> Any:
+    """The dataloader of a module that has one, for there is nothing to compare on otherwise.
+
+    Raises:
+        EdgeError: If it has none.
+    """
+    if not is_overridden(name, source):
+        raise EdgeError(f"{type(source).__name__} has no {name}; give it one, or another data module by data:")
+    return getattr(source, name)()
 
 
 def _first(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback | None:
@@ -300,6 +388,7 @@ def _cause(error: BaseException) -> str:
     while traceback is not None:
         frame = traceback.tb_frame
         if frame.f_code.co_name == "__init__" and "self" in frame.f_locals:
-            owner = f"{type(frame.f_locals['self']).__name__}: "
+            name = type(frame.f_locals["self"]).__name__
+            owner = owner if name.startswith("_") or str(error).startswith(name) else f"{name}: "
         traceback = traceback.tb_next
     return f"{owner}{error}"

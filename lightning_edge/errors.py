@@ -15,6 +15,7 @@ allowed, and what to do.
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -59,6 +60,22 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(
-            f"{module!r} cannot be imported ({error}). Install it with: pip install 'lightning-edge[{extra}]'"
-        ) from error
+        raise MissingExtraError(f"{module!r} cannot be imported ({error}). {_advice(extra)}") from error
+
+
+def check_installed(module: str, extra: str) -> None:
+    """Make sure that ``module`` is there without importing it, so that one can ask long before it is needed.
+
+    Args:
+        module: Name of a top-level module.
+        extra: Name of the extra in ``pyproject.toml`` that installs it.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    if find_spec(module) is None:
+        raise MissingExtraError(f"{module!r} is not installed. {_advice(extra)}")
+
+
+def _advice(extra: str) -> str:
+    return f"Install it with: pip install 'lightning-edge[{extra}]'"

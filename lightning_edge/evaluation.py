@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 from lightning_edge.errors import EdgeError, ExportError
-from lightning_edge.exporters import TARGETS, Artifact, ExportWarning, checks, deployable, stage
+from lightning_edge.exporters import (
+    TARGETS,
+    Artifact,
+    ExportWarning,
+    check_options,
+    checks,
+    deployable,
+    options_of,
+    stage,
+)
 from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.measure import (
@@ -78,7 +87,8 @@ def evaluate_module(
 
     Raises:
         ValueError: If a target is unknown.
-        EdgeError: If the network is not found or the loop does not call it, or the report cannot be written.
+        EdgeError: If the network is not found, holds values that are no numbers or is not called by the loop, or the
+            report cannot be written.
     """
     check_targets(targets, options)
     return _Evaluation(
@@ -100,9 +110,10 @@ def check_targets(targets: Sequence[str], options: Mapping[str, Mapping[str, Any
             raise ValueError(f"targets={list(targets)}: {name!r} is not one of {allowed}")
     if len(set(targets)) < len(targets):
         raise ValueError(f"targets={list(targets)} names a target twice")
-    for name in options or {}:
+    for name, chosen in (options or {}).items():
         if name not in targets:
             raise ValueError(f"options are given for {name!r}, which is not one of targets={list(targets)}")
+        check_options(name, chosen)
 
 
 def raise_failures(report: Report) -> None:
@@ -152,6 +163,7 @@ class _Evaluation:
         watched: Sequence[Monitor],
     ) -> Report:
         trained = find_network(self._validation.pl_module, self._validation.module)
+        checks.check_numbers(trained)
         float_network = (float_copy(trained) if baseline is None else baseline).cpu().float().eval()
         self._note_metrics()
         if baseline is not None:
@@ -217,9 +229,10 @@ class _Evaluation:
                 batches = len(inputs)
                 found.append(self._int8(convert(quantize(float_network, inputs)), "post-training"))
             except EdgeError as error:
-                if not is_quantized(trained):
-                    raise
-                self._warn(f"There is no post-training baseline to compare with: {error}")
+                if is_quantized(trained):
+                    self._warn(f"There is no post-training baseline to compare with: {error}")
+                else:
+                    self._rows.append(Row("torch", "int8", "post-training", error=str(error)))
         elif not is_quantized(trained):
             self._notes.append("There is no int8 network: none was trained, and no calibration data was given.")
         if is_quantized(trained):
@@ -247,9 +260,8 @@ class _Evaluation:
         try:
             with ExitStack() as stack:
                 with _recorded() as caught:
-                    staged = stack.enter_context(
-                        stage(network, target, path, threads=self._timing.threads, **self._options.get(target, {}))
-                    )
+                    options = options_of(target, network.precision, self._options)
+                    staged = stack.enter_context(stage(network, target, path, threads=self._timing.threads, **options))
                 self._warnings += [f"{row.label}: {warning}" for warning in caught]
                 row = _described(row, staged.artifact)
                 scales = network.output_scales if network.precision == "int8" else ()
@@ -280,7 +292,7 @@ class _Evaluation:
             self._rows[int(index)] = _timed(self._rows[int(index)], latency)
 
     def _compare_quantizations(self, monitor: Monitor | None, watched: Sequence[Monitor]) -> Monitor | None:
-        rows = {row.source: row for row in self._rows if row.target == "torch"}
+        rows = {row.source: row for row in self._rows if row.target == "torch" and row.error is None}
         names = list(rows["float"].metrics)
         if monitor is not None and monitor.metric not in names:
             self._warn(f"metric={monitor.metric!r} is not among the metrics of {self._validation.step}: {names}")

@@ -21,6 +21,10 @@ _STEPS_PER_LARGEST = 127.5
 class Tolerance:
     """How far an exported file may lie from the network it came from.
 
+    The mean is the sharp limit. A runtime rounds some values to the neighboring step, later layers amplify that, and
+    the largest difference grows with the number of samples: ResNet-8 over 10,000 images came to 5 steps at a mean of
+    0.6, a file with a fault (a dropout left in the graph) to 22 steps at a mean of 10.
+
     Attributes:
         max_steps: int8: largest difference of any output value, in quantization steps of that output.
         mean_steps: int8: mean difference, in quantization steps.
@@ -31,7 +35,7 @@ class Tolerance:
         ValueError: If a value is negative or not a number, or ``top1`` is above 1.
     """
 
-    max_steps: float = 4.0
+    max_steps: float = 8.0
     mean_steps: float = 1.0
     top1: float | None = 0.98
     max_relative: float = 1e-3
@@ -116,7 +120,11 @@ class Comparison:
         shapes = [tuple(tensor.shape) for tensor in reference]
         given = [tuple(tensor.shape) for tensor in candidate]
         if shapes != given:
-            raise AgreementError(f"the outputs have shapes {given}, those of the network it came from {shapes}")
+            raise AgreementError(
+                f"the outputs have shapes {given}, those of the network it came from {shapes}. A file runs one sample "
+                "at a time and its outputs are joined: what the network gives once for a whole batch, such as a mean "
+                "over it, cannot be among its outputs"
+            )
         if self._scales and len(self._scales) != len(shapes):
             raise AgreementError(f"{len(self._scales)} output scales for {len(shapes)} outputs; give one for each")
         if not self._outputs:

@@ -23,6 +23,12 @@ _ATTRIBUTE = re.compile(r"module '(?P<module>[^']+)' has no attribute '(?P<name>
 _IMPORT = re.compile(r"(?:No module named|Expected a dot import path string:) '?(?P<name>[^'\n]+)'?")
 _VALUE = re.compile(r"Expected an? (?P<types>.+?)\. Got value: (?P<value>.*)")
 _UNION = re.compile(r"^Subtypes: \[(?P<types>.*)\]$(?s:.*?)^Given value: (?P<value>.*)$", re.MULTILINE)
+_REQUIRED = re.compile(r"the following arguments are required: (?P<names>.+)")
+_ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<name>\S+) is abstract")
+_NO_CONFIG = re.compile(r"^Unexpected config:(?P<text>(?s:.*))$")
+_YAML = re.compile(r"^Problems parsing config:(?P<text>(?s:.*))$")
+_PLACE = re.compile(r"in \"[^\"]*\", line (?P<line>\d+), column (?P<column>\d+)")
+_CLASS_KEYS = ("class_path", "init_args")
 _WIDTH = 100
 
 
@@ -42,6 +48,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         message: What jsonargparse says.
         options: Every key the parser accepts, dotted.
     """
+    if match := _YAML.search(message) or _NO_CONFIG.search(message):
+        return _unreadable(match["text"].strip(), message)
     leaf = _deepest(message)
     text = "\n".join(leaf.lines)
     key = ".".join(leaf.keys)
@@ -52,11 +60,17 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         facts = [f"{key}: given {leaf.owner or match['name']!r}, which cannot be imported"]
         facts.append("  allowed: a class by its full path, package.module.Class")
     elif (match := _OPTION.search(text)) and leaf.owner:
-        name = match["name"]
-        facts = _facts(f"{key}.{name}: {leaf.owner} has no such setting", name, _arguments(leaf.owner))
+        name, known = match["name"], _arguments(leaf.owner)
+        if not known:  # a base class that is not meant itself: what is misspelled stands beside class_path
+            name, known = name.split(".")[0], list(_CLASS_KEYS)
+        facts = _facts(f"{key}.{name}: {leaf.owner} has no such setting", name, known)
     elif match:
         name, known = _beside(match["name"], options)
         facts = _facts(f"{name}: there is no such key", name, known)
+    elif (match := _REQUIRED.search(text)) and leaf.owner:
+        facts = [f"{key}.{match['names']}: not given, and {leaf.owner} has no default for it"]
+    elif match := _ABSTRACT.search(text):
+        facts = _facts(f"{key}: {match['name']} is only the base of what can stand here", "", _CLASS_KEYS)
     elif match := _VALUE.search(text) or _UNION.search(text):
         facts = [f"{key}: given {match['value']!r}", f"  allowed: {_types(match['types'])}"]
     elif leaf.keys and text:
@@ -64,6 +78,20 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     else:
         return message
     return "\n".join([*facts, "", "in full:", indent(message, "  ")])
+
+
+def _unreadable(text: str, message: str) -> str:
+    """Say what is wrong with a file that is no configuration at all, and where."""
+    if message.startswith("Unexpected"):
+        given = repr(text.splitlines()[0]) if text else "an empty file"
+        return f"--config: given {given}\n  allowed: a YAML file of keys, such as trainer:, model: and data:"
+    places = list(_PLACE.finditer(text))
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not _PLACE.search(line)]
+    where = f"line {places[-1]['line']}, column {places[-1]['column']}: " if places else ""
+    # YAML says first what it was doing, and last what it found.
+    found = lines[-1] if lines else "it cannot be read"
+    hint = "\n  YAML is indented by spaces, not by tabs" if "cannot start any token" in found else ""
+    return f"--config: {where}{found}{hint}\n\nin full:\n{indent(message, '  ')}"
 
 
 def _deepest(message: str) -> _Leaf:
@@ -141,4 +169,4 @@ def _offered(module: str) -> list[str]:
 
 def _types(text: str) -> str:
     """Write types as a user of YAML does."""
-    return re.sub(r"<class '([^']+)'>", r"\1", text).replace("NoneType", "null")
+    return re.sub(r"<class '([^']+)'>", r"\1", text).replace("NoneType", "null").replace("typing.", "")

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_edge.errors import RecordError
 from lightning_edge.quantization import detach
+from lightning_edge.quantization.network import CHILD
 from lightning_edge.quantization.phase import Quantize
 from lightning_edge.schedule import Change, Phase
 from lightning_edge.surgery import find_network
@@ -64,6 +65,12 @@ def load_compressed(checkpoint: str | Path, module: nn.Module, name: str | None 
             f"{str(checkpoint)!r} is not a Lightning checkpoint that loads with weights_only=True: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
+    if not changes and any(f".{CHILD}." in f".{key}" for key in weights):
+        raise RecordError(
+            f"{str(checkpoint)!r} holds int8 ranges and no record of what was quantized: it was saved with "
+            "weights_only=True after training, or by a Trainer without EdgeCompressionCallback. Save it with "
+            "trainer.save_checkpoint(path), or during training."
+        )
     restore(find_network(module, name), changes)
     try:
         module.load_state_dict(weights)

@@ -71,9 +71,10 @@ def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
             raise CompressionError(
                 f"module={name!r} is not a submodule of {type(module).__name__}. Candidates: {names}."
             ) from error
-    if len(found) == 1 and not any(True for _ in module.parameters(recurse=False)):
+    own_forward = _has_own_forward(module)
+    if len(found) == 1 and not (own_forward and any(True for _ in module.parameters(recurse=False))):
         return next(iter(found.values()))
-    if found and _has_own_forward(module):
+    if found and own_forward:
         return module
     raise CompressionError(
         f"{type(module).__name__} has {len(found)} submodules that could be the network ({names}) and no forward() of "

@@ -203,7 +203,7 @@ class Validation:
                         "let the dataloader give (inputs, target)"
                     )
                 metric.update(outputs, target)
-        return {name: float(metric.compute()) for name, metric in metrics.items()}
+        return dict(_scalars({name: metric.compute() for name, metric in metrics.items()}))
 
     def _batches(self, module: LightningModule) -> Iterator[Any]:
         loaders = CombinedLoader(self.dataloaders, "sequential")
@@ -219,6 +219,21 @@ class Validation:
                 if limit is not None and index >= limit:
                     break
                 yield transfer(module, batch)
+
+
+def _scalars(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Give every result that is one number by its name, those of a collection by both names."""
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}_")
+        elif torch.as_tensor(value).numel() == 1:
+            yield prefix + name, float(value)
+        else:
+            warnings.warn(
+                f"metrics={prefix + name!r} gives {torch.as_tensor(value).numel()} values, and a report holds one "
+                "number for each metric; it is left out. Average it, for example by average='macro'",
+                stacklevel=2,
+            )
 
 
 def check_split(split: str) -> None:

@@ -143,7 +143,7 @@ def test_export_of_an_unknown_target_says_which_there_are(
     assert "'onnx' is not one of 'executorch', 'coreml', 'tflite'" in error
 
 
-@pytest.mark.parametrize("content", [None, b"no checkpoint at all"])
+@pytest.mark.parametrize("content", [None, b"no checkpoint at all", b""])
 def test_bad_checkpoint_is_refused_before_anything_runs(
     config: Path, run: Run, capfd: pytest.CaptureFixture[str], content: bytes | None
 ) -> None:
@@ -237,6 +237,26 @@ MISTAKES = {
         ("zoo.digits.", "zoo.digit."),
         "data: there is no lightning_edge.zoo.digit\n",
     ),
+    "key beside class_path": (
+        (
+            "      - class_path: lightning_edge.Quantize\n        init_args:",
+            "      - class_path: lightning_edge.Quantize\n        init_argz:",
+        ),
+        "trainer.callbacks.phases: lightning_edge.schedule.Phase is only the base of what can stand here\n"
+        "  allowed: class_path, init_args\n",
+    ),
+    "setting that is required": (
+        ("    network:\n      class_path: lightning_edge.zoo.networks.DigitsCNN\n", "    num_classes: 10\n"),
+        "model.network: not given, and lightning_edge.zoo.task.Classifier has no default for it\n",
+    ),
+    "no batch": (
+        ("batch_size: 16", "batch_size: 0"),
+        "DigitsDataModule: batch_size=0 is not allowed; give 1 or more\n",
+    ),
+    "trainer setting": (
+        ("accelerator: cpu", "accelerator: cpuu"),
+        "EdgeTrainer: You selected an invalid accelerator name: `accelerator='cpuu'`",
+    ),
     "data setting": (
         ("batch_size", "batchsize"),
         "data.batchsize: lightning_edge.zoo.digits.DigitsDataModule has no such setting\n  did you mean: batch_size\n",
@@ -259,6 +279,111 @@ def test_mistake_is_answered_with_its_innermost_line(
     error = capfd.readouterr().err.removeprefix("Seed set to 0\n")
     assert error.startswith(f"error: {expected}")
     assert "usage:" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "--config: given an empty file\n  allowed: a YAML file of keys, "),
+        ("- a\n- b\n", "--config: given '- a'\n  allowed: a YAML file of keys, "),
+        ("trainer:\n\tmax_epochs: 1\n", "--config: line 2, column 1: found character"),
+        ("trainer: {max_epochs: 1\n", "--config: line 2, column 1: did not find expected ',' or '}'\n"),
+        ("trainer: [1]\nmodel: lightning_edge.zoo.task.Classifier\n", ""),
+    ],
+    ids=["empty", "a list", "tabs", "open brace", "list for a group"],
+)
+def test_file_that_is_no_configuration_is_told(
+    config: Path, run: Run, capfd: pytest.CaptureFixture[str], text: str, expected: str
+) -> None:
+    config.write_text(text)
+    with pytest.raises(SystemExit) as exit_info:
+        run("fit", "--config", str(config))
+    assert exit_info.value.code == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: {expected}")
+    assert "Traceback" not in error
+
+
+def change(config: Path, **trainer: object) -> None:
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"].update(trainer)
+    config.write_text(yaml.safe_dump(settings))
+
+
+EVALUATION = {"class_path": "lightning_edge.DeviceEvaluationCallback", "init_args": {"targets": ["executorch"]}}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        (
+            {"callbacks": [EVALUATION], "limit_val_batches": 0},
+            "error: split='validate' with Trainer(limit_val_batches=0)",
+        ),
+        ({"limit_train_batches": 1e9, "max_epochs": 0, "overfit_batches": -1}, "error: "),
+    ],
+    ids=["ours", "lightning's"],
+)
+def test_refusal_inside_fit_is_one_line_and_status(
+    config: Path, run: Run, capfd: pytest.CaptureFixture[str], trainer: dict[str, object], expected: str
+) -> None:
+    change(config, **trainer)
+    with pytest.raises(SystemExit) as exit_info:
+        run("fit", "--config", str(config))
+    assert exit_info.value.code in (1, 2)
+    error = capfd.readouterr().err.removeprefix("Seed set to 0\n")
+    assert error.startswith(expected)
+    assert "Traceback" not in error
+
+
+def test_mistake_in_the_users_own_code_keeps_its_traceback(
+    config: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: object, batch: object, index: int) -> None:
+        raise ValueError("in the user's own step")
+
+    monkeypatch.setattr("lightning_edge.zoo.task.Classifier.validation_step", refuse)
+    with pytest.raises(ValueError, match="in the user's own step"):
+        run("fit", "--config", str(config))
+
+
+def test_weights_of_another_network_are_told_with_what_to_do(
+    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    settings = {**SETTINGS, "trainer": {**SETTINGS["trainer"], "callbacks": []}}  # type: ignore[dict-item]
+    (tmp_path / "float.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit) as exit_info:
+        run("validate", "--config", str(tmp_path / "float.yaml"), "--ckpt_path", "checkpoints/trained.ckpt")
+    assert exit_info.value.code == 1
+    assert "error: ckpt_path: the weights do not fit the model: they were trained quantized; " in capfd.readouterr().err
+
+
+def test_second_run_in_a_folder_is_no_error_and_a_validation_leaves_its_configuration(
+    config: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(config, callbacks=[], limit_train_batches=1, limit_val_batches=1)
+    mine, saved = config.read_text(), config.parent / "runs" / "config.yaml"
+    run("fit", "--config", "config.yaml")
+    assert config.read_text() == mine
+    folder = ("--trainer.default_root_dir", "runs")
+    run("fit", "--config", "config.yaml", *folder)
+    before = saved.read_text()
+    run("validate", "--config", "config.yaml", "--trainer.limit_val_batches=2", *folder)
+    assert saved.read_text() == before
+    run("fit", "--config", "config.yaml", "--trainer.max_epochs=2", *folder)
+    assert yaml.safe_load(saved.read_text())["trainer"]["max_epochs"] == 2
+
+
+def test_evaluate_keeps_the_limit_of_batches(
+    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    run(
+        *("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
+        *("--targets", "[executorch]", "--dirpath", str(tmp_path), "--trainer.limit_val_batches", "2"),
+    )
+    assert {row["samples"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]} == {None, 32}
 
 
 def test_failure_of_ours_is_one_line_and_status_1(

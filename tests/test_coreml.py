@@ -338,6 +338,19 @@ def test_a_truncated_package_is_refused(file: Path, look: Any, package: Any, tmp
         look(path)
 
 
+@pytest.mark.parametrize(
+    "content", [None, "", "{}", '{"itemInfoEntries": {"1": {"path": "x"}}, "rootModelIdentifier": "1"}']
+)
+def test_a_package_that_core_ml_would_not_open_is_refused(content: str | None, package: Any, tmp_path: Path) -> None:
+    path = tmp_path / "lost.mlpackage"
+    shutil.copytree(package("residual"), path)
+    (path / "Manifest.json").unlink()
+    if content is not None:
+        (path / "Manifest.json").write_text(content)
+    with pytest.raises(RunnerError, match=r"has (no|a) Manifest\.json that leads to "):
+        coreml.inspect(path)
+
+
 def test_another_kind_of_core_ml_model_is_refused(package: Any, tmp_path: Path) -> None:
     from coremltools.proto import Model_pb2
 

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, MeanSquaredError
 
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Quantize
-from lightning_edge.errors import EdgeError, ExportError
+from lightning_edge.errors import EdgeError, ExportError, MissingExtraError
 from lightning_edge.evaluation import evaluate_module, raise_failures
-from lightning_edge.exporters import TARGETS, Contents, ExportWarning, TensorSpec, load
+from lightning_edge.exporters import TARGETS, Contents, ExportWarning, TensorSpec, load, options_of
 from lightning_edge.exporters.base import Runner
 from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.monitor import Monitor
@@ -480,6 +480,55 @@ def test_folder_that_cannot_be_written_is_told_before_training(stub: Stub, tmp_p
         trainer(DeviceEvaluationCallback(["stub"], str(tmp_path / "file"))).fit(Classifier(), TRAINING, VALIDATION)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_missing_extra_is_told_before_training(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    monkeypatch.setattr(sys.modules["stub_target"], "NEEDS", ("stub_runtime",), raising=False)
+    monkeypatch.setattr(sys.modules["stub_target"], "EXTRA", "stubs", raising=False)
+
+    class Untouched(Classifier):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            raise KeyboardInterrupt("training began")
+
+    says = r"'stub_runtime' is not installed\. Install it with: pip install 'lightning-edge\[stubs\]'"
+    run = trainer(DeviceEvaluationCallback(["stub"], str(tmp_path), strict=strict))
+    if strict:
+        with pytest.raises(MissingExtraError, match=rf"{says}, or leave 'stub' out"):
+            run.fit(Untouched(), TRAINING, VALIDATION)
+    else:
+        with pytest.warns(UserWarning, match=rf"no file for 'stub': {says}"), pytest.raises(SystemExit):
+            run.fit(Untouched(), TRAINING, VALIDATION)
+
+
+def test_weights_that_are_no_numbers_are_an_error_and_not_some_int8(stub: Stub, tmp_path: Path) -> None:
+    module = Classifier()
+    module.net[0].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ExportError, match=r"'0\.weight' holds values that are not finite"):
+        evaluate(tmp_path, module, calibration=calibration)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float_files_are_made_where_post_training_quantization_fails(stub: Stub, tmp_path: Path) -> None:
+    def refuse() -> list[Inputs]:
+        raise EdgeError("no batch of the training data")
+
+    report = evaluate(tmp_path, calibration=refuse)
+    assert [(row.label, row.error) for row in report.rows] == [
+        ("torch fp32", None),
+        ("torch int8 (post-training)", "no batch of the training data"),
+        ("stub fp32", None),
+    ]
+    assert (tmp_path / "report.md").is_file()
+
+
+def test_options_of_int8_files_are_not_those_of_the_float_baseline() -> None:
+    options = {"tflite": {"io": "int8", "layout": "nhwc"}}
+    assert options_of("tflite", "int8", options) == options["tflite"]
+    assert options_of("tflite", "fp32", options) == {"layout": "nhwc"}
+    assert options_of("coreml", "fp32", options) == {}
+
+
 def test_two_names_for_the_network_are_refused(stub: Stub, tmp_path: Path) -> None:
     compression = EdgeCompressionCallback([Quantize(start=0)], module="net")
     evaluation = DeviceEvaluationCallback(["stub"], str(tmp_path), module="accuracy")
@@ -495,6 +544,12 @@ def test_two_names_for_the_network_are_refused(stub: Stub, tmp_path: Path) -> No
         ({"targets": "tflite"}, "give a list"),
         ({"targets": ["tflite", "tflite"]}, "twice"),
         ({"targets": ["tflite"], "options": {"coreml": {}}}, "options are given for 'coreml'"),
+        ({"targets": ["tflite"], "options": {"tflite": {"float_io": True}}}, "no option 'float_io'; it has io, layout"),
+        ({"targets": ["tflite"], "options": {"tflite": {"io": "int4"}}}, "io='int4' is not one of"),
+        (
+            {"targets": ["coreml"], "options": {"coreml": {"minimum_ios": "18"}}},
+            "minimum_ios='18' is not a whole number",
+        ),
         ({"targets": ["tflite"], "split": "train"}, "split='train'"),
         ({"targets": ["tflite"], "calibration_batches": -1}, "calibration_batches=-1"),
         ({"targets": ["tflite"], "metric": "quality"}, "does not tell where it is better"),
@@ -514,7 +569,7 @@ def test_settings_build_from_yaml() -> None:
         "targets": ["tflite"],
         "tolerance": {"max_steps": 2.0},
         "timing": {"repeats": 7},
-        "options": {"tflite": {"float_io": True}},
+        "options": {"tflite": {"io": "float"}},
         "metrics": {
             "accuracy": {
                 "class_path": "torchmetrics.classification.MulticlassAccuracy",

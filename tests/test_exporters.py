@@ -465,6 +465,39 @@ def test_explain_puts_the_innermost_message_first() -> None:
     assert "The converter said: pass 7 failed. Do this." in told
 
 
+def test_weights_that_are_no_numbers_are_refused_but_masks_are_not(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    assert deployable(model, torch.randn(1, 3)).precision == "fp32"
+    model.weight.data[0, 0] = float("nan")
+    with pytest.raises(ExportError, match="parameter 'weight' holds values that are not finite"):
+        export(model, "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 3))
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_outputs_that_are_none_are_left_out(name: str, tmp_path: Path) -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+            return {"loss": None, "hidden": (None, torch.relu(x)), "scores": self.layer(x)}
+
+    model, inputs = Scores(), torch.randn(4, 3)
+    artifact = export(model, name, tmp_path / f"net{target(name).SUFFIX}", inputs=inputs)
+    expected = model.eval()(inputs)
+    hidden, scores = artifact(inputs)
+    torch.testing.assert_close(hidden, expected["hidden"][1])
+    torch.testing.assert_close(scores, expected["scores"].detach())
+
+
+def test_numpy_inputs_are_told_what_to_do(exported: Path) -> None:
+    with pytest.raises(RunnerError, match=r"was given a numpy array; give tensors"):
+        load(exported)(batches(SMALL)[0].tensors[0].numpy())
+
+
 def test_arguments_that_are_no_tensors_are_built_in(tmp_path: Path) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

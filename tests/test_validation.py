@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import Accuracy, Metric
+from torchmetrics import Accuracy, Metric, MetricCollection
 
 from lightning_edge import reference as reference_module
 from lightning_edge.errors import EdgeError
@@ -188,6 +188,15 @@ def test_given_metrics_take_the_place_of_the_step() -> None:
     assert not validation.own_step
     assert validation.run(always(1)) == {"accuracy": 0.5}
     assert validation.run(always(1)) == {"accuracy": 0.5}
+
+
+def test_metrics_of_several_values_are_told_apart_or_left_out() -> None:
+    metrics: dict[str, Any] = {
+        "all": MetricCollection({"accuracy": Accuracy("multiclass", num_classes=2)}),
+        "each": Accuracy("multiclass", num_classes=2, average="none"),
+    }
+    with pytest.warns(UserWarning, match=r"metrics='each' gives 2 values"):
+        assert Validation(Classifier(), loader(), metrics=metrics).run(always(1)) == {"all_accuracy": 0.5}
 
 
 def test_without_a_step_and_metrics_the_network_is_still_called() -> None:

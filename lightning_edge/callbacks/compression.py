@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -67,18 +68,26 @@ class EdgeCompressionCallback(Callback):
                 f"the Trainer runs {trainer.world_size} processes, and compression is not synchronized between "
                 "processes yet; train with devices=1, num_nodes=1"
             )
-        self._found = self._network(pl_module)
-        if not is_quantized(self._found):
-            self._changes, self._float_state = [], None
-        self._restore_before_weights(pl_module)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            _refuse_averaging(callback, pl_module)
+        self._hook_checkpoints(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the LightningModule's own hook as it was."""
-        pl_module.__dict__.pop("on_load_checkpoint", None)
+        """Leave the LightningModule's own hooks as they were."""
+        _unhook_checkpoints(pl_module)
         self._found = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a schedule that cannot begin."""
+        """Find the network, and refuse a schedule that cannot begin."""
+        self._found = self._network(pl_module)
+        if not is_quantized(self._found):
+            self._changes, self._float_state = [], None
+        elif not self._changes:
+            raise CompressionError(
+                f"{type(self._found).__name__} was quantized before, and not by this callback, which has no record of "
+                "it. Give the callback that quantized it, resume with ckpt_path=..., or begin anew from the float "
+                "network: lightning_edge.quantization.detach(network)."
+            )
         for phase in self.phases:
             if isinstance(phase.first_moment(), float) and _length_is_unknown(trainer):
                 raise CompressionError(
@@ -134,15 +143,23 @@ class EdgeCompressionCallback(Callback):
                 )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the record, and the float network that the report compares with, into the checkpoint."""
+        """Put the record into checkpoints that are saved after training, when our hooks are gone."""
+        self._save(checkpoint)
+
+    def _save(self, checkpoint: dict[str, Any]) -> None:
+        # With the float network that the report compares with.
         checkpoint[record.KEY] = record.to_checkpoint(self._changes, self._float_state)
 
     def _network(self, pl_module: LightningModule) -> nn.Module:
         return find_network(pl_module, self.module)
 
-    def _restore_before_weights(self, pl_module: LightningModule) -> None:
-        """Rebuild in the LightningModule's own load hook: a callback's comes after the weights."""
-        original = type(pl_module).on_load_checkpoint
+    def _hook_checkpoints(self, pl_module: LightningModule) -> None:
+        """Read and write the record in the LightningModule's own hooks.
+
+        A callback's load hook comes after the weights, and its save hook not at all for checkpoints of weights only.
+        """
+        _unhook_checkpoints(pl_module)
+        load, save = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             saved = checkpoint.get(record.KEY) or {"changes": [], "float_state": None}
@@ -154,15 +171,49 @@ class EdgeCompressionCallback(Callback):
                 )
             record.restore(self._network(pl_module), saved["changes"])
             self._changes, self._float_state = list(saved["changes"]), saved["float_state"]
-            original(pl_module, checkpoint)
+            load(checkpoint)
 
-        pl_module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            self._save(checkpoint)
+            save(checkpoint)
+
+        for hook, original in ((on_load_checkpoint, load), (on_save_checkpoint, save)):
+            hook.original = original  # type: ignore[attr-defined]
+            setattr(pl_module, hook.__name__, hook)
 
     def _tell(self, trainer: Trainer, phase: Phase, change: Change) -> None:
         when = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
         rank_zero_info(f"{type(phase).__name__}, {when}: {phase.describe(change)}")
         for logger in trainer.loggers:
             logger.log_metrics({f"edge/{phase.name}/{change['kind']}": 1.0}, step=trainer.global_step)
+
+
+def _unhook_checkpoints(pl_module: LightningModule) -> None:
+    """Take our hooks away, also those that a training which ended in an error left behind."""
+    for name in ("on_load_checkpoint", "on_save_checkpoint"):
+        original = getattr(pl_module.__dict__.get(name), "original", None)
+        if original is None:
+            continue
+        if getattr(original, "__func__", None) is getattr(type(pl_module), name):
+            del pl_module.__dict__[name]
+        else:  # the user's own hook, set on the instance
+            setattr(pl_module, name, original)
+
+
+def _refuse_averaging(callback: Callback, pl_module: LightningModule) -> None:
+    """Refuse to train beside a callback whose copy of the network stays float."""
+    name = type(callback).__name__
+    if isinstance(callback, WeightAveraging):
+        raise CompressionError(
+            f"{name} keeps a float copy of the LightningModule, made before quantization, and writes checkpoints of it "
+            "without ranges. Train with it in float first, then with EdgeCompressionCallback in a fit of its own."
+        )
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pl_module.modules())
+    if isinstance(callback, StochasticWeightAveraging) and norms:
+        raise CompressionError(
+            f"{name} learns BatchNorm's statistics anew at the end of training, when they are part of the int8 "
+            "weights. Train with it in float first, then with EdgeCompressionCallback in a fit of its own."
+        )
 
 
 def _length_is_unknown(trainer: Trainer) -> bool:
@@ -184,6 +235,11 @@ def _clock(trainer: Trainer, batch_idx: int) -> Clock:
 def _network_inputs(pl_module: LightningModule, network: nn.Module, batch: Any, batch_idx: int) -> Inputs:
     """Say what training_step feeds the network for this batch, leaving no trace of having asked."""
     wanted = inspect.signature(pl_module.training_step).parameters
+    if "dataloader_iter" in wanted:
+        raise CompressionError(
+            f"{type(pl_module).__name__}.training_step takes dataloader_iter, so that no batch is known before it "
+            "runs. Give it the arguments batch and batch_idx."
+        )
     arguments = (batch, batch_idx) if len(wanted) > 1 else (batch,)
     with isolate_rng(), _silent(pl_module):
         inputs = capture_inputs(network, lambda: pl_module.training_step(*arguments))

@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
-from lightning_edge.errors import EdgeError
+from lightning_edge.errors import EdgeError, MissingExtraError
 from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures
+from lightning_edge.exporters import check_target_installed
 from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.monitor import Mode, Monitor, direction
 from lightning_edge.network import Inputs
@@ -42,7 +43,7 @@ class DeviceEvaluationCallback(Callback):
         module: Name of the network, as for `EdgeCompressionCallback`; found by itself, or taken from there.
         split: ``"validate"`` or ``"test"``: which of the user's loops gives the metrics.
         tolerance: How far a file may lie from the network it came from.
-        options: A target's own options, by target: ``{"tflite": {"float_io": True}}``.
+        options: A target's own options, by target: ``{"tflite": {"io": "float"}}``.
         timing: Warm-up, repeats and threads of the latency measurement.
         calibration_batches: Batches of training data for post-training quantization; 0 for none.
         fp32_files: Whether to export the float network as well, as the baseline.
@@ -100,20 +101,32 @@ class DeviceEvaluationCallback(Callback):
         Raises:
             ValueError: If there will be nothing to evaluate on.
             CompressionError: If the network cannot be found.
+            MissingExtraError: If a target's packages are not installed; with ``strict=False`` that is a warning.
             EdgeError: If the folder cannot be written to.
         """
         self.report = None
         check_data(trainer, self.split)
         find_network(pl_module, self._module(trainer))
+        self._check_installed()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             try:
                 Path(self.dirpath).mkdir(parents=True, exist_ok=True)
                 with tempfile.NamedTemporaryFile(dir=self.dirpath):
                     pass
             except OSError as error:
+                cause = "it is a file" if Path(self.dirpath).is_file() else error
                 raise EdgeError(
-                    f"dirpath={self.dirpath!r} cannot be written to: {error}. Give another folder"
+                    f"dirpath={self.dirpath!r} cannot be written to: {cause}. Give another folder"
                 ) from error
+
+    def _check_installed(self) -> None:
+        for name in self.targets:
+            try:
+                check_target_installed(name)
+            except MissingExtraError as error:
+                if self.strict:
+                    raise MissingExtraError(f"targets={self.targets}: {error}, or leave {name!r} out") from error
+                rank_zero_warn(f"There will be no file for {name!r}: {error}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, write, print and log; then raise if a target failed.

@@ -7,7 +7,7 @@ becomes part of the weights of the layer before it. Knows torch only.
 from __future__ import annotations
 
 import inspect
-import operator
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
+from lightning_edge.quantization.in_place import functional, inline_gradient_modes, make_functional
+from lightning_edge.quantization.masks import drop_idle_masks
+from lightning_edge.surgery import redirected
 
 aten = torch.ops.aten
 
@@ -32,6 +35,9 @@ DROPOUTS = {
 
 # Bookkeeping that torch.export leaves in a graph and that computes nothing.
 _BOOKKEEPING = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range.default}
+
+# Left out of a graph where the tensor has the layout already, which attention dropout decides.
+_LAYOUT = {aten.contiguous.default, aten.clone.default}
 
 # Operations with a weight that a BatchNorm behind them can go into -> axis of the weight's output channels.
 _FOLDABLE: dict[Any, int] = {
@@ -47,13 +53,22 @@ _FOLDABLE: dict[Any, int] = {
 
 
 @dataclass(frozen=True)
-class Dropout:
-    """A dropout taken out of the graph: what it read, who read it, and its own settings."""
+class TakenOut:
+    """A dropout or detach, which changes no value in evaluation, taken out of the graph.
+
+    Attributes:
+        source: Name of the node it read.
+        readers: Names of the nodes that read it, directly or through others that were taken out.
+        operator: The operation.
+        probability: The dropout's own; ``None`` for a detach.
+        owner: Name of the submodule in whose ``forward`` it is called, whose mode says whether it drops.
+    """
 
     source: str
     readers: tuple[str, ...]
     operator: Any
-    probability: float
+    probability: float | None
+    owner: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +105,7 @@ class Captured:
     """A network's graph, and what was taken out of it."""
 
     graph: GraphModule
-    dropouts: tuple[Dropout, ...]
+    taken_out: tuple[TakenOut, ...]
     batch_norms: tuple[FoldedBatchNorm, ...]
 
 
@@ -113,13 +128,13 @@ def capture(network: nn.Module, inputs: Inputs) -> Captured:
     with _mode(network, training=True):
         trained = _operations(_export(network, inputs))
     _refuse_other_path(network, _operations(graph), trained)
-    _make_functional(graph)
-    _drop_idle_masks(graph)
+    make_functional(graph, type(network).__name__)
+    drop_idle_masks(graph)
     batch_norms = tuple(_fold_batch_norms(graph))
-    dropouts = tuple(_take_out_dropouts(graph))
+    taken_out = tuple(_take_out(graph, network))
     graph.graph.lint()
     graph.recompile()
-    return Captured(graph, dropouts, batch_norms)
+    return Captured(graph, taken_out, batch_norms)
 
 
 @contextmanager
@@ -148,18 +163,26 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
 def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
     device_type = next((tensor.device.type for tensor in inputs.tensors), "cpu")
     try:
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        # With gradients, so that the graph shows where forward() turns them off.
+        with torch.enable_grad(), torch.autocast(device_type, enabled=False), _spelled_out(network, inputs):
             program = torch.export.export(
                 network, inputs.args, dict(inputs.kwargs), dynamic_shapes=_dynamic_batch(network, inputs), strict=False
             )
     except Exception as error:  # torch.export raises many kinds, all of them about the user's network here
-        reason = str(error).strip().splitlines()
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        first_sentence = re.split(r"(?<!e\.g)\.(?:\s|$)", reason[0])[0]
         raise CompressionError(
             f"{type(network).__name__} cannot be captured as one graph by torch.export: "
-            f"{reason[0] if reason else type(error).__name__} Batches of any size must run through forward() without "
-            "Python branches on values of tensors."
+            f"{first_sentence}. forward() must run for batches of any size, without Python branches on values of "
+            "tensors and without logging. What it takes and returns must be tensors in tuples, lists, dicts, or in a "
+            "dataclass given to torch.export.register_dataclass."
         ) from error
     graph = program.module(check_guards=False)
+    if any(node.target is torch.ops.higher_order.wrap_with_autocast for node in graph.graph.nodes):
+        raise CompressionError(
+            f"{type(network).__name__} sets torch.autocast in forward(), which one int8 graph cannot follow. Take it "
+            "out of the network; the Trainer's precision=... sets it for the whole training."
+        )
     assert isinstance(graph, GraphModule)
     for node in list(graph.graph.nodes):
         counts = node.target is aten.add_.Tensor and "num_batches_tracked" in str(getattr(node.args[0], "target", ""))
@@ -167,9 +190,29 @@ def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
             if node.users:
                 node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
+    inline_gradient_modes(graph)
     graph.recompile()
     return graph
+
+
+@contextmanager
+def _spelled_out(network: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Give a ``forward(*args, **kwargs)`` the signature of this call: torch.export cannot match shapes with stars."""
+    kinds = {parameter.kind for parameter in inspect.signature(network.forward).parameters.values()}
+    if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        yield
+        return
+    forward = network.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    parameter = inspect.Parameter
+    named = [parameter(f"argument_{i}", parameter.POSITIONAL_OR_KEYWORD) for i in range(len(inputs.args))]
+    named += [parameter(name, parameter.KEYWORD_ONLY) for name in inputs.kwargs]
+    call.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    with redirected(network, call):
+        yield
 
 
 def _two_samples(inputs: Inputs) -> Inputs:
@@ -195,7 +238,7 @@ def _operations(graph: GraphModule) -> list[str]:
     return [
         str(node.target)
         for node in graph.graph.nodes
-        if node.op == "call_function" and _functional(node.target) not in DROPOUTS
+        if node.op == "call_function" and functional(node.target) not in {*DROPOUTS, *_LAYOUT}
     ]
 
 
@@ -211,75 +254,41 @@ def _refuse_other_path(network: nn.Module, evaluated: list[str], trained: list[s
     )
 
 
-def _functional(target: Any) -> Any:
-    """The operation that returns what an in-place one (``relu_``) writes; any other target as it is."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return target
-    name = target._schema.name.split("::")[1]
-    if not name.endswith("_") or name.endswith("__") or target.namespace != "aten":
-        return target
-    packet = getattr(aten, name[:-1], None)
-    return getattr(packet, target._overloadname, target) if packet is not None else target
+def _take_out(graph: GraphModule, network: nn.Module) -> list[TakenOut]:
+    modules = dict(network.named_modules())
+    found = [n for n in graph.graph.nodes if n.op == "call_function" and n.target in {*DROPOUTS, aten.detach.default}]
+    taken_out = []
+    for node in found:
+        source, probability = node.args[0], None
+        if node.target in DROPOUTS:
+            probability = float(node.args[1])
+            if node.args[2] and probability > 0:
+                raise CompressionError(
+                    f"{type(network).__name__} drops values in evaluation too: {node.target} with training=True. An "
+                    "exported file cannot; give functional dropout training=self.training."
+                )
+        while source in found:
+            source = source.args[0]
+        readers = [name for user in node.users for name in _readers(user, found)]
+        owner = _owner(node, modules)
+        taken_out.append(TakenOut(source.name, tuple(readers), node.target, probability, owner))
+    for node in found:
+        node.replace_all_uses_with(node.args[0])
+        graph.graph.erase_node(node)
+    return taken_out
 
 
-def _make_functional(graph: GraphModule) -> None:
-    """Replace in-place operations, so that a quantizer's result is never overwritten behind its back."""
-    for node in list(graph.graph.nodes):
-        functional = _functional(node.target) if node.op == "call_function" else node.target
-        written = node.args[0] if node.args else None
-        if functional is node.target or not isinstance(written, Node):
-            continue
-        node.target = functional
-        later = False
-        for reader in graph.graph.nodes:
-            if later and reader in written.users:
-                reader.replace_input_with(written, node)
-            later = later or reader is node
+def _readers(node: Node, taken_out: list[Node]) -> list[str]:
+    if node not in taken_out:
+        return [node.name]
+    return [name for user in node.users for name in _readers(user, taken_out)]
 
 
-def _drop_idle_masks(graph: GraphModule) -> None:
-    """Take attention masks away that mask nothing: no converter sees through how they are computed."""
-    for node in graph.graph.nodes:
-        if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
-            continue
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        if isinstance(mask, Node) and mask.meta["val"].dtype == torch.bool and _masks_nothing(graph, mask):
-            node.replace_input_with(mask, None)
-    graph.graph.eliminate_dead_code()
-
-
-def _masks_nothing(graph: GraphModule, mask: Node) -> bool:
-    """Whether a Boolean mask is all True whatever the network is fed, as transformers makes it for encoders."""
-    values: dict[Node, Any] = {}
-
-    def value(node: Node) -> Any:
-        if node in values:
-            return values[node]
-        if node.op == "get_attr":
-            values[node] = operator.attrgetter(str(node.target))(graph)
-        elif node.target is aten.sym_size.int and node.args[1] == 0:
-            values[node] = 1  # the batch: what holds for one sample holds for all, or it would depend on the input
-        elif node.op == "call_function":
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        else:
-            raise LookupError(node.name)
-        return values[node]
-
-    try:
-        with torch.no_grad():
-            return bool(value(mask).all())
-    except LookupError:
-        return False
-
-
-def _take_out_dropouts(graph: GraphModule) -> Iterator[Dropout]:
-    for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target in DROPOUTS:
-            source = node.args[0]
-            yield Dropout(source.name, tuple(user.name for user in node.users), node.target, float(node.args[1]))
-            node.replace_all_uses_with(source)
-            graph.graph.erase_node(node)
+def _owner(node: Node, modules: dict[str, nn.Module]) -> str:
+    """Name of the innermost submodule that a node was called in; ``""`` for the network."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [path for path, _ in stack.values() if path in modules]
+    return str(names[-1]) if names else ""
 
 
 def _fold_batch_norms(graph: GraphModule) -> Iterator[FoldedBatchNorm]:
@@ -288,14 +297,18 @@ def _fold_batch_norms(graph: GraphModule) -> Iterator[FoldedBatchNorm]:
         if node.op != "call_function" or node.target is not aten.batch_norm.default:
             continue
         x, gamma, beta, mean, variance, _, momentum, eps, _ = node.args
-        if mean is None or x.meta["val"].dim() < 2:
-            continue
-        if x.target in _FOLDABLE and len(x.users) == 1 and not _is_grouped_transpose(x):
+        if mean is None:
+            raise CompressionError(
+                "A BatchNorm of the network keeps no running statistics (track_running_stats=False), so that every "
+                "output depends on the other samples of its batch, which no exported file can compute. Give it "
+                "running statistics, or use GroupNorm or InstanceNorm."
+            )
+        foldable = x.target in _FOLDABLE and len(x.users) == 1 and not _is_grouped_transpose(x)
+        # Channels of a linear layer are last, those of a BatchNorm second.
+        if foldable and (x.target is not aten.linear.default or x.meta["val"].dim() == 2):
             layer = x
-        elif x.meta["val"].dim() == 4:
-            layer = _depthwise_identity(graph, node, x)
         else:
-            continue
+            layer = _depthwise_identity(graph, node, x)
         with graph.graph.inserting_before(layer):
             scale = _call(graph, aten.rsqrt.default, _call(graph, aten.add.Tensor, variance, eps))
             if gamma is not None:
@@ -312,7 +325,10 @@ def _fold_batch_norms(graph: GraphModule) -> Iterator[FoldedBatchNorm]:
             shape[_FOLDABLE[layer.target]] = -1
             weight = _call(graph, aten.mul.Tensor, layer.args[1], _call(graph, aten.view.default, scale, shape))
         layer.args = (layer.args[0], weight, bias, *layer.args[3:])
-        node.replace_all_uses_with(layer)
+        with graph.graph.inserting_after(layer):
+            squeezes = layer is not x and x.meta["val"].dim() == 2
+            result = _call(graph, aten.squeeze.dim, layer, 2) if squeezes else layer
+        node.replace_all_uses_with(result)
         graph.graph.erase_node(node)
         yield FoldedBatchNorm(
             layer=layer.name,
@@ -329,20 +345,24 @@ def _fold_batch_norms(graph: GraphModule) -> Iterator[FoldedBatchNorm]:
 
 
 def _depthwise_identity(graph: GraphModule, node: Node, x: Node) -> Node:
-    """Put a depthwise 1x1 convolution with weights of one before a BatchNorm that follows no layer.
+    """Put a depthwise convolution with weights of one before a BatchNorm that follows no layer.
 
     Together they are one depthwise convolution, which every target runs in int8; a BatchNorm alone is a float
-    multiply and add on all of them.
+    multiply and add on all of them, and one that torchao searches for its own patterns for half a minute.
     """
-    channels = x.meta["val"].shape[1]
-    name = f"identity_of_{node.name}"
     value = x.meta["val"]
-    graph.register_buffer(name, torch.ones(channels, 1, 1, 1, dtype=value.dtype, device=value.device))
+    channels, spatial = value.shape[1], max(1, value.dim() - 2)
+    convolution = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[spatial]
+    name = f"identity_of_{node.name}"
+    ones = torch.ones(channels, *[1] * (spatial + 1), dtype=value.dtype, device=value.device)
+    graph.register_buffer(name, ones)
     with graph.graph.inserting_before(node):
         weight = graph.graph.get_attr(name)
         with value.fake_mode:
-            weight.meta["val"] = torch.ones(channels, 1, 1, 1, dtype=value.dtype, device=value.device)
-        return _call(graph, aten.conv2d.default, x, weight, None, [1, 1], [0, 0], [1, 1], channels)
+            weight.meta["val"] = torch.ones(ones.shape, dtype=value.dtype, device=value.device)
+        if value.dim() == 2:
+            x = _call(graph, aten.unsqueeze.default, x, 2)
+        return _call(graph, convolution, x, weight, None, [1] * spatial, [0] * spatial, [1] * spatial, channels)
 
 
 def _is_grouped_transpose(layer: Node) -> bool:

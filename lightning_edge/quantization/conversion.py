@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Deployable
-from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias
+from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 from lightning_edge.quantization.network import quantized_forward, quiet_torchao
 
 
@@ -51,13 +51,13 @@ def _refuse_unobserved(graph: GraphModule) -> None:
 
 
 def _take_out(graph: GraphModule) -> None:
-    """Remove dropouts, and give layers with a live BatchNorm their bias instead."""
+    """Remove dropouts and stopped gradients, and give layers with a live BatchNorm their bias instead."""
     for node in list(graph.graph.nodes):
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, LiveBatchNorm):
             layer, _, bias = node.args[:3]
             layer.args = (*layer.args[:2], bias, *layer.args[3:])
-        if isinstance(module, LiveBatchNorm | GraphDropout):
+        if isinstance(module, LiveBatchNorm | GraphDropout | StopGradient):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
             graph.delete_submodule(str(node.target))

@@ -23,6 +23,9 @@ from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 from lightning_edge.errors import CompressionError
 
+# Beyond it float32 arithmetic on the range overflows.
+_LARGEST_RANGE = 1e30
+
 
 class _RoundToScale(torch.autograd.Function):
     """Quantize and dequantize with one scale; the gradient passes where the value was inside the range."""
@@ -102,11 +105,13 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
             CompressionError: If ``x`` holds NaN or infinity.
         """
         self.activation_post_process(x.detach().float())
-        largest = getattr(self.activation_post_process, "max_val", self.scale)
-        if not bool(torch.isfinite(largest).all()):
+        observer = self.activation_post_process
+        ends = getattr(observer, "max_val", self.scale) - getattr(observer, "min_val", self.scale)
+        if not bool((ends < _LARGEST_RANGE).all()):
             raise CompressionError(
-                "a quantizer was given a value that is not finite (NaN or infinity), which has no int8 range. Check "
-                "the network's weights and inputs, and its loss for divergence."
+                "a quantizer was given a value that is not finite (NaN or infinity), or as good as infinite (above "
+                f"{_LARGEST_RANGE:g}, as in masks), which has no int8 range. Check the network's weights and inputs, "
+                "its loss for divergence, and additive masks outside softmax."
             )
         scale, zero_point = self.calculate_qparams()
         if self.scale.shape != scale.shape:

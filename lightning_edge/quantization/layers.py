@@ -9,17 +9,32 @@ from torch import Tensor, nn
 
 
 class GraphDropout(nn.Module):
-    """A dropout of the user's, put back behind the quantizers; it follows ``training`` like any other module."""
+    """A dropout of the user's, put back behind the quantizers; its mode is that of the submodule which calls it.
 
-    def __init__(self, operator: Any, probability: float) -> None:
+    Args:
+        operator: The dropout.
+        probability: The user's.
+        owner: Name of that submodule in the network.
+    """
+
+    def __init__(self, operator: Any, probability: float, owner: str) -> None:
         super().__init__()
         self.operator = operator
         self.probability = probability
+        self.owner = owner
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop at random while training."""
         dropped: Tensor = self.operator(x, self.probability, True) if self.training else x
         return dropped
+
+
+class StopGradient(nn.Module):
+    """A detach of the user's, or the end of their ``torch.no_grad()``, put back behind the quantizers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Let no gradient through."""
+        return x.detach()
 
 
 class RoundedBias(nn.Module):
@@ -53,11 +68,17 @@ class LiveBatchNorm(nn.Module):
     """BatchNorm behind a layer whose weights already carry its scale, while its statistics still learn.
 
     In training the layer's output is divided by that scale again and normalized by the batch; otherwise, and once
-    `folded`, what is left of BatchNorm is the layer's bias.
+    `folded`, what is left of BatchNorm is the layer's bias. Its mode is that of the user's BatchNorm, frozen or not.
+
+    Args:
+        momentum: The user's.
+        eps: The user's.
+        owner: Name of the user's BatchNorm in the network.
     """
 
-    def __init__(self, momentum: float, eps: float) -> None:
+    def __init__(self, momentum: float, eps: float, owner: str) -> None:
         super().__init__()
+        self.owner = owner
         self.momentum = momentum
         self.eps = eps
         self.folded = False

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from torch.fx import GraphModule, Node
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.calls import CallShape
-from lightning_edge.quantization.capture import Dropout, FoldedBatchNorm, capture
-from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias
+from lightning_edge.quantization.capture import FoldedBatchNorm, TakenOut, capture
+from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 
 CHILD = "edge_quantizers"
 
@@ -63,7 +63,14 @@ class QuantizedForward(nn.Module):
         """
         self.calls += 1
         inputs = self.call.match(args, kwargs)
+        self._follow_modes()
         return self.bind()(*inputs.args, **inputs.kwargs)
+
+    def _follow_modes(self) -> None:
+        """Give dropouts and BatchNorms the mode of the user's own: what the user froze stays frozen."""
+        for module in self.added.children():
+            if isinstance(module, GraphDropout | LiveBatchNorm):
+                module.training = self._network.get_submodule(module.owner).training  # type: ignore[union-attr]
 
     def bind(self) -> GraphModule:
         """Point the graph's attributes at the network's; a deep copy or a move to a device lets go of them."""
@@ -77,6 +84,24 @@ class QuantizedForward(nn.Module):
         for name, module in self.added.items():
             graph._modules[name] = module
         return graph
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedForward:
+        """Copy attribute by attribute, as any object without ``__reduce_ex__`` is copied."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be pickled.
+
+        Raises:
+            CompressionError: Always: a graph is captured from code, which no pickle holds.
+        """
+        raise CompressionError(
+            f"the quantized {self.call.network.__name__} cannot be pickled, nor saved as a whole with torch.save. Save "
+            "a checkpoint (trainer.save_checkpoint) and load it with lightning_edge.load_compressed, or save the float "
+            "network: lightning_edge.quantization.float_copy(module)."
+        )
 
     def fake_quantizers(self) -> Iterator[nn.Module]:
         """Every fake-quantizer, once."""
@@ -126,6 +151,7 @@ def attach(
 
     if is_quantized(network):
         raise CompressionError(f"{type(network).__name__} is quantized already; detach() gives the float network back.")
+    _tell_of_hooks(network)
     captured = capture(network, inputs)
     quantizer = EdgeQuantizer(averaging)
     with quiet_torchao():
@@ -136,7 +162,7 @@ def attach(
             f"{sorted({str(node.target) for node in graph.graph.nodes if node.op == 'call_function'})}."
         )
     _round_biases(graph)
-    _put_back_dropouts(graph, captured.dropouts)
+    _put_back(graph, captured.taken_out)
     if live_batch_norm:
         _put_back_batch_norms(network, graph, captured.batch_norms)
     graph.graph.lint()
@@ -186,6 +212,24 @@ def float_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
+def _tell_of_hooks(network: nn.Module) -> None:
+    """Warn of forward hooks inside the network: a graph has no submodule calls that they could follow."""
+    hooked = [
+        name
+        for name, module in network.named_modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        # Those that compute weights (weight_norm, spectral_norm) are captured with the network.
+        if module is not network and not type(hook).__module__.startswith("torch.nn.utils")
+    ]
+    if hooked:
+        names = ", ".join(sorted(set(hooked)))
+        warnings.warn(
+            f"Forward hooks inside {type(network).__name__} ({names}) do not run from here on: a quantized network is "
+            "called as one graph. Return what they collect from forward() instead.",
+            stacklevel=2,
+        )
+
+
 def _round_biases(graph: GraphModule) -> None:
     from lightning_edge.quantization.quantizer import WEIGHTED
 
@@ -200,25 +244,34 @@ def _round_biases(graph: GraphModule) -> None:
             layer.update_arg(2, rounded)
 
 
-def _put_back_dropouts(graph: GraphModule, dropouts: tuple[Dropout, ...]) -> None:
+def _put_back(graph: GraphModule, taken_out: tuple[TakenOut, ...]) -> None:
     nodes = {node.name: node for node in graph.graph.nodes}
-    for index, dropout in enumerate(dropouts):
-        readers = [nodes[name] for name in dropout.readers if name in nodes]
-        if dropout.probability == 0 or not readers:
+    for index, taken in enumerate(taken_out):
+        readers = [nodes[name] for name in taken.readers if name in nodes]
+        if taken.probability == 0 or not readers:
             continue
-        name = f"dropout_{index}"
-        graph.add_module(name, GraphDropout(dropout.operator, dropout.probability))
-        # What the readers have now: the source, or the quantizer that was put behind it.
-        source = nodes[dropout.source]
-        last = next((arg for arg in readers[0].all_input_nodes if _behind_quantizers(graph, arg) is source), source)
-        with graph.graph.inserting_after(last):
-            dropped = graph.graph.call_module(name, (last,))
-        for reader in readers:
-            reader.replace_input_with(last, dropped)
+        # What the readers have now: the source, or the quantizer that was put behind it. Where some read the one and
+        # some the other, each is dropped by itself.
+        source = nodes[taken.source]
+        lasts = {arg for reader in readers for arg in reader.all_input_nodes if _origin(graph, arg) is source}
+        for number, last in enumerate(sorted(lasts, key=lambda node: node.name)):
+            module: nn.Module = StopGradient()
+            if taken.probability is not None:
+                module = GraphDropout(taken.operator, taken.probability, taken.owner)
+            name = f"taken_out_{index}_{number}"
+            graph.add_module(name, module)
+            with graph.graph.inserting_after(last):
+                put_back = graph.graph.call_module(name, (last,))
+            for reader in readers:
+                reader.replace_input_with(last, put_back)
 
 
-def _behind_quantizers(graph: GraphModule, node: Node) -> Node:
-    while node.op == "call_module" and hasattr(graph.get_submodule(str(node.target)), "observing"):
+def _origin(graph: GraphModule, node: Node) -> Node:
+    """The node whose value this one passes on, through quantizers and what was put back."""
+    while node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        if not (hasattr(module, "observing") or isinstance(module, GraphDropout | StopGradient)):
+            break
         assert isinstance(node.args[0], Node)
         node = node.args[0]
     return node
@@ -228,16 +281,14 @@ def _put_back_batch_norms(network: nn.Module, graph: GraphModule, batch_norms: t
     nodes = {node.name: node for node in graph.graph.nodes}
     for index, folded in enumerate(batch_norms):
         original = network.get_submodule(folded.name)
-        if not original.training:  # frozen by the user, and stays so
-            continue
-        if original.momentum is None:
+        if original.training and original.momentum is None:
             raise CompressionError(
                 f"{folded.name} has momentum=None, an average over all batches, which cannot be continued in a graph. "
                 "Give it a momentum, or fold BatchNorm at the start of quantization (fold_batch_norm=None)."
             )
         layer = nodes[folded.layer]
         name = f"batch_norm_{index}"
-        graph.add_module(name, LiveBatchNorm(folded.momentum, folded.eps))
+        graph.add_module(name, LiveBatchNorm(folded.momentum, folded.eps, folded.name))
         names = (folded.layer_bias, folded.gamma, folded.beta, folded.mean, folded.variance)
         parts = (nodes[folded.scale], layer.args[2], *(nodes.get(part or "") for part in names))
         layer.args = (*layer.args[:2], None, *layer.args[3:])

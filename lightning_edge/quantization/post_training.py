@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from lightning_edge.network import Inputs
-from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm
-from lightning_edge.quantization.network import QuantizedForward, attach, float_copy, quantized_forward
+from lightning_edge.quantization.network import attach, float_copy, quantized_forward
 
 
 def quantize(model: nn.Module, calibration_batches: Iterable[Any]) -> nn.Module:
@@ -47,26 +46,20 @@ def quantize(model: nn.Module, calibration_batches: Iterable[Any]) -> nn.Module:
 def calibrate(network: nn.Module, inputs: Inputs) -> None:
     """Run one batch through a quantized network in eval mode and let it move the ranges."""
     _, child = quantized_forward(network)
-    quantizers = list(child.fake_quantizers())
-    modes = [module.training for module in quantizers]
-    for module in quantizers:
-        module.training = True
-    try:
-        with torch.no_grad(), _eval_mode(child):
-            child(*inputs.args, **inputs.kwargs)
-    finally:
-        for module, mode in zip(quantizers, modes, strict=True):
-            module.training = mode
+    with torch.no_grad(), _eval_mode(network):
+        for module in child.fake_quantizers():
+            module.training = True
+        child(*inputs.args, **inputs.kwargs)
 
 
 @contextmanager
-def _eval_mode(child: QuantizedForward) -> Iterator[None]:
-    others = [module for module in child.added.children() if isinstance(module, GraphDropout | LiveBatchNorm)]
-    modes = [module.training for module in others]
-    for module in others:
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Set eval mode and put back, module by module, what it was."""
+    modes = {module: module.training for module in network.modules()}
+    for module in modes:
         module.training = False
     try:
         yield
     finally:
-        for module, mode in zip(others, modes, strict=True):
+        for module, mode in modes.items():
             module.training = mode

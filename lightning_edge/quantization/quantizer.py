@@ -29,6 +29,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from lightning_edge.quantization.fake_quantize import FakeQuantize
+from lightning_edge.quantization.masks import masked_scores
 
 aten = torch.ops.aten
 
@@ -137,8 +138,9 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark which inputs and outputs of which nodes are quantized; the names of the nodes go to ``quantized``."""
         activations = _activations(model)
+        masked = masked_scores(model)
         for node in model.graph.nodes:
-            if node not in activations or _annotation(node) is not None or not _is_float(node):
+            if node not in activations or node in masked or _annotation(node) is not None or not _is_float(node):
                 continue
             if node.target in WEIGHTED:
                 self._annotate_weighted(node, activations)

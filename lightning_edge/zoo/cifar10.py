@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_edge.zoo.image_files import Split, find_files, read_images
-from lightning_edge.zoo.tensors import Batch, ImageTensors, loader
+from lightning_edge.zoo.tensors import Batch, ImageTensors, check_batch_size, loader
 
 # The binary version of the official archive (MD5 c32a1d4ab5d03f1284b67883e8d87530): the Python version is pickles.
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -38,7 +38,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         seed: Seed of the validation split.
 
     Raises:
-        ValueError: If ``folder`` does not exist or ``validation_size`` is not positive.
+        ValueError: If ``folder`` does not exist, or ``validation_size`` or ``batch_size`` is not positive.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class CIFAR10DataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_batch_size(batch_size)
         if validation_size < 1:
             raise ValueError(
                 f"validation_size={validation_size} must be at least 1: the report needs images to compare on"

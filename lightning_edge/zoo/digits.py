@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_edge.errors import require
-from lightning_edge.zoo.tensors import Batch, ImageTensors, loader
+from lightning_edge.zoo.tensors import Batch, ImageTensors, check_batch_size, loader
 
 
 class DigitsDataModule(L.LightningDataModule):
@@ -18,10 +18,14 @@ class DigitsDataModule(L.LightningDataModule):
     Args:
         batch_size: Images in a batch.
         seed: Seed of the split.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
     """
 
     def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
         super().__init__()
+        check_batch_size(batch_size)
         self.batch_size = batch_size
         self.seed = seed
         self._parts: list[ImageTensors] = []

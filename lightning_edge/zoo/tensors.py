@@ -38,6 +38,16 @@ class ImageTensors(Dataset[Batch]):
         return self.images[chosen].float(), self.labels[chosen]
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Refuse batches of no images.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is not allowed; give 1 or more")
+
+
 def loader(dataset: ImageTensors, batch_size: int, shuffle: bool = False) -> DataLoader[Batch]:
     """Load batches in this process: indexing a tensor costs less than sending it from a worker."""
     # By keyword: Lightning makes a second loader of these arguments for predict, and trips over positional ones.
