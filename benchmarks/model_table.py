@@ -2,7 +2,7 @@
 
     python benchmarks/model_table.py [--models resnet8,vit] [--targets tflite] [--samples 64] [--output docs/models.md]
 
-Every network trains, is exported and run in a process of its own: 48 steps in float, 48 in int8, to tell noisy random
+Every network trains, is exported and run in a process of its own: 192 steps in float, 48 in int8, to tell noisy random
 patterns apart (from the reference weights of MLPerf Tiny with --weights FOLDER). The table is about conversion, not
 about accuracy: the agreement columns compare each file with the converted int8 graph on inputs it has not seen, in
 steps of the output's quantization.
@@ -28,7 +28,7 @@ REFERENCE = {
 }
 PAGE = """# Which networks pass where
 
-Made by `python benchmarks/model_table.py --output docs/models.md`. Every network is trained for 48 steps in float and
+Made by `python benchmarks/model_table.py --output docs/models.md`. Every network is trained for 192 steps in float and
 48 in int8 by a real `fit`, to tell noisy random patterns apart; then each file is exported, checked from its own
 contents and run. The table is about conversion, not accuracy: "top-1", "max steps" and "mean steps" compare the int8
 file with the converted graph on {samples} inputs it has not seen, in steps of the output's quantization. Sizes are
@@ -115,9 +115,9 @@ def fit(network: Any, shape: tuple[int, ...]) -> tuple[Any, Any, Patterns]:
         outputs = network.eval()(torch.randn(2, *shape)).shape[1:]
     patterns = Patterns(shape, outputs)
     data = DataLoader(TensorDataset(*patterns.draw(48 * 16)), 16)
-    compression = EdgeCompressionCallback([Quantize(start=1)])
+    compression = EdgeCompressionCallback([Quantize(start=4)])
     trainer = L.Trainer(
-        max_epochs=2,
+        max_epochs=5,
         callbacks=[compression],
         accelerator="cpu",
         logger=False,

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         RunnerError,
     )
     from lightning_edge.exporters import export, load
-    from lightning_edge.measure import Tolerance
+    from lightning_edge.measure import Timing, Tolerance
     from lightning_edge.quantization import Quantize, convert, quantize
+    from lightning_edge.record import load_compressed
+    from lightning_edge.tracking import OfflineFallbackWandbLogger
 
     __version__: str
 
@@ -39,8 +41,10 @@ _HOMES = {
         "RunnerError",
     ),
     "lightning_edge.exporters": ("export", "load"),
-    "lightning_edge.measure": ("Tolerance",),
+    "lightning_edge.measure": ("Timing", "Tolerance"),
     "lightning_edge.quantization": ("Quantize", "convert", "quantize"),
+    "lightning_edge.record": ("load_compressed",),
+    "lightning_edge.tracking": ("OfflineFallbackWandbLogger",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -52,14 +56,17 @@ __all__ = [
     "EdgeError",
     "ExportError",
     "MissingExtraError",
+    "OfflineFallbackWandbLogger",
     "Quantize",
     "RecordError",
     "RunnerError",
+    "Timing",
     "Tolerance",
     "__version__",
     "convert",
     "export",
     "load",
+    "load_compressed",
     "quantize",
 ]
 

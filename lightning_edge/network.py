@@ -79,6 +79,8 @@ class Deployable(nn.Module):
             operations, the form LiteRT's converter reads (it refuses int8 constants).
         output_scales: For ``int8``, the quantization step of each output in the order they are
             flattened, ``None`` where an output is not quantized.
+        arrange: Brings a call's arguments into the form that ``graph`` was captured with, or refuses them; ``None``
+            where the graph takes them as they come.
 
     Raises:
         ValueError: If ``precision`` is not one of the two.
@@ -91,6 +93,7 @@ class Deployable(nn.Module):
         precision: Precision,
         unfolded: nn.Module | None = None,
         output_scales: tuple[float | None, ...] = (),
+        arrange: Callable[[tuple[Any, ...], dict[str, Any]], Inputs] | None = None,
     ) -> None:
         super().__init__()
         if precision not in get_args(Precision):
@@ -100,10 +103,16 @@ class Deployable(nn.Module):
         self.inputs = inputs.map(lambda tensor: tensor.detach().cpu()).sample()
         self.precision: Precision = precision
         self.output_scales = output_scales
+        self._arrange = arrange
+
+    def arranged(self, inputs: Inputs) -> Inputs:
+        """Give a call in the form the network was captured with: the same arguments by position and by keyword."""
+        return inputs if self._arrange is None else self._arrange(inputs.args, dict(inputs.kwargs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network; shapes and structure are those of the network it was made from."""
-        return self.graph(*args, **kwargs)
+        inputs = self.arranged(Inputs(args, kwargs))
+        return self.graph(*inputs.args, **inputs.kwargs)
 
     def program(self, *, fold_weights: bool = True) -> torch.export.ExportedProgram:
         """Export for a batch of one, the form every target takes.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_edge.measure import Comparison
-from lightning_edge.network import Inputs, flatten_outputs
+from lightning_edge.network import Deployable, Inputs, flatten_outputs
 
 # Outputs of a whole validation set are small for classes and large for images; beyond this they are computed again.
 _KEPT_OUTPUT_BYTES = 256 * 2**20
@@ -58,6 +58,8 @@ class Reference:
             nonlocal index
             index += 1
             inputs = Inputs(args, kwargs).map(lambda tensor: tensor.detach().cpu())
+            if isinstance(self.network, Deployable):
+                inputs = self.network.arranged(inputs)
             expected = self._outputs(index, inputs)
             if artifact is None:
                 return pytree.tree_map_only(Tensor, Tensor.clone, expected)

@@ -367,6 +367,12 @@ def test_fractions_count_steps_where_steps_end_the_training() -> None:
     assert is_quantized(user.net)
 
 
+def test_a_fast_dev_run_goes_through_every_phase() -> None:
+    user = new()
+    fit(user, edge(start=99, freeze_observers=100), fast_dev_run=True)
+    assert quantized_forward(user)[1].frozen
+
+
 def test_a_phase_that_never_began_is_told() -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -274,6 +274,23 @@ def test_converting_what_never_saw_data_or_saw_nan_is_refused() -> None:
         convert(quantize(broken, [model.inputs(4)]))
 
 
+def test_converting_weights_that_diverged_after_calibration_is_refused() -> None:
+    model = MODELS["plain"]
+    network = quantize(model.build(), [model.inputs(4)])
+    with torch.no_grad():
+        next(network.parameters())[0] = float("nan")
+    with pytest.raises(CompressionError, match=r"features.0.weight of the network is not finite"):
+        convert(network)
+
+
+def test_the_converted_network_takes_calls_as_the_network_does() -> None:
+    images = torch.randn(4, 3, 8, 8)
+    converted = convert(quantize(Scaled(), [Inputs((images,), {"factor": 2.0})]))
+    assert torch.equal(converted(images, 2.0), converted(factor=2.0, x=images))
+    with pytest.raises(CompressionError, match=r"3.0; it was captured with: 2.0"):
+        converted(images, 3.0)
+
+
 def test_calibration_needs_a_batch() -> None:
     with pytest.raises(ValueError, match="calibration_batches is empty"):
         quantize(nn.Linear(2, 2), [])

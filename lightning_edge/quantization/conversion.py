@@ -23,7 +23,8 @@ def convert(module: nn.Module) -> Deployable:
         module: A LightningModule or network after quantization-aware training, or what `quantize` returned.
 
     Raises:
-        CompressionError: If nothing in ``module`` is quantized, or its ranges were never observed.
+        CompressionError: If nothing in ``module`` is quantized, its ranges were never observed, or a weight is NaN or
+            infinite.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
@@ -31,12 +32,13 @@ def convert(module: nn.Module) -> Deployable:
     with quiet_torchao():
         prepared = copy.deepcopy(child.bind()).cpu()
     _refuse_unobserved(prepared)
+    _refuse_not_finite(prepared)
     _take_out(prepared)
     _compute_constants(prepared)
     with quiet_torchao():
         folded = convert_pt2e(copy.deepcopy(prepared), fold_quantize=True)
         unfolded = convert_pt2e(prepared, fold_quantize=False)
-    return Deployable(folded, child.inputs, "int8", unfolded, tuple(_output_scales(folded)))
+    return Deployable(folded, child.inputs, "int8", unfolded, tuple(_output_scales(folded)), child.call.match)
 
 
 def _refuse_unobserved(graph: GraphModule) -> None:
@@ -48,6 +50,15 @@ def _refuse_unobserved(graph: GraphModule) -> None:
                 "A quantizer of the network never saw a finite value: its range is empty or not a number. Train or "
                 "calibrate the quantized network before converting it, and check its weights and inputs for NaN."
             )
+
+
+def _refuse_not_finite(graph: GraphModule) -> None:
+    broken = [name for name, parameter in graph.named_parameters() if not torch.isfinite(parameter).all()]
+    if broken:
+        raise CompressionError(
+            f"{', '.join(broken)} of the network is not finite (NaN or infinity), which no int8 weight can hold. Look "
+            "at the loss for divergence, and take an earlier checkpoint."
+        )
 
 
 def _take_out(graph: GraphModule) -> None:
