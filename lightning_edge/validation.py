@@ -130,7 +130,7 @@ class Validation:
             EdgeError: If the loop did not call the network, so that its metrics say nothing about it.
         """
         with quiet():
-            module = self._copy()
+            module, trainer = self._copy(), self._trainer()
         calls = 0
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -138,8 +138,9 @@ class Validation:
             calls += 1
             return answer(*args, **kwargs)
 
-        with torch.inference_mode(), quiet(), redirected(find_network(module, self.module), counted):
-            metrics = self._run_step(module) if self.own_step else self._run_batches(module, counted)
+        network = find_network(module, self.module)
+        with torch.inference_mode(), quiet(), self._lent(trainer), redirected(network, counted):
+            metrics = self._run_step(module, trainer) if self.own_step else self._run_batches(module, counted)
         if not calls:
             loop = self.step if self.own_step else "The evaluation"
             raise EdgeError(
@@ -168,8 +169,30 @@ class Validation:
                 setattr(module, name, MethodType(getattr(LightningModule, name), module))
         return module.eval()
 
-    def _run_step(self, module: LightningModule) -> dict[str, float]:
-        trainer = Trainer(
+    def _run_step(self, module: LightningModule, trainer: Trainer) -> dict[str, float]:
+        run = trainer.validate if self.split == "validate" else trainer.test
+        run(module, dataloaders=self.dataloaders, verbose=False)
+        return {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if torch.as_tensor(value).numel() == 1
+        }
+
+    @contextmanager
+    def _lent(self, trainer: Trainer) -> Iterator[None]:
+        """Let the data module see this loop's Trainer: a hook of its that augments asks whether that is training."""
+        if self.datamodule is None:
+            yield
+            return
+        before = self.datamodule.trainer
+        self.datamodule.trainer = trainer
+        try:
+            yield
+        finally:
+            self.datamodule.trainer = before
+
+    def _trainer(self) -> Trainer:
+        return Trainer(
             accelerator="cpu",
             devices=1,
             num_nodes=1,
@@ -181,13 +204,6 @@ class Validation:
             limit_test_batches=self.limit_batches,
             use_distributed_sampler=False,
         )
-        run = trainer.validate if self.split == "validate" else trainer.test
-        run(module, dataloaders=self.dataloaders, verbose=False)
-        return {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if torch.as_tensor(value).numel() == 1
-        }
 
     def _run_batches(self, module: LightningModule, network: Callable[..., Any]) -> dict[str, float]:
         metrics = copy.deepcopy(dict(self.metrics or {}))

@@ -182,6 +182,48 @@ def test_batch_hooks_of_the_data_module_are_used() -> None:
     assert min(smallest) > 90
 
 
+class Augmenting(L.LightningDataModule):
+    """Changes batches while its Trainer trains, as augmentation on the device does."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+    val_dataloader = train_dataloader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        assert self.trainer is not None
+        return [100 + torch.rand_like(batch[0]), batch[1]] if self.trainer.training else batch
+
+
+@pytest.mark.parametrize("metrics", [None, {"val_acc": Accuracy("multiclass", num_classes=2)}], ids=["step", "metrics"])
+def test_training_augmentation_stays_out_of_the_validation_after_a_fit(metrics: Any) -> None:
+    fed: list[float] = []
+
+    class AtTheEnd(L.Callback):
+        def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert trainer.training  # what the data module would see
+            network = find_network(pl_module)
+
+            def answer(images: Tensor) -> Tensor:
+                fed.append(float(images.max()))
+                logits: Tensor = network(images)
+                return logits
+
+            Validation.after_fit(trainer, pl_module, None, "validate", metrics).run(answer)
+            assert trainer.datamodule.trainer is trainer  # type: ignore[attr-defined]
+
+    class Plain(Classifier):
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.accuracy(self.net(batch[0]), batch[1])
+            self.log("val_acc", self.accuracy)
+
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[AtTheEnd()], **quiet)
+    trainer.fit(Plain(), datamodule=Augmenting())
+    assert len(fed) == 3
+    assert max(fed) == float(IMAGES.max())
+
+
 def test_given_metrics_take_the_place_of_the_step() -> None:
     metrics: dict[str, Metric] = {"accuracy": Accuracy("multiclass", num_classes=2)}
     validation = Validation(Classifier(), [loader(), loader()], metrics=metrics)
