@@ -1,9 +1,10 @@
-"""What an int8 training step costs against the same network's float step: CPU time, interleaved, one thread.
+"""What an int8 or distillation training step costs against the same network's float step: CPU time, one thread.
 
-    python benchmarks/training_overhead.py [--rounds 15]
+    python benchmarks/training_overhead.py [--rounds 15] [--network resnet8] [--compile]
 
-Beside ours (BatchNorm folded, folded with ranges frozen, live) stands torchao's own PT2E flow with ExecuTorch's
-XNNPACKQuantizer. Every variant trains its own copy on the same batch; medians over rounds, as ratios to float.
+Every variant trains its own copy on the same batch, in turn; medians over rounds, as ratios to float. Beside ours
+stand torchao's PT2E flow with ExecuTorch's XNNPACKQuantizer, torch's FX flow, and NNCF where it is installed (its pins
+conflict with ours: give it an environment of its own). ``--compile`` adds torch.compile, which takes minutes.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_edge.distillation import Distill, Distillation
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import attach, calibrate
+from lightning_edge.schedule import Clock
 from lightning_edge.zoo.networks import MobileNetV2, ResNet8
 
+# Makes a network to train from a float one and a batch; raises ImportError where its library is missing.
+Variant = Callable[[nn.Module, Tensor], nn.Module]
 
-def ours(network: nn.Module, images: torch.Tensor, *, live: bool = False, frozen: bool = False) -> nn.Module:
+
+def ours(network: nn.Module, images: Tensor, *, live: bool = False, frozen: bool = False) -> nn.Module:
     """Attach quantizers to a copy."""
     network = copy.deepcopy(network)
     child = attach(network, Inputs.of(images), live_batch_norm=live)
@@ -34,7 +40,18 @@ def ours(network: nn.Module, images: torch.Tensor, *, live: bool = False, frozen
     return network.train()
 
 
-def torchao_pt2e(network: nn.Module, images: torch.Tensor) -> nn.Module:
+def compiled(variant: Variant, network: nn.Module, images: Tensor) -> nn.Module:
+    """Compile what a variant makes."""
+    result: nn.Module = torch.compile(variant(network, images))  # type: ignore[assignment]
+    return result
+
+
+def plain(network: nn.Module, images: Tensor) -> nn.Module:
+    """Copy the float network."""
+    return copy.deepcopy(network)
+
+
+def torchao_pt2e(network: nn.Module, images: Tensor) -> nn.Module:
     """Prepare a copy as torchao's tutorial does."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
@@ -49,12 +66,54 @@ def torchao_pt2e(network: nn.Module, images: torch.Tensor) -> nn.Module:
     return prepared
 
 
-def stepper(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """One training step of a network, with an optimizer of its own."""
+def torch_fx(network: nn.Module, images: Tensor) -> nn.Module:
+    """Prepare a copy with torch's own FX flow, which torchao's PT2E succeeds."""
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    mapping = get_default_qat_qconfig_mapping("x86")
+    prepared: nn.Module = prepare_qat_fx(copy.deepcopy(network).train(), mapping, (images,))
+    return prepared
+
+
+def nncf_quantize(network: nn.Module, images: Tensor) -> nn.Module:
+    """Prepare a copy with NNCF's default settings."""
+    import nncf  # type: ignore[import-not-found]
+
+    quantized: nn.Module = nncf.quantize(
+        copy.deepcopy(network).eval(), nncf.Dataset([images]), fast_bias_correction=True
+    )
+    return quantized.train()
+
+
+def stepper(network: nn.Module, images: Tensor, labels: Tensor, teacher: nn.Module | None = None) -> Callable[[], None]:
+    """One training step of a network, with an optimizer of its own, by hand with a teacher if one is given."""
     optimizer = torch.optim.SGD(network.parameters(), 1e-5, momentum=0.9)
 
     def step() -> None:
-        loss = nn.functional.cross_entropy(network(images), labels)
+        logits = network(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        if teacher is not None:
+            with torch.no_grad():
+                target = teacher(images).div(4.0).softmax(1)
+            loss = loss + 16.0 * nn.functional.kl_div(logits.div(4.0).log_softmax(1), target, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def distill_stepper(network: nn.Module, images: Tensor, labels: Tensor, teacher: nn.Module) -> Callable[[], None]:
+    """One training step under our Distill phase, as the callback's wiring does it."""
+    distillation = Distillation(Distill(teacher), network)
+    optimizer = torch.optim.SGD(network.parameters(), 1e-5, momentum=0.9)
+    distillation.adapters.join(optimizer)
+
+    def step() -> None:
+        with distillation.watching():
+            task_loss = nn.functional.cross_entropy(network(images), labels)
+            loss = distillation.total(task_loss, distillation.compute(Clock(0, 0.0)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -63,7 +122,7 @@ def stepper(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> C
 
 
 def medians_ms(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Time every step in turn, CPU milliseconds."""
+    """Time every step in turn, CPU milliseconds, after one or two steps that are not timed."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -75,35 +134,68 @@ def medians_ms(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def variants(with_compile: bool) -> dict[str, Variant]:
+    """Every way to train, by the name in the table."""
+    found: dict[str, Variant] = {
+        "float": plain,
+        "int8, folded": ours,
+        "int8, folded, frozen": partial(ours, frozen=True),
+        "int8, live BatchNorm": partial(ours, live=True),
+        "torchao PT2E": torchao_pt2e,
+        "torch FX": torch_fx,
+        "NNCF": nncf_quantize,
+    }
+    if with_compile:
+        for name in list(found)[:4]:
+            found[f"{name}, compiled"] = partial(compiled, found[name])
+    return found
+
+
+def steps_of(network: nn.Module, images: Tensor, labels: Tensor, with_compile: bool) -> dict[str, Callable[[], None]]:
+    """Prepare every variant; say which cannot run here, and why."""
+    steps: dict[str, Callable[[], None]] = {}
+    for name, variant in variants(with_compile).items():
+        try:
+            steps[name] = stepper(variant(network, images), images, labels)
+        except ImportError as error:
+            advice = ": pip install nncf in an environment of its own" if name == "NNCF" else ""
+            print(f"  {name:28} not installed{advice} ({error})")
+        if name.endswith("compiled") and name in steps:
+            start = time.perf_counter()
+            steps[name]()
+            print(f"  {name:28} first step {time.perf_counter() - start:.0f} s")
+    teacher = copy.deepcopy(network).eval().requires_grad_(False)
+    steps["float + teacher by hand"] = stepper(copy.deepcopy(network), images, labels, teacher)
+    steps["float + Distill"] = distill_stepper(copy.deepcopy(network), images, labels, teacher)
+    return steps
+
+
 def main() -> None:
     """Print one table per network."""
-    parser = argparse.ArgumentParser(description="CPU time of an int8 training step against a float one")
+    parser = argparse.ArgumentParser(description="CPU time of an int8 or distillation step against a float one")
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--network", choices=["resnet8", "mobilenetv2"], help="one of the two only")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, too: minutes for each variant")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
-    cases: list[tuple[str, nn.Module, Any]] = [
-        ("ResNet-8, 32x32, batch 64", ResNet8(), (64, 3, 32, 32)),
-        ("MobileNetV2 0.35, 96x96, batch 32", MobileNetV2(), (32, 3, 96, 96)),
-    ]
-    for title, network, shape in cases:
+    cases: dict[str, tuple[str, nn.Module, tuple[int, ...]]] = {
+        "resnet8": ("ResNet-8, 32x32, batch 64", ResNet8(), (64, 3, 32, 32)),
+        "mobilenetv2": ("MobileNetV2 0.35, 96x96, batch 32", MobileNetV2(), (32, 3, 96, 96)),
+    }
+    for key, (title, network, shape) in cases.items():
+        if arguments.network not in (None, key):
+            continue
+        print(title)
         network.train()
         images, labels = torch.randn(shape), torch.randint(0, 10, shape[:1])
         with torch.no_grad():
             for _ in range(30):  # statistics that fit the weights: a fresh BatchNorm's running variance is one
                 network(images)
-        variants = {
-            "float": copy.deepcopy(network),
-            "int8, folded": ours(network, images),
-            "int8, folded, frozen": ours(network, images, frozen=True),
-            "int8, live BatchNorm": ours(network, images, live=True),
-            "torchao PT2E": torchao_pt2e(network, images),
-        }
-        times = medians_ms({name: stepper(variant, images, labels) for name, variant in variants.items()}, rounds)
-        print(title)
+        times = medians_ms(steps_of(network, images, labels, arguments.compile), arguments.rounds)
         for name, milliseconds in times.items():
-            print(f"  {name:24} {milliseconds:8.1f} ms CPU  {milliseconds / times['float']:.2f}x")
+            print(f"  {name:32} {milliseconds:8.1f} ms CPU  {milliseconds / times['float']:.2f}x")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, Literal, Self, cast, final, get_args, get_origin, get_ty
 from torch import nn
 
 from lightning_edge.errors import EdgeError, ExportError, RunnerError, check_installed
-from lightning_edge.exporters import checks
+from lightning_edge.exporters import checks, schemes
 from lightning_edge.exporters.base import (
     Artifact,
     Contents,
@@ -123,6 +123,8 @@ def options_of(name: str, precision: Precision, options: Mapping[str, Mapping[st
     chosen = dict(options.get(name, {}))
     if precision == "fp32" and chosen:
         chosen = {option: value for option, value in chosen.items() if option not in target(name).INT8_OPTIONS}
+    if precision == "int8":
+        chosen.pop("scheme", None)
     return chosen
 
 
@@ -226,12 +228,18 @@ def stage(
     check_options(target, options)
     _check_threads(threads)
     network = deployable(model, inputs)
+    checks.check_activations(network, target, module.ACTIVATION_BITS)
+    scheme = options.get("scheme")
+    if scheme is not None and network.precision == "int8":
+        raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
     place = StagedPath(path)
     try:
         with writing(path):
             module.write(in_file_form(network), place.staged, **options)
         contents = _inspect(module, place.staged, path.name)
         checks.check_contents(network, contents, target)
+        if scheme is not None:
+            checks.tell_of(target, schemes.check_scheme(contents, scheme, target))
         return Staged(network, _open(target, module, place.staged, contents, threads), place)
     except BaseException:
         place.discard()
@@ -261,9 +269,10 @@ def export(
         path: The file to write, with the target's suffix; missing folders are made.
         inputs: One call's arguments, for a module that is not quantized.
         batches: Inputs to compare on, each what `Inputs.of` reads; the network's own sample if not given.
-        tolerance: How far the file may lie from the network.
+        tolerance: How far the file may lie from the network; by its scheme if not given.
         threads: Threads to run it with.
-        options: The target's own options.
+        options: The target's own options; for a float network also ``scheme="fp16"``, ``"int8_weight_only"``,
+            ``"int4_weight_only"``, ``"int8_dynamic"`` or ``"int4_dynamic"``, as far as the target has it.
 
     Returns:
         The file, loaded.
@@ -276,7 +285,9 @@ def export(
     """
     with stage(model, target, path, inputs=inputs, threads=threads, **options) as staged:
         agreement = checks.agreement_of(staged.network, staged.artifact, batches)
-        checks.check_agreement(staged.network, staged.artifact, agreement, tolerance or Tolerance())
+        scheme = options.get("scheme")
+        allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
+        checks.check_agreement(staged.network, staged.artifact, agreement, allowed)
         return staged.accept()
 
 

@@ -30,6 +30,8 @@ class Contents:
     Attributes:
         int8_weight_bytes: Bytes of weights of convolution and linear operations stored as 8-bit integers.
         float_weight_bytes: Bytes of such weights stored in a float type.
+        half_weight_bytes: Those of them in a 16-bit one.
+        int4_weight_bytes: Bytes of such weights stored as 4-bit integers, two to a byte.
         ops: Every operation of the file with its count.
         float_compute_ops: Convolution, linear and matmul operations that compute in float.
         float_ops: The other operations that compute in float (an int8 file's float islands).
@@ -46,11 +48,13 @@ class Contents:
     delegated_ops: int | None = None
     undelegated_ops: tuple[str, ...] | None = None
     planned_memory_bytes: int | None = None
+    half_weight_bytes: int = 0
+    int4_weight_bytes: int = 0
 
     @property
     def precision(self) -> Precision:
-        """``"int8"`` if any weight is stored as int8, else ``"fp32"``."""
-        return "int8" if self.int8_weight_bytes else "fp32"
+        """``"int8"`` if any weight is stored as an integer, else ``"fp32"``."""
+        return "int8" if self.int8_weight_bytes or self.int4_weight_bytes else "fp32"
 
 
 @dataclass(frozen=True)
@@ -152,12 +156,14 @@ class Target(Protocol):
         EXTRA: The extra of lightning-edge that brings what it needs.
         NEEDS: The top-level modules it needs.
         INT8_OPTIONS: Those of its options that say something of int8 networks only.
+        ACTIVATION_BITS: Widths of quantized activations that its runtime has kernels for.
     """
 
     SUFFIX: str
     EXTRA: str
     NEEDS: tuple[str, ...]
     INT8_OPTIONS: frozenset[str]
+    ACTIVATION_BITS: frozenset[int]
 
     def write(self, network: Deployable, path: Path, **options: Any) -> None:
         """Write the network to exactly ``path``, which does not exist yet (a staging path).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ _PRODUCTS = {
     "baddbmm": 1,
     "scaled_dot_product_attention": 2,
 }
+_LAYERS = frozenset({"conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "linear"})
 _ADDED_FIRST = frozenset({"addmm", "baddbmm"})
 # Activations that are part of the layer before them.
 _CLIPS = frozenset({"clamp", "clamp_min", "hardtanh", "relu", "relu6"})
@@ -77,6 +78,21 @@ def check_numbers(network: torch.nn.Module) -> None:
             raise ExportError(f"the buffer {name!r} holds NaN. {_DIVERGED}")
 
 
+def check_activations(network: Deployable, target: str, widths: Set[int]) -> None:
+    """Make sure that a target has kernels for the network's quantized activations, before anything is written.
+
+    Raises:
+        ExportError: If some are wider than the target can compute with.
+    """
+    missing = activation_bits(network.graph) - widths
+    if missing:
+        raise ExportError(
+            f"{target}: layers of the network have {max(missing)}-bit activations ('int8_a16' in its plan), and this "
+            f"target's kernels take {', '.join(map(str, sorted(widths)))} bits only. Make these layers 'int8' or "
+            "'float', or export to a target that has them: tflite."
+        )
+
+
 def check_contents(network: Deployable, contents: Contents, target: str) -> None:
     """Make sure that the file is of the network's precision and is delegated at all.
 
@@ -111,6 +127,13 @@ def check_contents(network: Deployable, contents: Contents, target: str) -> None
             f"{target}: the network is int8 but the file computes in float: {_counted(contents.float_compute_ops)}"
             f"{allowed}. Quantize these layers, or export the network as fp32."
         )
+    kept = float_layers(network.graph)
+    if len(contents.float_compute_ops) < len(kept):
+        raise ExportError(
+            f"{target}: {len(kept)} layers of the network are float by its plan ({', '.join(map(str, kept))}), but the "
+            f"file computes only {_counted(contents.float_compute_ops)} in float. Quantize these layers, or leave the "
+            "target out."
+        )
     if contents.float_compute_ops or contents.float_ops:
         names = _counted((*contents.float_compute_ops, *contents.float_ops))
         _warn(target, f"an int8 file, but these operations in it compute in float: {names}")
@@ -134,6 +157,22 @@ def float_products(graph: torch.nn.Module) -> list[str]:
             if not (quantized and _is_constant(factors[1])):
                 found += [name] * _PRODUCTS[name]
     return found
+
+
+def float_layers(graph: torch.nn.Module) -> list[fx.Node]:
+    """Find the convolution and linear operations of a converted graph whose weights are float constants."""
+    if not isinstance(graph, fx.GraphModule):
+        return []
+    layers = [node for node in graph.graph.nodes if _operation(node) in _LAYERS]
+    return [node for node in layers if _is_constant(node.args[1]) and not _is_dequantized(node.args[1])]
+
+
+def activation_bits(graph: torch.nn.Module) -> set[int]:
+    """Give the widths of the quantized activations in a converted graph."""
+    if not isinstance(graph, fx.GraphModule):
+        return set()
+    nodes = [node for node in graph.graph.nodes if _operation(node) == "quantize_per_tensor"]
+    return {torch.iinfo(node.args[5]).bits for node in nodes}
 
 
 def agreement_of(network: Deployable, artifact: Artifact, batches: Iterable[Any] | None = None) -> Agreement:
@@ -219,6 +258,12 @@ def _is_constant(value: Any) -> bool:
 def _counted(names: Iterable[str]) -> str:
     counts = names if isinstance(names, dict) else Counter(names)
     return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in sorted(counts.items())) or "none"
+
+
+def tell_of(target: str, message: str | None) -> None:
+    """Warn of something in a file, if there is something."""
+    if message:
+        _warn(target, message)
 
 
 def _warn(target: str, message: str) -> None:

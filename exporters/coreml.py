@@ -27,8 +27,10 @@ SUFFIX = ".mlpackage"
 EXTRA = "coreml"
 NEEDS = ("coremltools",)
 INT8_OPTIONS: frozenset[str] = frozenset()
+ACTIVATION_BITS = frozenset({8})
 
 ComputePrecision = Literal["float16", "float32"]
+Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only"]
 
 _PRODUCTS = {"conv": "weight", "conv_transpose": "weight", "linear": "weight", "matmul": "y"}
 _COMPUTE = frozenset({*_PRODUCTS, "einsum", "scaled_dot_product_attention"})
@@ -56,6 +58,7 @@ def write(
     *,
     minimum_ios: int = 17,
     compute_precision: ComputePrecision = "float32",
+    scheme: Scheme | None = None,
 ) -> None:
     """Write the network as an ML Program with named inputs and outputs.
 
@@ -65,6 +68,7 @@ def write(
         minimum_ios: Oldest iOS that can run it, 17 or later; 18 stores weights in its own block-wise form.
         compute_precision: Type of what is not int8. ``"float32"`` gives what the network gives to a step or so of
             its outputs, at the same size; ``"float16"`` is what the Neural Engine runs, some steps off.
+        scheme: How a float network's weights are stored. ``"fp16"`` computes in float16 as well; 4 bits need iOS 18.
 
     Raises:
         ExportError: If coremltools cannot convert the network.
@@ -79,6 +83,10 @@ def write(
         raise ValueError(
             f"minimum_ios={minimum_ios!r} is not a version this coremltools writes int8 programs for; give 17 or later"
         )
+    if scheme == "int4_weight_only" and minimum_ios < 18:
+        raise ValueError(f"minimum_ios={minimum_ios!r}: scheme='int4_weight_only' needs minimum_ios=18 or later")
+    if scheme == "fp16":
+        compute_precision = "float16"
     try:
         with quiet():
             program = _tensors_only(network.program().run_decompositions(_SCALAR_CHOICES))
@@ -89,6 +97,8 @@ def write(
                 compute_precision=getattr(tools.precision, compute_precision.upper()),
                 skip_model_load=True,
             )
+            if scheme in ("int8_weight_only", "int4_weight_only"):
+                model = _with_integer_weights(model, scheme)
             model.save(str(path))
     except OSError:
         raise
@@ -99,6 +109,17 @@ def write(
             "or export to another target."
         ) from error
     compact(path, network.output_names())
+
+
+def _with_integer_weights(model: Any, scheme: Scheme) -> Any:
+    """Store each weight as integers with one scale for each output channel, however small it is."""
+    from coremltools.optimize import coreml
+
+    dtype = scheme.split("_")[0]
+    config = coreml.OpLinearQuantizerConfig(
+        mode="linear_symmetric", dtype=dtype, granularity="per_channel", weight_threshold=0
+    )
+    return coreml.linear_quantize_weights(model, coreml.OptimizationConfig(global_config=config))
 
 
 def _output_types(tools: Any, program: torch.export.ExportedProgram) -> list[Any]:
@@ -137,12 +158,13 @@ def contents(program: Program) -> Contents:
     makers = {output: operation for operation in program.operations for output in operation.outputs}
     integers: dict[Any, int] = {}
     floats: dict[Any, int] = {}
+    int4: dict[Any, int] = {}
     float_compute: list[str] = []
     float_others: list[str] = []
     for operation in program.operations:
         for key in ("x", "y", "weight") if operation.kind in _PRODUCTS else ():
             if key in operation.inputs:
-                _count_weight(_origin(operation.inputs[key], makers), makers, integers, floats)
+                _count_weight(_origin(operation.inputs[key], makers), makers, {8: integers, 4: int4, 32: floats})
         if operation.kind in MOVES or operation.kind.startswith("constexpr_"):
             continue
         if operation.kind in ("quantize", "dequantize", "cast") or _is_clip_of_compute(operation, makers):
@@ -158,6 +180,8 @@ def contents(program: Program) -> Contents:
         ops=Counter(operation.kind for operation in program.operations),
         float_compute_ops=tuple(float_compute),
         float_ops=tuple(float_others),
+        half_weight_bytes=sum(size for weight, size in floats.items() if weight.dtype == "fp16"),
+        int4_weight_bytes=sum(int4.values()),
     )
 
 
@@ -170,15 +194,17 @@ def _origin(operand: Any, makers: Mapping[Variable, Operation]) -> Variable | Co
 
 
 def _count_weight(
-    origin: Variable | Constant, makers: Mapping[Variable, Operation], integers: dict[Any, int], floats: dict[Any, int]
+    origin: Variable | Constant, makers: Mapping[Variable, Operation], found: Mapping[int, dict[Any, int]]
 ) -> None:
     if isinstance(origin, Constant):
-        floats[origin] = origin.size_bytes
+        found[32][origin] = origin.size_bytes
         return
     maker = makers.get(origin)
     stored = maker.inputs.get(_WEIGHTS[maker.kind]) if maker is not None and maker.kind in _WEIGHTS else None
     if isinstance(stored, Constant):
-        (integers if stored.dtype in ("int8", "uint8") else floats)[stored] = stored.size_bytes
+        bits = {"int8": 8, "uint8": 8, "int4": 4, "uint4": 4}.get(stored.dtype, 32)
+        # In memory each of the small integers has a byte of its own.
+        found[bits][stored] = stored.size_bytes // 2 if bits == 4 else stored.size_bytes
 
 
 def _is_clip_of_compute(operation: Operation, makers: Mapping[Variable, Operation]) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_edge.errors import RunnerError, require
-from lightning_edge.exporters import averages, pte
+from lightning_edge.exporters import averages, float_layers, pte
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
 from lightning_edge.network import Deployable
 
@@ -19,16 +20,22 @@ SUFFIX = ".pte"
 EXTRA = "executorch"
 NEEDS = ("executorch",)
 INT8_OPTIONS: frozenset[str] = frozenset()
+ACTIVATION_BITS = frozenset({8})
+
+Scheme = Literal["fp16", "int8_dynamic", "int4_dynamic"]
 
 _METHOD = "forward"
 
 
-def write(network: Deployable, path: Path) -> None:
+def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> None:
     """Lower the network to the XNNPACK delegate and write it.
 
     Args:
         network: The network; its sample says the shapes.
         path: Where to write, a path that does not exist yet.
+        scheme: How a float network's weights are stored: ``"fp16"``, which takes and gives float16 as well, or linear
+            layers in 8 or 4 bits with their activations quantized on the fly. XNNPACK has no kernels for integer
+            weights with float activations.
 
     Raises:
         ExportError: If ExecuTorch refuses the network.
@@ -39,6 +46,9 @@ def write(network: Deployable, path: Path) -> None:
         with warnings.catch_warnings():
             # torch.export's own copying is deprecated by itself, once for every node.
             warnings.simplefilter("ignore", FutureWarning)
+            if scheme is not None:
+                network = _in_scheme(network, scheme)
+            network.graph = float_layers.apart_for_xnnpack(network.graph)
             program = averages.keep_dimensions(network.program())
             delegate = [partitioner.XnnpackPartitioner()]
             lowered = exir.to_edge_transform_and_lower(program, partitioner=delegate).to_executorch()
@@ -50,6 +60,21 @@ def write(network: Deployable, path: Path) -> None:
         ) from error
     with path.open("wb") as file:
         lowered.write_to_file(file)
+
+
+def _in_scheme(network: Deployable, scheme: Scheme) -> Deployable:
+    """Give a copy of a float network with other weights."""
+    graph = copy.deepcopy(network.graph)
+    if scheme == "fp16":
+        halved = network.inputs.map(lambda tensor: tensor.half() if tensor.is_floating_point() else tensor)
+        return Deployable(graph.half(), halved, network.precision)
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerAxis
+
+    dtype = getattr(torch, scheme.split("_")[0])  # torch.int4 is not in torch's own types
+    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=PerAxis(0))
+    quantize_(graph, config, lambda module, _: isinstance(module, nn.Linear))
+    return Deployable(graph, network.inputs, network.precision)
 
 
 def inspect(path: Path) -> Contents:

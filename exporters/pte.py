@@ -29,6 +29,7 @@ _PRODUCTS = {
 _MOVES = frozenset({"Convert", "Copy", "StaticTranspose", "StaticReshape", "StaticSlice", "StaticConstantPad"})
 _FLOATS = frozenset({"fp32", "fp16", "bf16", "pfp32"})
 _INT8 = frozenset({"qint8", "quint8", "qcint8"})
+_INT4 = frozenset({"qcint4", "qbint4"})
 _KERNEL_PRODUCTS = re.compile(r"aten::(convolution|linear|addmm|mm|bmm|baddbmm|matmul)\b")
 _KERNEL_MOVES = re.compile(
     r"aten::(view|permute|transpose|t|clone|copy|slice|select|cat|expand|squeeze|unsqueeze|_to_copy|to|split|unbind|stack|"
@@ -42,6 +43,8 @@ class _Tally:
     ops: Counter[str] = field(default_factory=Counter)
     # By the constant's own name, since two graphs of one file may share it.
     int8_weights: dict[str, int] = field(default_factory=dict)
+    int4_weights: dict[str, int] = field(default_factory=dict)
+    half_weights: dict[str, int] = field(default_factory=dict)
     float_weights: dict[str, int] = field(default_factory=dict)
     float_compute: list[str] = field(default_factory=list)
     float_other: list[str] = field(default_factory=list)
@@ -80,6 +83,8 @@ def read(path: Path) -> Contents:
         delegated_ops=tally.delegated,
         undelegated_ops=tuple(tally.undelegated),
         planned_memory_bytes=planned,
+        half_weight_bytes=sum(tally.half_weights.values()),
+        int4_weight_bytes=sum(tally.int4_weights.values()),
     )
 
 
@@ -132,8 +137,11 @@ def _count_graph(graph: dict[str, Any], name: str, tally: _Tally) -> None:
             datatype, constant = values[fields[right]]
             if constant:
                 entry = graph["constant_data"][constant]
-                stored = tally.int8_weights if datatype in _INT8 else tally.float_weights
-                stored[entry["named_key"] or f"{name}:{constant}"] = entry["size"]
+                key = entry["named_key"] or f"{name}:{constant}"
+                integers = {**dict.fromkeys(_INT8, tally.int8_weights), **dict.fromkeys(_INT4, tally.int4_weights)}
+                integers.get(datatype, tally.float_weights)[key] = entry["size"]
+                if datatype == "fp16":
+                    tally.half_weights[key] = entry["size"]
         elif kind not in _MOVES and not kind.startswith("Concatenate") and values[fields["output_id"]][0] in _FLOATS:
             tally.float_other.append(kind)
 

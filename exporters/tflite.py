@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.errors import ExportError, require
-from lightning_edge.exporters import tflite_graph
+from lightning_edge.exporters import float_layers, tflite_graph
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
 from lightning_edge.network import Deployable, Inputs
 
@@ -21,15 +22,24 @@ SUFFIX = ".tflite"
 EXTRA = "tflite"
 NEEDS = ("litert_torch", "ai_edge_litert")
 INT8_OPTIONS = frozenset({"io"})
+ACTIVATION_BITS = frozenset({8, 16})
 
 Io = Literal["int8", "float"]
 Layout = Literal["nchw", "nhwc"]
+Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"]
 
 _LAYOUT_NOTE = "lightning_edge.layout"
 _PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
 
 
-def write(network: Deployable, path: Path, *, io: Io | None = None, layout: Layout = "nchw") -> None:
+def write(
+    network: Deployable,
+    path: Path,
+    *,
+    io: Io | None = None,
+    layout: Layout = "nchw",
+    scheme: Scheme | None = None,
+) -> None:
     """Convert the network and write it.
 
     Args:
@@ -38,6 +48,7 @@ def write(network: Deployable, path: Path, *, io: Io | None = None, layout: Layo
         io: Type of the file's own inputs and outputs: ``"int8"`` or ``"float"``. An int8 network's default is
             ``"int8"``; with ``"float"`` the file quantizes and dequantizes at its ends and its kernels stay int8.
         layout: Layout of the file's own 4-D inputs. ``"nhwc"`` saves a transpose where the app has images that way.
+        scheme: How a float network's weights are stored, and whether activations are quantized on the fly.
 
     Raises:
         ExportError: If LiteRT refuses the network.
@@ -50,8 +61,11 @@ def write(network: Deployable, path: Path, *, io: Io | None = None, layout: Layo
         raise ValueError(f"layout={layout!r} is not one of {get_args(Layout)}")
     if io == "int8" and network.precision == "fp32":
         raise ValueError("io='int8' needs an int8 network and this one is fp32; leave io out or quantize first")
-    model = tflite_graph.parse(_convert(network, layout))
+    converted = _convert(network, layout)
+    model = tflite_graph.parse(converted if scheme is None else _in_scheme(converted, scheme))
     _check_order(model, network.inputs)
+    tflite_graph.widen_biases(model)
+    tflite_graph.join_signs(model)
     tflite_graph.shorten_names(model)
     if io == "float":
         tflite_graph.float_ends(model)
@@ -102,7 +116,7 @@ def _convert(network: Deployable, layout: Layout) -> bytes:
     inputs, config = network.inputs, None
     if network.precision == "int8":
         # The converter refuses int8 constants; it needs the config only to know that the graph is quantized.
-        graph = network.unfolded or graph
+        graph = float_layers.apart_for_litert(network.unfolded or graph)
         scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
         config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
     if layout == "nhwc":
@@ -118,6 +132,27 @@ def _convert(network: Deployable, layout: Layout) -> bytes:
             error,
             "Replace that operation by one that LiteRT has, or leave the target out.",
         ) from error
+
+
+def _in_scheme(model: bytes, scheme: Scheme) -> bytes:
+    """Rewrite a float file's weights with ai-edge-quantizer; whole channels share a scale."""
+    quantizer = require("ai_edge_quantizer.quantizer", EXTRA)
+    types = require("ai_edge_quantizer.qtyping", EXTRA)
+    every = types.TFLOperationName.ALL_SUPPORTED
+    try:
+        work = quantizer.Quantizer(bytearray(model))
+        if scheme == "fp16":
+            half = types.TensorQuantizationConfig(num_bits=16, dtype=types.TensorDataType.FLOAT)
+            config = types.OpQuantizationConfig(weight_tensor_config=half, explicit_dequantize=True)
+            work.update_quantization_recipe(".*", every, config, algorithm_key="float_casting")
+        else:
+            bits = 4 if scheme.startswith("int4") else 8
+            add = work.add_dynamic_config if scheme.endswith("dynamic") else work.add_weight_only_config
+            add(regex=".*", operation_name=every, num_bits=bits)
+        with redirect_stdout(StringIO()):  # it prints sizes and times
+            return bytes(work.quantize().quantized_model)
+    except Exception as error:
+        raise explain("tflite", error, "Export without scheme=..., or choose another scheme.") from error
 
 
 @contextmanager

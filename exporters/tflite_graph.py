@@ -22,6 +22,13 @@ _PRODUCTS = {
     "CONV_3D_TRANSPOSE": (2, 1),
     "BATCH_MATMUL": (0, 1),
 }
+# Those with a bias, with the positions of what they are fed and of the bias.
+_PRODUCTS_WITH_BIAS = {
+    "CONV_2D": (0, 2),
+    "DEPTHWISE_CONV_2D": (0, 2),
+    "FULLY_CONNECTED": (0, 2),
+    "TRANSPOSE_CONV": (2, 3),
+}
 # Operations that only move or convert values: not computation, whatever type the values have.
 _MOVES = frozenset(
     {
@@ -99,7 +106,8 @@ def contents(path: Path) -> Contents:
     """
     model = parse(path.read_bytes())
     floats = {_schema().TensorType.FLOAT32, _schema().TensorType.FLOAT16}
-    bytes_of: dict[str, dict[int, int]] = {"int8": {}, "float": {}}
+    halves, int4 = {_schema().TensorType.FLOAT16}, {_schema().TensorType.INT4}
+    bytes_of: dict[str, dict[int, int]] = {"int8": {}, "int4": {}, "float": {}, "half": {}}
     ops: Counter[str] = Counter()
     float_compute: list[str] = []
     float_other: list[str] = []
@@ -116,8 +124,9 @@ def contents(path: Path) -> Contents:
                 for position in _PRODUCTS[name]:
                     weight = _stored(model, graph, produced, op.inputs[position])
                     if weight is not None:
-                        kind = "float" if weight.type in floats else "int8"
-                        bytes_of[kind][weight.buffer] = _length(model, weight)
+                        kind = "float" if weight.type in floats else "int4" if weight.type in int4 else "int8"
+                        for found in (kind, "half") if weight.type in halves else (kind,):
+                            bytes_of[found][weight.buffer] = _length(model, weight)
             elif is_float and name not in _MOVES:
                 float_other.append(name)
     return Contents(
@@ -126,6 +135,8 @@ def contents(path: Path) -> Contents:
         ops=dict(sorted(ops.items())),
         float_compute_ops=tuple(float_compute),
         float_ops=tuple(float_other),
+        half_weight_bytes=sum(bytes_of["half"].values()),
+        int4_weight_bytes=sum(bytes_of["int4"].values()),
     )
 
 
@@ -161,6 +172,54 @@ def float_ends(model: Any) -> None:
     graph.operators = [*inputs, *graph.operators, *outputs]
 
 
+def widen_biases(model: Any) -> None:
+    """Store the biases of layers with 16-bit inputs in 64 bits, as LiteRT's 16x8 kernels read them.
+
+    The converter writes 32 bits, and the kernels read past their end.
+    """
+    import numpy
+
+    schema = _schema()
+    for graph in model.subgraphs:
+        for op in graph.operators:
+            data, position = _PRODUCTS_WITH_BIAS.get(op_name(model, op), (0, -1))
+            if position < 0 or len(op.inputs) <= position or op.inputs[position] < 0:
+                continue
+            bias = graph.tensors[op.inputs[position]]
+            wide = graph.tensors[op.inputs[data]].type == schema.TensorType.INT16
+            if wide and bias.type == schema.TensorType.INT32:
+                values = numpy.frombuffer(bytes(model.buffers[bias.buffer].data), dtype=numpy.int32)
+                wider = numpy.frombuffer(values.astype(numpy.int64).tobytes(), dtype=numpy.uint8)
+                model.buffers.append(schema.BufferT(data=wider))
+                bias.buffer = len(model.buffers) - 1
+                bias.type = schema.TensorType.INT64
+
+
+def join_signs(model: Any) -> None:
+    """Take ``sign(x) * |x|`` out, which is ``x``: it kept the converter from joining what must stay apart."""
+    import numpy
+
+    for graph in model.subgraphs:
+        kinds = {index: (op_name(model, op), op) for op in graph.operators for index in op.outputs}
+        same: dict[int, int] = {}
+        for op in graph.operators:
+            factors = [kinds.get(index, ("", None)) for index in op.inputs]
+            if op_name(model, op) == "MUL" and [kind for kind, _ in factors] == ["SIGN", "ABS"]:
+                sources = {int(factor.inputs[0]) for _, factor in factors}
+                if len(sources) == 1:
+                    same[int(op.outputs[0])] = sources.pop()
+        if not same:
+            continue
+        for op in graph.operators:
+            op.inputs = numpy.array([same.get(int(index), int(index)) for index in op.inputs], dtype=numpy.int32)
+        graph.outputs = numpy.array([same.get(int(index), int(index)) for index in graph.outputs], dtype=numpy.int32)
+        read = _read(graph)
+        for kind in ("MUL", "SIGN", "ABS"):
+            dead = [op for op in graph.operators if op_name(model, op) == kind and read.isdisjoint(op.outputs)]
+            graph.operators = [op for op in graph.operators if all(op is not other for other in dead)]
+            read = _read(graph)
+
+
 def set_note(model: Any, name: str, value: str) -> None:
     """Keep a short text in the file's metadata."""
     schema = _schema()
@@ -179,6 +238,11 @@ def notes(model: Any) -> Mapping[str, str]:
         name = entry.name.decode() if isinstance(entry.name, bytes) else entry.name
         found[name] = "" if data is None else bytes(data).decode("utf-8", errors="replace")
     return found
+
+
+def _read(graph: Any) -> set[int]:
+    """Tensors that an operation or the caller reads."""
+    return {int(index) for op in graph.operators for index in op.inputs} | {int(index) for index in graph.outputs}
 
 
 def _schema() -> Any:
@@ -253,7 +317,7 @@ def _convert_ends(model: Any, graph: Any, ends: list[int], operator: str) -> lis
     operators = []
     for position, inner in enumerate(ends):
         quantized = graph.tensors[inner]
-        if quantized.type != schema.TensorType.INT8:
+        if quantized.type not in (schema.TensorType.INT8, schema.TensorType.INT16):
             continue
         if inner not in added:
             outer = schema.TensorT(name=quantized.name, shape=quantized.shape, type=schema.TensorType.FLOAT32)

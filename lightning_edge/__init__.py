@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_edge.callbacks.compression import EdgeCompressionCallback
     from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
+    from lightning_edge.distillation.phase import Distill
     from lightning_edge.errors import (
         AgreementError,
         CompressionError,
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
         RunnerError,
     )
     from lightning_edge.exporters import export, load
+    from lightning_edge.factorization import Factorize
     from lightning_edge.measure import Timing, Tolerance
-    from lightning_edge.quantization import Quantize, convert, quantize
+    from lightning_edge.pruning import Prune
+    from lightning_edge.quantization import Quantize, check_calibration, convert, mixed_plan, quantize, sensitivity
     from lightning_edge.record import load_compressed
+    from lightning_edge.sparsity import Sparsify
     from lightning_edge.tracking import OfflineFallbackWandbLogger
 
     __version__: str
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "lightning_edge.callbacks.compression": ("EdgeCompressionCallback",),
     "lightning_edge.callbacks.evaluation": ("DeviceEvaluationCallback",),
+    "lightning_edge.distillation.phase": ("Distill",),
     "lightning_edge.errors": (
         "AgreementError",
         "CompressionError",
@@ -41,9 +46,19 @@ _HOMES = {
         "RunnerError",
     ),
     "lightning_edge.exporters": ("export", "load"),
+    "lightning_edge.factorization": ("Factorize",),
     "lightning_edge.measure": ("Timing", "Tolerance"),
-    "lightning_edge.quantization": ("Quantize", "convert", "quantize"),
+    "lightning_edge.pruning": ("Prune",),
+    "lightning_edge.quantization": (
+        "Quantize",
+        "check_calibration",
+        "convert",
+        "mixed_plan",
+        "quantize",
+        "sensitivity",
+    ),
     "lightning_edge.record": ("load_compressed",),
+    "lightning_edge.sparsity": ("Sparsify",),
     "lightning_edge.tracking": ("OfflineFallbackWandbLogger",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -52,22 +67,29 @@ __all__ = [
     "AgreementError",
     "CompressionError",
     "DeviceEvaluationCallback",
+    "Distill",
     "EdgeCompressionCallback",
     "EdgeError",
     "ExportError",
+    "Factorize",
     "MissingExtraError",
     "OfflineFallbackWandbLogger",
+    "Prune",
     "Quantize",
     "RecordError",
     "RunnerError",
+    "Sparsify",
     "Timing",
     "Tolerance",
     "__version__",
+    "check_calibration",
     "convert",
     "export",
     "load",
     "load_compressed",
+    "mixed_plan",
     "quantize",
+    "sensitivity",
 ]
 
 

@@ -23,6 +23,7 @@ from lightning_edge.exporters import (
     checks,
     deployable,
     options_of,
+    schemes,
     stage,
 )
 from lightning_edge.exporters import target as target_module
@@ -39,11 +40,15 @@ from lightning_edge.measure import (
 )
 from lightning_edge.monitor import Monitor, choose
 from lightning_edge.network import Deployable, Inputs, Precision
-from lightning_edge.quantization import convert, float_copy, is_quantized, quantize
+from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
+from lightning_edge.quantization.guard import in_words
 from lightning_edge.reference import Reference
 from lightning_edge.report import Report, Row, Source, digest, installed_versions
 from lightning_edge.surgery import find_network
 from lightning_edge.validation import Validation
+
+# Share of values outside their range that a report speaks of: more than the outliers that calibration leaves out.
+_CLIPPED = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -178,7 +183,7 @@ class _Evaluation:
         networks: list[tuple[Deployable, Source, Reference]] = []
         if fp32_files:
             networks.append((deployable(float_network, float_reference.sample), "float", float_reference))
-        calibration_batches, int8 = self._int8_networks(trained, float_network, calibration)
+        calibration_batches, int8 = self._int8_networks(trained, float_network, calibration, float_reference.calls)
         networks += int8[-1:]
 
         for target in targets:
@@ -217,7 +222,11 @@ class _Evaluation:
             )
 
     def _int8_networks(
-        self, trained: nn.Module, float_network: nn.Module, calibration: Callable[[], Sequence[Inputs]] | None
+        self,
+        trained: nn.Module,
+        float_network: nn.Module,
+        calibration: Callable[[], Sequence[Inputs]] | None,
+        validation: Sequence[Inputs],
     ) -> tuple[int, list[tuple[Deployable, Source, Reference]]]:
         """Give the post-training and the trained int8 network, where there are such, the one to ship last."""
         found: list[tuple[Deployable, Source, Reference]] = []
@@ -227,7 +236,10 @@ class _Evaluation:
             try:
                 inputs = calibration()
                 batches = len(inputs)
-                found.append(self._int8(convert(quantize(float_network, inputs)), "post-training"))
+                quantized = quantize(float_network, inputs)
+                if findings := check_calibration(quantized, validation, max_clipped=_CLIPPED):
+                    self._warnings.append(in_words(findings))
+                found.append(self._int8(convert(quantized), "post-training"))
             except EdgeError as error:
                 if is_quantized(trained):
                     self._warn(f"There is no post-training baseline to compare with: {error}")
@@ -269,7 +281,7 @@ class _Evaluation:
                 metrics = self._validation.run(reference.answers(staged.artifact, comparison))
                 agreement = comparison.result()
                 row = _compared(replace(row, metrics=metrics), agreement)
-                checks.check_agreement(network, staged.artifact, agreement, self._tolerance)
+                checks.check_agreement(network, staged.artifact, agreement, self._tolerance_of(options))
                 artifact = staged.accept()
             row = replace(row, path=artifact.path.name, sha256=digest(artifact.path))
             if not artifact.runner.is_reference:
@@ -281,6 +293,12 @@ class _Evaluation:
             _log.error("%s failed", row.label, exc_info=True)
             row = replace(row, error=f"{type(error).__name__}: {error}")
         self._rows.append(row)
+
+    def _tolerance_of(self, options: Mapping[str, Any]) -> Tolerance:
+        """The user's tolerance, or that of the scheme that the file has."""
+        if self._tolerance == Tolerance() and options.get("scheme") is not None:
+            return schemes.tolerance(options["scheme"])
+        return self._tolerance
 
     def _time(self, sample: Inputs) -> None:
         self._tell(f"Measuring latency of {len(self._timed)} candidates")
@@ -310,8 +328,9 @@ class _Evaluation:
         if monitor.worse(trained, after):
             self._warn(
                 f"Quantization-aware training is worse than post-training quantization: {monitor.metric} {trained:.4f} "
-                f"against {after:.4f} on the {self._validation.split} split ({monitor.mode} is better). Train longer, "
-                "start earlier or lower the learning rate; or ship the post-training network."
+                f"against {after:.4f} on the {self._validation.split} split ({monitor.mode} is better). Lower the "
+                "learning rate (3 to 10 times), start later, move fold_batch_norm, or keep the most sensitive layers "
+                "float (Quantize(skip=[...]); lightning_edge.sensitivity names them). Or ship the post-training one."
             )
         return monitor
 

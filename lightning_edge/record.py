@@ -1,44 +1,144 @@
 """What was done to a network, in order: repeat it on a fresh one, with or without a Trainer.
 
-A checkpoint carries it under `KEY`, as plain values and tensors: ``{"changes": [...], "float_state": {...}}``.
+A network carries its own record, so that it can be brought from one structure into another. A checkpoint carries it
+under `KEY`, as plain values and tensors: ``{"changes": [...], "settings": {...}, "float_state": {...}, ...}``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_edge.distillation.phase import Distill
 from lightning_edge.errors import RecordError
-from lightning_edge.quantization import detach
+from lightning_edge.factorization import Factorize
+from lightning_edge.pruning import Prune
+from lightning_edge.quantization import detach, is_quantized
 from lightning_edge.quantization.network import CHILD
 from lightning_edge.quantization.phase import Quantize
 from lightning_edge.schedule import Change, Phase
+from lightning_edge.sparsity import Sparsify
+from lightning_edge.succession import Succession
 from lightning_edge.surgery import find_network
 
 KEY = "lightning_edge"
 
 # Literal, so that nothing a file names is imported.
-PHASES: dict[str, type[Phase]] = {Quantize.name: Quantize}
+PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (Factorize, Prune, Sparsify, Quantize, Distill)}
+
+# On the network itself, beside its parameters.
+_ATTRIBUTE = "_lightning_edge_changes"
+
+
+def changes_of(network: nn.Module) -> list[Change]:
+    """Everything that was done to ``network``, oldest first."""
+    changes = network.__dict__.get(_ATTRIBUTE, [])
+    if not is_quantized(network):  # it may have been detached by hand
+        changes = [change for change in changes if change["phase"] != Quantize.name]
+    return list(changes)
+
+
+def perform(network: nn.Module, change: Change) -> Succession:
+    """Make a change and put it into the network's record; one that says ``replaces`` takes the place of its like.
+
+    Raises:
+        RecordError: If the change is of a phase this version does not know.
+    """
+    succession = _phase_of(change).perform(network, change)
+    assert isinstance(succession, Succession)
+    changes = changes_of(network)
+    if change.get("replaces"):
+        kind = (change["phase"], change["kind"])
+        changes = [earlier for earlier in changes if (earlier["phase"], earlier["kind"]) != kind]
+    network.__dict__[_ATTRIBUTE] = [*changes, change]
+    return succession
 
 
 def restore(network: nn.Module, changes: Sequence[Change]) -> None:
     """Bring ``network`` into the structure that ``changes`` lead to, from whatever structure it has.
 
+    Its weights are to be loaded afterwards.
+
     Raises:
         RecordError: If a change is of a phase this version does not know.
     """
-    detach(network)
     for change in changes:
-        if change.get("phase") not in PHASES:
-            raise RecordError(
-                f"the checkpoint records a change by phase {change.get('phase')!r}; this version knows "
-                f"{sorted(PHASES)}. Use the lightning-edge version that wrote it."
-            )
-        PHASES[change["phase"]].restore(network, change)
+        _phase_of(change)
+    present = changes_of(network)
+    if _same(present, list(changes)):
+        # It has this structure. Made anew, its parameters would leave the optimizers that hold them.
+        network.__dict__[_ATTRIBUTE] = list(changes)
+        return
+    detach(network)
+    for change in reversed(present):
+        if change["phase"] != Quantize.name:
+            _phase_of(change).undo(network, change)
+    network.__dict__[_ATTRIBUTE] = []
+    for change in changes:
+        perform(network, change)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        both = isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype
+        return both and torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, Mapping):
+        return isinstance(other, Mapping) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return isinstance(other, list | tuple) and len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
+
+
+def _phase_of(change: Change) -> type[Phase]:
+    if change.get("phase") not in PHASES:
+        raise RecordError(
+            f"the checkpoint records a change by phase {change.get('phase')!r}; this version knows {sorted(PHASES)}. "
+            "Use the lightning-edge version that wrote it."
+        )
+    return PHASES[change["phase"]]
+
+
+def check_agreement(saved: Mapping[str, Any], phases: Sequence[Phase]) -> None:
+    """Refuse to go on with other phases or settings than those of the checkpoint.
+
+    Args:
+        saved: What the checkpoint carries under `KEY`.
+        phases: The phases of this run.
+
+    Raises:
+        RecordError: If they differ; the message shows both.
+    """
+    then, now = saved.get("settings", {}), settings_of(phases)
+    lines = []
+    for name in sorted({*then, *now}):
+        if name not in now or name not in then:
+            lines.append(f"{name}: checkpoint {_words(then.get(name))}; this run {_words(now.get(name))}")
+            continue
+        for setting in sorted({*then[name], *now[name]}):
+            before, after = then[name].get(setting), now[name].get(setting)
+            # 1 is an epoch and 1.0 the end of training.
+            if before != after or type(before) is not type(after):
+                lines.append(f"{name}.{setting}: checkpoint {before!r}; this run {after!r}")
+    if lines:
+        raise RecordError(
+            "the checkpoint and this run disagree on the compression:\n  "
+            + "\n  ".join(lines)
+            + "\nResume with the checkpoint's settings, or begin a new training from its weights: "
+            "lightning_edge.load_compressed(checkpoint, module)."
+        )
+
+
+def settings_of(phases: Sequence[Phase]) -> dict[str, dict[str, Any]]:
+    """Give the settings of every phase, by name."""
+    return {phase.name: phase.settings() for phase in phases}
+
+
+def _words(settings: Mapping[str, Any] | None) -> str:
+    return "has no such phase" if settings is None else f"has it with {dict(settings)}"
 
 
 def load_compressed(checkpoint: str | Path, module: nn.Module, name: str | None = None) -> nn.Module:
@@ -77,8 +177,3 @@ def load_compressed(checkpoint: str | Path, module: nn.Module, name: str | None 
     except RuntimeError as error:
         raise RecordError(f"the weights of {str(checkpoint)!r} do not fit {type(module).__name__}: {error}") from error
     return module.eval()
-
-
-def to_checkpoint(changes: Sequence[Change], float_state: dict[str, Any] | None) -> dict[str, Any]:
-    """Give what a checkpoint carries under `KEY`."""
-    return {"changes": list(changes), "float_state": float_state}

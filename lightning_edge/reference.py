@@ -15,6 +15,7 @@ from lightning_edge.network import Deployable, Inputs, flatten_outputs
 
 # Outputs of a whole validation set are small for classes and large for images; beyond this they are computed again.
 _KEPT_OUTPUT_BYTES = 256 * 2**20
+_KEPT_CALLS = 8
 
 
 @final
@@ -27,12 +28,14 @@ class Reference:
     Attributes:
         network: The same.
         sample: The first sample it was ever fed, ``None`` before the first pass.
+        calls: The first few calls it answered, whole batches.
         reconstructs: Whether an output has the shape of an input, as an autoencoder's: no class scores then.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.sample: Inputs | None = None
+        self.calls: list[Inputs] = []
         self.reconstructs = False
         self._kept: dict[int, tuple[int, Any]] = {}
         self._kept_bytes = 0
@@ -78,6 +81,8 @@ class Reference:
         with torch.no_grad():
             outputs = self.network(*inputs.args, **inputs.kwargs)
         outputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), outputs)
+        if kept is None and len(self.calls) < _KEPT_CALLS:
+            self.calls.append(inputs)
         if self.sample is None:
             self.sample = inputs.sample()
             shapes = {tensor.shape for tensor in inputs.tensors}

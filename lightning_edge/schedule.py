@@ -6,9 +6,10 @@ A moment is an epoch (a whole number, counted from 0) or a fraction of training 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Protocol
 
 Moment = int | float
 
@@ -64,34 +65,149 @@ def check_order(earlier_name: str, earlier: Moment, later_name: str, later: Mome
         )
 
 
-class Phase(ABC):
-    """Something that changes a network on a schedule: settings only, what happened is in the record."""
+# Phases that change the network follow each other in this order; others may lie anywhere.
+ORDER = ("factorize", "prune", "sparsify", "quantize")
 
-    name: str
 
-    @abstractmethod
-    def apply(self, network: Any, clock: Clock, changes: Sequence[Change], sample: Callable[[], Any]) -> Change | None:
-        """Bring the network one step closer to where it should be now.
+def share(moment: Moment, max_epochs: int | None) -> float | None:
+    """Give a moment as a fraction of training; ``None`` where that is not known."""
+    if isinstance(moment, float):
+        return moment
+    return None if max_epochs in (None, -1, 0) else moment / max_epochs
+
+
+class Batch(Protocol):
+    """The training batch at hand, as a phase may look at it: nothing of the looking leaves a trace in training."""
+
+    def inputs(self) -> Any:
+        """Give the `Inputs` that training_step feeds the network."""
+
+    def gradients(self, *, per_sample: bool = False) -> Iterator[dict[str, Any]]:
+        """Give the gradient of the training loss for each of the network's parameters that has one, by name.
+
+        The module runs in eval mode and its buffers are put back, so that no statistics move and nothing is dropped.
+        What a training_step counts in plain Python objects, it counts once more.
 
         Args:
-            network: The module to change, in place.
-            clock: Where training stands.
-            changes: What this phase has done so far, oldest first.
-            sample: Gives the `Inputs` of the batch at hand.
-
-        Returns:
-            The change that was made, or ``None`` if the network is where it should be.
+            per_sample: One dict for each sample of this process's batch, instead of one for the whole batch, averaged
+                over all processes.
         """
 
-    @classmethod
-    @abstractmethod
-    def restore(cls, network: Any, change: Change) -> None:
-        """Repeat a recorded change on a network of the original structure, so that a checkpoint's weights fit."""
+
+class Phase(ABC):
+    """Something that changes a network on a schedule: settings only, what happened is in the record.
+
+    A change is planned from the settings, the clock and the batch at hand, and performed from the plan alone. So the
+    same change can be performed again: on the other processes, on an averaged copy, on a fresh network before a
+    checkpoint's weights load.
+    """
+
+    name: str
 
     @abstractmethod
     def first_moment(self) -> Moment:
         """When this phase begins."""
 
+    def last_moment(self) -> Moment:
+        """When this phase makes its last change; the first moment where it makes only one."""
+        return self.first_moment()
+
+    def finished(self, changes: Sequence[Change]) -> bool:
+        """Whether nothing is left to do after these changes, so that a training that ends now ends as was asked."""
+        return bool(changes)
+
+    @abstractmethod
+    def plan(self, network: Any, clock: Clock, changes: Sequence[Change], batch: Batch) -> Change | None:
+        """Plan the change that is due, leaving the network as it is.
+
+        Args:
+            network: The module to change.
+            clock: Where training stands.
+            changes: What this phase has done so far, oldest first.
+            batch: The batch at hand.
+
+        Returns:
+            The next change, with its ``kind``; ``None`` if the network is where it should be. Asked again after each
+            change.
+        """
+
+    @classmethod
+    @abstractmethod
+    def perform(cls, network: Any, change: Change) -> Any:
+        """Make a planned or recorded change, in place.
+
+        Returns:
+            The `Succession` of its parameters: what was cut and what was replaced.
+        """
+
+    @classmethod
+    @abstractmethod
+    def undo(cls, network: Any, change: Change) -> None:
+        """Give the network the structure it had before a change, in place; weights that are gone come back as zeros.
+
+        Asked in reverse order, before the weights of an earlier checkpoint load.
+        """
+
+    def prime(self, network: Any, change: Change, batch: Batch) -> None:
+        """Set what a change added from the batch at hand; asked once, not when the change is repeated."""
+        return
+
+    def before_step(self, network: Any, clock: Clock, changes: Sequence[Change], batch: Batch) -> None:
+        """Add to the gradients, right before an optimizer steps."""
+        return
+
+    def after_step(self, network: Any, changes: Sequence[Change]) -> None:
+        """Project the parameters, right after an optimizer has stepped."""
+        return
+
     @abstractmethod
     def describe(self, change: Change) -> str:
         """Say in one line what a change did."""
+
+    def settings(self) -> dict[str, Any]:
+        """Give the settings as plain values, to be compared with those of a checkpoint; objects by their class."""
+        return {name: _plain(value) for name, value in vars(self).items() if not name.startswith("_")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def check_phases(phases: Sequence[Phase], max_epochs: int | None = None) -> None:
+    """Refuse phases that cannot go together.
+
+    Args:
+        phases: All of one training.
+        max_epochs: Its length where it is known, so that epochs and fractions can be compared.
+
+    Raises:
+        ValueError: If there is none, two are of a kind, or one that must come first ends after the next has begun.
+    """
+    if not phases:
+        raise ValueError("phases is empty; give at least one, for example [Quantize(start=0.7)]")
+    names = [phase.name for phase in phases]
+    if len(set(names)) < len(names):
+        raise ValueError(f"phases={names} names a kind twice; give each kind of phase once")
+    for earlier, later in pairwise(ranked(phases)):
+        end, begin = earlier.last_moment(), later.first_moment()
+        if type(end) is not type(begin):
+            ends, begins = share(end, max_epochs), share(begin, max_epochs)
+        else:
+            ends, begins = float(end), float(begin)
+        if ends is not None and begins is not None and ends > begins:
+            raise ValueError(
+                f"{type(earlier).__name__} makes its last change at {end!r} and {type(later).__name__} begins at "
+                f"{begin!r}, which must come after: the order is {', '.join(ORDER)}. Let "
+                f"{type(earlier).__name__} end earlier or {type(later).__name__} begin later."
+            )
+
+
+def ranked(phases: Sequence[Phase]) -> list[Phase]:
+    """Give the phases that change the network, in the order in which they follow each other."""
+    return sorted((phase for phase in phases if phase.name in ORDER), key=lambda phase: ORDER.index(phase.name))

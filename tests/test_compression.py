@@ -298,9 +298,9 @@ def test_asking_for_the_inputs_leaves_no_trace() -> None:
     """With the ranges never used, training with the switch must equal training without it, dropout and all."""
 
     class Quiet(Quantize):
-        def apply(self, network: Any, clock: Any, changes: Any, sample: Any) -> None:  # type: ignore[override]
+        def plan(self, network: Any, clock: Any, changes: Any, batch: Any) -> None:
             if clock.reached(self.start):
-                assert sample().batch_size in (8, 4)
+                assert batch.inputs().batch_size in (8, 4)
 
     losses = []
     for callbacks in ([], [EdgeCompressionCallback([Quiet(start=0)])]):
@@ -386,9 +386,3 @@ def test_a_phase_that_never_began_is_told() -> None:
 def test_phases_that_make_no_sense_are_refused(phases: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EdgeCompressionCallback(phases)
-
-
-def test_several_processes_are_refused_with_the_reason() -> None:
-    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", callbacks=[edge()], logger=False)
-    with pytest.raises(CompressionError, match="2 processes"):
-        trainer.callbacks[0].setup(trainer, new(), "fit")  # type: ignore[attr-defined]

@@ -22,7 +22,9 @@ OPTIONAL = (
 )
 HEAVY = (*OPTIONAL, "torchao")
 # They subclass torchao's classes, so they import it; nothing imports them before a network is quantized.
-NEED_TORCHAO = ("lightning_edge.quantization.quantizer", "lightning_edge.quantization.fake_quantize")
+NEED_TORCHAO = tuple(
+    f"lightning_edge.quantization.{name}" for name in ("quantizer", "fake_quantize", "fused", "weights")
+)
 
 
 def run(code: str) -> str:

@@ -25,7 +25,7 @@ SHORT = [
 
 
 def test_there_are_recipes() -> None:
-    assert {"quickstart", "cifar10-resnet8-int8"} <= set(recipe_names())
+    assert {"quickstart", "digits-pruned-int8", "cifar10-resnet8-int8"} <= set(recipe_names())
     assert [recipe_path(name) for name in recipe_names()] == RECIPES
 
 

@@ -321,7 +321,7 @@ def test_the_users_own_checkpoint_hooks_run_and_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (lambda: EMAWeightAveraging(), "EMAWeightAveraging keeps a float copy"),
+        (lambda: EMAWeightAveraging(), "EMAWeightAveraging averages every buffer"),
         (lambda: StochasticWeightAveraging(1e-2), "StochasticWeightAveraging learns BatchNorm's statistics anew"),
     ],
 )

@@ -2,55 +2,64 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_edge import record
-from lightning_edge.errors import CompressionError, RecordError
-from lightning_edge.network import Inputs
-from lightning_edge.quantization import float_copy, is_quantized, quantized_forward
-from lightning_edge.schedule import Change, Clock, Phase
-from lightning_edge.surgery import candidates, capture_inputs, find_network
+from lightning_edge.callbacks import checkpoints, processes
+from lightning_edge.callbacks.batch import BatchAtHand
+from lightning_edge.callbacks.distillation import DistillationWiring
+from lightning_edge.distillation.phase import Distill
+from lightning_edge.errors import CompressionError
+from lightning_edge.factorization import Factorize
+from lightning_edge.pruning import Prune
+from lightning_edge.quantization import Quantize, float_copy, is_quantized, quantized_forward
+from lightning_edge.schedule import ORDER, Change, Clock, Phase, check_phases, ranked
+from lightning_edge.sparsity import Sparsify
+from lightning_edge.succession import check_optimizer, follow_all
+from lightning_edge.surgery import candidates, find_network
 
 
 class EdgeCompressionCallback(Callback):
     """Compress the network while it trains: each phase does its part when its time comes.
 
-    The LightningModule, its optimizers and schedulers go on unchanged across every phase. Checkpoints carry what was
-    done, so that resuming, ``validate`` and ``test`` with ``ckpt_path`` rebuild it before weights load, whether the
-    checkpoint is from before, during or after a phase.
+    The LightningModule, its optimizers and schedulers go on across every phase. Checkpoints carry what was done, so
+    that resuming, ``validate`` and ``test`` with ``ckpt_path`` rebuild it before weights load, whether the checkpoint
+    is from before, during or after a phase.
 
     Args:
-        phases: What to do, in the order in which it happens.
+        phases: What to do. Phases that change the network follow each other: factorize, prune, sparsify, quantize.
         module: Name of the submodule to compress, ``""`` for the LightningModule itself. ``None`` finds it: the only
             child with layers, or the LightningModule itself if it has a ``forward``.
 
     Raises:
-        ValueError: If there is no phase, or two of the same kind.
+        ValueError: If there is no phase, two are of the same kind, or one begins before an earlier one has ended.
     """
 
     def __init__(self, phases: list[Phase], module: str | None = None) -> None:
-        if not phases:
-            raise ValueError("phases is empty; give at least one, for example [Quantize(start=0.7)]")
-        names = [phase.name for phase in phases]
-        if len(set(names)) < len(names):
-            raise ValueError(f"phases={names} names a kind twice; give each kind of phase once")
+        check_phases(phases)
         self.phases = phases
         self.module = module
-        self._changes: list[Change] = []
+        distill = next((phase for phase in phases if isinstance(phase, Distill)), None)
+        self._distillation = None if distill is None else DistillationWiring(distill, phases)
         self._float_state: dict[str, torch.Tensor] | None = None
         self._calls_before: int | None = None
         self._found: nn.Module | None = None
+        self._batch: BatchAtHand | None = None
+        self._stepped = False
+        self._handles: list[Any] = []
+        # Changes that were made in an earlier fit, by another callback: they are in the record, and not of our phases.
+        self._inherited: list[Change] = []
+        self._earlier_masks: list[Change] = []
+        self._keeper = Sparsify(sparsity=0.5)  # holds masks that are there; its own sparsity is not asked for
+        self._ours: weakref.ref[nn.Module] | None = None
+        self._distillation_state: dict[str, Any] | None = None
 
     def baseline(self, pl_module: LightningModule) -> nn.Module:
         """Copy the network with the float weights it had when quantization began; today's, if it did not begin."""
@@ -61,67 +70,91 @@ class EdgeCompressionCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the network, and be ready to rebuild it before a checkpoint's weights load."""
-        others = [c for c in trainer.callbacks if isinstance(c, EdgeCompressionCallback)]  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks if isinstance(callback, EdgeCompressionCallback)]
         if len(others) > 1:
             raise CompressionError(f"the Trainer has {len(others)} EdgeCompressionCallbacks; put all phases into one")
-        if trainer.world_size > 1:
-            raise CompressionError(
-                f"the Trainer runs {trainer.world_size} processes, and compression is not synchronized between "
-                "processes yet; train with devices=1, num_nodes=1"
-            )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            _refuse_averaging(callback, pl_module)
-        self._hook_checkpoints(pl_module)
+        processes.check_strategy(trainer)
+        processes.check_company(callbacks, pl_module, self.phases)
+
+        def load(checkpoint: dict[str, Any]) -> None:
+            self._load(trainer, pl_module, checkpoint)
+
+        checkpoints.hook(pl_module, load, lambda checkpoint: self._save(pl_module, checkpoint))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the LightningModule's own hooks as they were."""
-        _unhook_checkpoints(pl_module)
-        self._found = None
+        """Leave the LightningModule and its optimizers as they were, but for the network."""
+        checkpoints.unhook(pl_module)
+        if self._distillation is not None:
+            self._distillation.detach(pl_module)
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._found, self._batch, self._calls_before = [], None, None, None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave everything as it was after an error too: Lightning does not call ``teardown`` then."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the network, and refuse a schedule that cannot begin."""
-        self._found = self._network(pl_module)
-        if not is_quantized(self._found):
-            self._changes, self._float_state = [], None
-        elif not self._changes:
-            raise CompressionError(
-                f"{type(self._found).__name__} was quantized before, and not by this callback, which has no record of "
-                "it. Give the callback that quantized it, resume with ckpt_path=..., or begin anew from the float "
-                "network: lightning_edge.quantization.detach(network)."
-            )
-        for phase in self.phases:
-            if isinstance(phase.first_moment(), float) and _length_is_unknown(trainer):
+        network = self._found = self._network(pl_module)
+        if not is_quantized(network):
+            self._float_state = None
+        if self._ours is None or self._ours() is not network:
+            self._inherited = record.changes_of(network)
+            if is_quantized(network):
                 raise CompressionError(
-                    f"{type(phase).__name__} begins at {phase.first_moment()!r} of a training whose length is not "
-                    f"known (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). Give the Trainer one of "
-                    "them, or the phase an epoch as a whole number."
+                    f"{type(network).__name__} was quantized before, and not by this callback, which has no record of "
+                    "it. Give the callback that quantized it, resume with ckpt_path=..., or begin anew from the float "
+                    "network: lightning_edge.quantization.detach(network)."
                 )
+        self._ours = weakref.ref(network)
+        self._hold_earlier_zeros()
+        self._check_schedule(trainer)
+        if any(isinstance(phase, Prune | Factorize) for phase in self.phases):
+            for optimizer in trainer.optimizers:
+                check_optimizer(optimizer)
+        self._handles = [
+            optimizer.register_step_post_hook(lambda *_: self._after_step()) for optimizer in trainer.optimizers
+        ]
+        if self._distillation is not None:
+            saved, self._distillation_state = self._distillation_state, None
+            self._distillation.attach(trainer, pl_module, network, saved)
+            if is_quantized(network):
+                self._distillation.set_baseline(self.baseline(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let every phase do what is due."""
-        network, clock = self._found, _clock(trainer, batch_idx)
-        assert network is not None
+        assert self._found is not None
+        clock = _clock(trainer, batch_idx)
+        self._batch, self._stepped = BatchAtHand(trainer, pl_module, self._found, batch, batch_idx), False
+        for phase in (*ranked(self.phases), *(phase for phase in self.phases if phase.name not in ORDER)):
+            while (change := phase.plan(self._found, clock, self._done(phase), self._batch)) is not None:
+                self._perform(trainer, pl_module, phase, change)
+        if self._distillation is not None:
+            self._distillation.begin_step(clock)
 
-        def sample() -> Inputs:
-            # Asked for once, right before the network changes: the last sight of the float network.
-            self._float_state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-            return _network_inputs(pl_module, network, batch, batch_idx)
-
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let phases add to the gradients, once per batch, before the optimizer that trains the network."""
+        assert self._found is not None
+        assert self._batch is not None
+        if self._distillation is not None:
+            self._distillation.before_optimizer_step(optimizer)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if self._stepped or not any(id(parameter) in held for parameter in self._found.parameters()):
+            return
+        self._stepped = True
+        clock = _clock(trainer, self._batch.batch_idx)
         for phase in self.phases:
-            while True:
-                done = [change for change in self._changes if change["phase"] == phase.name]
-                change = phase.apply(network, clock, done, sample)
-                if change is None:
-                    break
-                if not done:
-                    self._calls_before = quantized_forward(network)[1].calls
-                self._changes.append({"phase": phase.name, **change})
-                self._tell(trainer, phase, change)
+            phase.before_step(self._found, clock, self._done(phase), self._batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Refuse a training that goes around the quantized network."""
+        self._batch = None
         if self._calls_before is None:
             return
         assert self._found is not None
@@ -135,90 +168,123 @@ class EdgeCompressionCallback(Callback):
         self._calls_before = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell of a phase that never began."""
+        """Tell of a phase that never began, or that did not come to its end."""
         for phase in self.phases:
-            if not any(change["phase"] == phase.name for change in self._changes):
+            done = self._done(phase)
+            name, begin = type(phase).__name__, phase.first_moment()
+            ended = f"training ended in epoch {trainer.current_epoch} after {trainer.global_step} steps"
+            if not done:
+                rank_zero_warn(f"{name} never began: {ended}, and it begins at {begin!r}.")
+            elif not phase.finished(done):
                 rank_zero_warn(
-                    f"{type(phase).__name__} never began: training ended in epoch {trainer.current_epoch} after "
-                    f"{trainer.global_step} steps, and it begins at {phase.first_moment()!r}."
+                    f"{name} did not finish: {ended}, before its last change at {phase.last_moment()!r}. "
+                    f"So far: {phase.describe(done[-1])}. Let it end earlier."
                 )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the record into checkpoints that are saved after training, when our hooks are gone."""
-        self._save(checkpoint)
+        self._save(pl_module, checkpoint)
 
-    def _save(self, checkpoint: dict[str, Any]) -> None:
-        # With the float network that the report compares with.
-        checkpoint[record.KEY] = record.to_checkpoint(self._changes, self._float_state)
+    def _perform(self, trainer: Trainer, pl_module: LightningModule, phase: Phase, change: Change) -> None:
+        """Make one change everywhere: on this network as on those of other processes, in what else holds it."""
+        network = self._found
+        assert network is not None
+        assert self._batch is not None
+        processes.synchronize_buffers(trainer)
+        before = processes.shapes(pl_module)
+        change = {"phase": phase.name, **trainer.strategy.broadcast(change)}
+        begins_int8 = isinstance(phase, Quantize) and not is_quantized(network)
+        if begins_int8:  # the last sight of the float network
+            self._float_state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+        succession = record.perform(network, change)
+        follow_all(trainer.optimizers, succession)
+        for copied in processes.averaged_copies(trainer):
+            processes.repeat(self._network(copied), network, change)
+        phase.prime(network, change, self._batch)
+        if begins_int8:
+            self._calls_before = quantized_forward(network)[1].calls
+        if self._distillation is not None:
+            if begins_int8:
+                self._distillation.set_baseline(self.baseline(pl_module))
+            self._distillation.network_changed(network, succession)
+        if processes.shapes(pl_module) != before:
+            processes.rebuild_buckets(trainer)
+        self._tell(trainer, phase, change)
 
-    def _network(self, pl_module: LightningModule) -> nn.Module:
+    def _hold_earlier_zeros(self) -> None:
+        """Keep the zeros of an earlier fit's masks where no phase of this one has masks of its own."""
+        self._earlier_masks = [change for change in self._inherited if change["phase"] == Sparsify.name]
+        if self._earlier_masks and any(isinstance(phase, Prune | Factorize) for phase in self.phases):
+            raise CompressionError(
+                "the network has masks of an earlier Sparsify, which fit its weights as they are now: it cannot be "
+                "pruned or factorized any more. Prune and factorize first, then sparsify."
+            )
+        if any(isinstance(phase, Sparsify) for phase in self.phases):
+            self._earlier_masks = []
+
+    def _after_step(self) -> None:
+        if self._found is None:
+            return
+        if self._earlier_masks:
+            self._keeper.after_step(self._found, self._earlier_masks)
+        for phase in self.phases:
+            phase.after_step(self._found, self._done(phase))
+
+    def _done(self, phase: Phase) -> list[Change]:
+        """What this phase has done in this training."""
+        assert self._found is not None
+        earlier = {id(change) for change in self._inherited}
+        changes = record.changes_of(self._found)
+        return [change for change in changes if change["phase"] == phase.name and id(change) not in earlier]
+
+    def _network(self, pl_module: nn.Module) -> nn.Module:
         return find_network(pl_module, self.module)
 
-    def _hook_checkpoints(self, pl_module: LightningModule) -> None:
-        """Read and write the record in the LightningModule's own hooks.
-
-        A callback's load hook comes after the weights, and its save hook not at all for checkpoints of weights only.
-        """
-        _unhook_checkpoints(pl_module)
-        load, save = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            saved = checkpoint.get(record.KEY) or {"changes": [], "float_state": None}
-            unknown = {change["phase"] for change in saved["changes"]} - {phase.name for phase in self.phases}
-            if unknown:
-                raise RecordError(
-                    f"the checkpoint was written by a training with {sorted(unknown)}, and this one has only "
-                    f"{[phase.name for phase in self.phases]}; give the callback the same phases."
+    def _check_schedule(self, trainer: Trainer) -> None:
+        unknown = trainer.max_epochs in (None, -1) and trainer.max_steps == -1
+        for phase in self.phases:
+            moment = next((m for m in (phase.first_moment(), phase.last_moment()) if isinstance(m, float)), None)
+            if moment is not None and unknown:
+                raise CompressionError(
+                    f"{type(phase).__name__} begins or ends at {moment!r} of a training whose length is not known "
+                    f"(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}). Give the Trainer one of them, "
+                    "or the phase epochs as whole numbers."
                 )
-            record.restore(self._network(pl_module), saved["changes"])
-            self._changes, self._float_state = list(saved["changes"]), saved["float_state"]
-            load(checkpoint)
+        try:
+            check_phases(self.phases, trainer.max_epochs if trainer.max_steps == -1 else None)
+        except ValueError as error:
+            raise CompressionError(f"{error} The Trainer has max_epochs={trainer.max_epochs}.") from error
 
-        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self._save(checkpoint)
-            save(checkpoint)
+    def _load(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(record.KEY) or {}
+        if saved and trainer.training:
+            record.check_agreement(saved, self.phases)
+        network, changes = self._network(pl_module), saved.get("changes", [])
+        record.restore(network, changes)
+        for copied in processes.averaged_copies(trainer):
+            record.restore(self._network(copied), changes)
+        self._float_state = saved.get("float_state")
+        self._inherited = [changes[index] for index in saved.get("inherited", [])]
+        self._distillation_state = saved.get("distillation")
+        self._ours = weakref.ref(network)
 
-        for hook, original in ((on_load_checkpoint, load), (on_save_checkpoint, save)):
-            hook.original = original  # type: ignore[attr-defined]
-            setattr(pl_module, hook.__name__, hook)
+    def _save(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        changes = record.changes_of(self._network(pl_module))
+        earlier = {id(change) for change in self._inherited}
+        checkpoint[record.KEY] = {
+            "changes": changes,
+            "inherited": [index for index, change in enumerate(changes) if id(change) in earlier],
+            "settings": record.settings_of(self.phases),
+            # The float network that the report compares with, and that can be the teacher.
+            "float_state": self._float_state,
+            "distillation": None if self._distillation is None else self._distillation.state(),
+        }
 
     def _tell(self, trainer: Trainer, phase: Phase, change: Change) -> None:
         when = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
         rank_zero_info(f"{type(phase).__name__}, {when}: {phase.describe(change)}")
         for logger in trainer.loggers:
             logger.log_metrics({f"edge/{phase.name}/{change['kind']}": 1.0}, step=trainer.global_step)
-
-
-def _unhook_checkpoints(pl_module: LightningModule) -> None:
-    """Take our hooks away, also those that a training which ended in an error left behind."""
-    for name in ("on_load_checkpoint", "on_save_checkpoint"):
-        original = getattr(pl_module.__dict__.get(name), "original", None)
-        if original is None:
-            continue
-        if getattr(original, "__func__", None) is getattr(type(pl_module), name):
-            del pl_module.__dict__[name]
-        else:  # the user's own hook, set on the instance
-            setattr(pl_module, name, original)
-
-
-def _refuse_averaging(callback: Callback, pl_module: LightningModule) -> None:
-    """Refuse to train beside a callback whose copy of the network stays float."""
-    name = type(callback).__name__
-    if isinstance(callback, WeightAveraging):
-        raise CompressionError(
-            f"{name} keeps a float copy of the LightningModule, made before quantization, and writes checkpoints of it "
-            "without ranges. Train with it in float first, then with EdgeCompressionCallback in a fit of its own."
-        )
-    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pl_module.modules())
-    if isinstance(callback, StochasticWeightAveraging) and norms:
-        raise CompressionError(
-            f"{name} learns BatchNorm's statistics anew at the end of training, when they are part of the int8 "
-            "weights. Train with it in float first, then with EdgeCompressionCallback in a fit of its own."
-        )
-
-
-def _length_is_unknown(trainer: Trainer) -> bool:
-    return trainer.max_epochs in (None, -1) and trainer.max_steps == -1
 
 
 def _clock(trainer: Trainer, batch_idx: int) -> Clock:
@@ -233,39 +299,6 @@ def _clock(trainer: Trainer, batch_idx: int) -> Clock:
     if trainer.max_steps != -1:
         shares.append(trainer.global_step / trainer.max_steps)
     return Clock(trainer.current_epoch, min(1.0, max(shares)) if shares else None)
-
-
-def _network_inputs(pl_module: LightningModule, network: nn.Module, batch: Any, batch_idx: int) -> Inputs:
-    """Say what training_step feeds the network for this batch, leaving no trace of having asked."""
-    wanted = inspect.signature(pl_module.training_step).parameters
-    if "dataloader_iter" in wanted:
-        raise CompressionError(
-            f"{type(pl_module).__name__}.training_step takes dataloader_iter, so that no batch is known before it "
-            "runs. Give it the arguments batch and batch_idx."
-        )
-    arguments = (batch, batch_idx) if len(wanted) > 1 else (batch,)
-    with isolate_rng(), _silent(pl_module):
-        inputs = capture_inputs(network, lambda: pl_module.training_step(*arguments))
-    if inputs is None:
-        names = ", ".join(repr(name) for name in candidates(pl_module))
-        raise CompressionError(
-            f"training_step does not call {type(network).__name__} as a whole, so there is nothing to quantize. Name "
-            f"the submodule that it calls with EdgeCompressionCallback(module=...); candidates: {names}."
-        )
-    return inputs
-
-
-@contextmanager
-def _silent(pl_module: LightningModule) -> Iterator[None]:
-    """Log nothing, and put back which parameters require gradients (manual optimization toggles them)."""
-    flags = [(parameter, parameter.requires_grad) for parameter in pl_module.parameters()]
-    pl_module.log = pl_module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del pl_module.__dict__["log"], pl_module.__dict__["log_dict"]
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 __all__ = ["EdgeCompressionCallback"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -30,6 +31,26 @@ class CallShape:
         leaves, self.spec = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
         batch_size = inputs.batch_size
         self.leaves = [_describe(leaf, batch_size) for leaf in leaves]
+        first = inputs.args[0] if len(leaves) == 1 and inputs.args else None
+        # Shape of a single tensor beyond the batch, the call that nearly all networks have.
+        self.single = tuple(first.shape[1:]) if isinstance(first, Tensor) and first.dim() else None
+
+    def arrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments by position and by keyword in the captured form.
+
+        Raises:
+            CompressionError: As `match` does.
+        """
+        only: Any = args[0] if len(args) == 1 and not kwargs else None
+        if isinstance(only, Tensor) and only.dim() and tuple(only.shape[1:]) == self.single:
+            return args, kwargs
+        matched: tuple[tuple[Any, ...], dict[str, Any]] = self._matched(args, kwargs)
+        return matched
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _matched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        inputs = self.match(args, kwargs)
+        return inputs.args, dict(inputs.kwargs)
 
     def match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Return the same call in the captured form.

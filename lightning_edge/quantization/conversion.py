@@ -107,10 +107,15 @@ def _compute_constants(graph: GraphModule) -> None:
 
 
 def _output_scales(graph: GraphModule) -> Iterator[float | None]:
-    """The step of each output: the scale of the dequantize operation it comes from, if it comes from one."""
+    """The step of each output: the scale of the dequantize operation it comes from, if it comes from one.
+
+    Of a 16-bit output it is the step that 8 bits over the same range would have, by which all outputs are judged: what
+    leads to it may well be 8 bits wide.
+    """
     output = next(node for node in graph.graph.nodes if node.op == "output")
     outputs: list[Any] = []
     torch.fx.node.map_arg(output.args, outputs.append)
     for node in outputs:
         quantized = node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
-        yield float(node.args[1]) if quantized else None
+        widening = 256 if quantized and node.args[5] == torch.int16 else 1
+        yield float(node.args[1]) * widening if quantized else None

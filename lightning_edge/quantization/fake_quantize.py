@@ -1,13 +1,14 @@
 """The fake-quantizer: rounds with the scale that conversion writes, keeps no mask, takes any float type.
 
-It stands where torchao's own would (same base class, same state_dict keys, same observers) and differs in three
+It stands where torchao's own would (same base class, same state_dict keys, same observers) and differs in four
 ways, each measured on the pinned versions:
 
 - torch's fake-quantize kernels write a bool mask for the backward pass, which is not vectorized and is most of their
   cost. Here the backward pass compares the saved input with the clipping range instead.
 - torchao's fused kernel rounds symmetric per-channel weights with a scale 255/254 of the one that conversion computes.
-  Here both come from the same observer.
+  Here both come from the same range.
 - The stock kernels fail under bfloat16 autocast. Here the arithmetic is float32, whatever comes in and goes out.
+- On several processes the range of an activation is that of the global batch.
 
 Import this module only where torchao may be imported.
 """
@@ -20,31 +21,30 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
+from torchao.quantization.pt2e.observer import FixedQParamsObserver, MovingAverageMinMaxObserver
 
-from lightning_edge.errors import CompressionError
-
-# Beyond it float32 arithmetic on the range overflows.
-_LARGEST_RANGE = 1e30
+from lightning_edge.quantization import ranges, traced
+from lightning_edge.quantization.ranges import HIGHEST, LOWEST
 
 
 class _RoundToScale(torch.autograd.Function):
-    """Quantize and dequantize with one scale; the gradient passes where the value was inside the range."""
+    """Clip, quantize and dequantize with one scale; the gradient passes where the value was inside the range."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: float, zero_point: int, limits: tuple[int, int], low: float, high: float
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        # The range in real values, half a step wider at both ends: what rounds into the range is inside it.
-        ctx.low = (quant_min - 0.5 - zero_point) * scale
-        ctx.high = (quant_max + 0.5 - zero_point) * scale
+        levels, ctx.inside = ranges.clipping(scale, zero_point, limits, low, high)
         # mul() makes the one new tensor, the rest works in it. 1/scale as quantized_decomposed has it, to the same
         # bits; adding the zero point and taking it off again is left out: among whole numbers it changes nothing.
-        rounded = x.float().mul(1.0 / scale).round_().clamp_(quant_min - zero_point, quant_max - zero_point)
+        rounded = x.float().mul(1.0 / scale).round_().clamp_(*levels)
         return rounded.mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(gradients[0], x, ctx.low, ctx.high), None, None, None, None
+        return torch.ops.aten.hardtanh_backward(gradients[0], x, *ctx.inside), None, None, None, None, None
 
 
 class _RoundToScales(torch.autograd.Function):
@@ -98,47 +98,92 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         scale, zero_point = self.activation_post_process.calculate_qparams()
         return scale, zero_point
 
-    def observe(self, x: Tensor) -> None:
-        """Take ``x`` into the range, and compute scale and zero point anew.
+    def observe(self, x: Tensor, low: float = LOWEST, high: float = HIGHEST) -> None:
+        """Take ``x``, clipped to [``low``, ``high``], into the range, and compute scale and zero point anew.
 
         Raises:
             CompressionError: If ``x`` holds NaN or infinity.
         """
-        self.activation_post_process(x.detach().float())
+        x = x.detach()
+        if type(self.activation_post_process) is MovingAverageMinMaxObserver:
+            ranges.observe(x, self._state(), self._rule(), low, high)
+            return
+        if (low, high) != (LOWEST, HIGHEST):
+            x = x.clamp(low, high)
         observer = self.activation_post_process
+        observer(x.float())
         ends = getattr(observer, "max_val", self.scale) - getattr(observer, "min_val", self.scale)
-        if not bool((ends < _LARGEST_RANGE).all()):
-            raise CompressionError(
-                "a quantizer was given a value that is not finite (NaN or infinity), or as good as infinite (above "
-                f"{_LARGEST_RANGE:g}, as in masks), which has no int8 range. Check the network's weights and inputs, "
-                "its loss for divergence, and additive masks outside softmax."
-            )
-        scale, zero_point = self.calculate_qparams()
+        if not bool((ends < ranges.LARGEST_RANGE).all()):
+            raise ranges.not_finite()
+        self.set_scale(*self.calculate_qparams())
+
+    def set_scale(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Write scale and zero point into the buffers, which begin with one element each."""
         if self.scale.shape != scale.shape:
             self.scale.resize_(scale.shape)
             self.zero_point.resize_(zero_point.shape)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Observe ``x`` if training and not frozen; return it rounded, in its own dtype."""
-        if self.training and self.observing:
-            self.observe(x)
+    def forward(self, x: Tensor, low: float = LOWEST, high: float = HIGHEST, observed: bool = False) -> Tensor:
+        """Observe ``x`` if training and not frozen; return it rounded, in its own dtype.
+
+        Args:
+            x: Any float tensor.
+            low: What smaller values are before they are observed and rounded: the activation in front, if it clips.
+            high: What larger values are.
+            observed: Whether ``x`` comes from values that this quantizer has observed already.
+        """
+        moves = self.training and self.observing and not observed
+        if torch.compiler.is_compiling():
+            return self._forward_compiled(x, low, high, moves)
+        if moves:
+            self.observe(x, low, high)
+        limits = (self.quant_min, self.quant_max)
+        if not self.is_per_channel and x.is_cpu:
+            return _apply(_RoundToScale, x, self.scale.item(), self.zero_point.item(), limits, low, high)
+        if (low, high) != (LOWEST, HIGHEST):
+            x = x.clamp(low, high)
+        scale, zero_point = self.scale, self.zero_point
         if self.is_per_channel:
             shape = [1] * x.dim()
             shape[self.ch_axis] = -1
-            scale, zero_point = self.scale.view(shape), self.zero_point.view(shape)
-        elif x.is_cpu:
-            single = (float(self.scale), int(self.zero_point))
-            return _apply(_RoundToScale, x, *single, self.quant_min, self.quant_max)
-        else:
-            scale, zero_point = self.scale, self.zero_point
-        return _apply(_RoundToScales, x, scale, zero_point, self.quant_min, self.quant_max)
+            scale, zero_point = scale.view(shape), zero_point.view(shape)
+        return _apply(_RoundToScales, x, scale, zero_point, *limits)
 
     def enable_observer(self, enabled: bool = True) -> None:
         """Let the range move in training, or freeze it."""
         super().enable_observer(enabled)
         self.observing = enabled
+
+    def _state(self) -> ranges.State:
+        observer = self.activation_post_process
+        return ranges.State(observer.min_val, observer.max_val, self.scale, self.zero_point)
+
+    def _rule(self) -> ranges.Rule:
+        observer = self.activation_post_process
+        # The smallest scale is a buffer; it is float32's epsilon in every observer that torchao has.
+        symmetric = self.qscheme == torch.per_tensor_symmetric
+        return ranges.Rule(observer.averaging_constant, _EPSILON, symmetric, self.quant_min, self.quant_max)
+
+    def _forward_compiled(self, x: Tensor, low: float, high: float, moves: bool) -> Tensor:
+        """The same in operations that a compiler can take."""
+        observer = self.activation_post_process
+        if self.is_per_channel or not isinstance(observer, MovingAverageMinMaxObserver | FixedQParamsObserver):
+            rounded: Tensor = self._forward_eagerly(x, low, high, not moves)
+            return rounded
+        if moves:
+            if isinstance(observer, FixedQParamsObserver):
+                self.scale.copy_(observer.scale)
+                self.zero_point.copy_(observer.zero_point)
+            else:
+                traced.observe(x.detach(), *self._state(), *self._rule(), low, high)
+        return traced.round_to_scale(x, self.scale, self.zero_point, (self.quant_min, self.quant_max), low, high)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_eagerly(self, x: Tensor, low: float, high: float, observed: bool) -> Tensor:
+        rounded: Tensor = self.forward(x, low, high, observed)
+        return rounded
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # Per-channel buffers begin with one element and have the channels' size once something was observed.
@@ -147,6 +192,9 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
                 getattr(self, name).resize_(state_dict[prefix + name].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.observing = bool(self.observer_enabled[0])
+
+
+_EPSILON = torch.finfo(torch.float32).eps
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

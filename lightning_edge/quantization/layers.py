@@ -57,11 +57,16 @@ class RoundedBias(nn.Module):
 
     def forward(self, bias: Tensor) -> Tensor:
         """Round, with a gradient of one."""
-        with torch.no_grad():
-            input_quantizer, weight_quantizer = self.quantizers
-            step = (input_quantizer.scale * weight_quantizer.scale).double()
-            rounding: Tensor = (bias / step).round_().mul_(step).to(bias.dtype) - bias
-        return bias + rounding
+        input_quantizer, weight_quantizer = self.quantizers
+        return round_bias(bias, input_quantizer.scale, weight_quantizer.scale)
+
+
+def round_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Round a bias to steps of input scale times weight scale, with a gradient of one."""
+    with torch.no_grad():
+        step = (input_scale * weight_scale).double()
+        rounding: Tensor = (bias / step).round_().mul_(step).to(bias.dtype) - bias
+    return bias + rounding
 
 
 class LiveBatchNorm(nn.Module):
@@ -83,10 +88,15 @@ class LiveBatchNorm(nn.Module):
         self.eps = eps
         self.folded = False
 
+    @property
+    def learns(self) -> bool:
+        """Whether it normalizes by the batch and its statistics move."""
+        return self.training and not self.folded
+
     def forward(
         self,
         y: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         bias: Tensor,
         layer_bias: Tensor | None,
         gamma: Tensor | None,
@@ -94,12 +104,16 @@ class LiveBatchNorm(nn.Module):
         mean: Tensor,
         variance: Tensor,
     ) -> Tensor:
-        """Normalize the layer's output ``y``, which has no bias yet, channels in dimension 1."""
+        """Normalize the layer's output ``y``, which has no bias yet, channels in dimension 1.
+
+        Without ``scale``, ``y`` has been divided by it already while this layer `learns`.
+        """
         shape = [1, -1] + [1] * (y.dim() - 2)
-        if not self.training or self.folded:
+        if not self.learns:
             return y + bias.view(shape)
-        # A channel whose gamma is zero has no scale to divide by; its output is zero either way.
-        y = y / torch.where(scale == 0, 1.0, scale).view(shape)
+        if scale is not None:
+            # A channel whose gamma is zero has no scale to divide by; its output is zero either way.
+            y = y / torch.where(scale == 0, 1.0, scale).view(shape)
         if layer_bias is not None:
             y = y + layer_bias.view(shape)
         return nn.functional.batch_norm(y, mean, variance, gamma, beta, True, self.momentum, self.eps)

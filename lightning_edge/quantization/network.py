@@ -21,6 +21,7 @@ from lightning_edge.network import Inputs
 from lightning_edge.quantization.calls import CallShape
 from lightning_edge.quantization.capture import FoldedBatchNorm, TakenOut, capture
 from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
+from lightning_edge.quantization.plan import Plan
 
 CHILD = "edge_quantizers"
 
@@ -32,9 +33,12 @@ class QuantizedForward(nn.Module):
         network: The module whose submodules the graph's attributes are.
         graph: The prepared graph.
         inputs: A call of the network, on the CPU.
+        batch_norms: Those that became part of weights in the graph.
     """
 
-    def __init__(self, network: nn.Module, graph: GraphModule, inputs: Inputs) -> None:
+    def __init__(
+        self, network: nn.Module, graph: GraphModule, inputs: Inputs, batch_norms: tuple[FoldedBatchNorm, ...] = ()
+    ) -> None:
         super().__init__()
         added = {
             node.target: graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"
@@ -48,29 +52,52 @@ class QuantizedForward(nn.Module):
         self.shared = sorted(roots - set(self.constants))
         self.inputs = inputs
         self.call = CallShape(type(network), inputs)
-        self.calls = 0
+        self.batch_norms = batch_norms
+        # A tensor: a number that changes in every call would be compiled anew in every call.
+        self._count = torch.zeros((), dtype=torch.int64)
+        self._written_for = ""
         # Not registered as children: the network is this module's parent, and the graph's modules are the network's.
         object.__setattr__(self, "_network", network)
         object.__setattr__(self, "_graph", graph)
+        object.__setattr__(self, "_runner", None)
+        owned = (GraphDropout, LiveBatchNorm)
+        self._followers = [(m, network.get_submodule(m.owner)) for m in self.added.children() if isinstance(m, owned)]
 
-    # The ranges are state that a compiled graph would be compiled anew for, step by step.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph with the network's present parameters and buffers.
 
         Raises:
             CompressionError: If the call differs from the captured one in more than its batch size.
         """
-        self.calls += 1
-        inputs = self.call.match(args, kwargs)
+        self._count.add_(1)
+        args, kwargs = self.call.arrange(args, kwargs)
+        graph: Any = self._graph
+        if self._runner is None or self._written_for != graph._code:
+            self._write_runner()
         self._follow_modes()
-        return self.bind()(*inputs.args, **inputs.kwargs)
+        runner: Any = self._runner
+        return runner(*args, **kwargs)
+
+    @property
+    def calls(self) -> int:
+        """How often the graph was run."""
+        return int(self._count)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _write_runner(self) -> None:
+        """Write the graph that is run from the prepared one: at first, and whenever that changed."""
+        from lightning_edge.quantization.fused import fuse
+
+        graph: GraphModule = self._graph  # type: ignore[assignment]
+        runner = fuse(self._network, self, self.bind(), self.batch_norms)  # type: ignore[arg-type]
+        object.__setattr__(self, "_runner", runner)
+        self._written_for = graph._code
 
     def _follow_modes(self) -> None:
         """Give dropouts and BatchNorms the mode of the user's own: what the user froze stays frozen."""
-        for module in self.added.children():
-            if isinstance(module, GraphDropout | LiveBatchNorm):
-                module.training = self._network.get_submodule(module.owner).training  # type: ignore[union-attr]
+        for module, owner in self._followers:
+            if module.training != owner.training:
+                module.training = owner.training
 
     def bind(self) -> GraphModule:
         """Point the graph's attributes at the network's; a deep copy or a move to a device lets go of them."""
@@ -88,7 +115,8 @@ class QuantizedForward(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedForward:
         """Copy attribute by attribute, as any object without ``__reduce_ex__`` is copied."""
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        state = {**self.__dict__, "_runner": None}  # written anew for the copy's own network
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -125,10 +153,16 @@ class QuantizedForward(nn.Module):
         """Let every BatchNorm use its running statistics from here on."""
         for module in self.live_batch_norms():
             module.folded = True
+        self._write_runner()
 
 
 def attach(
-    network: nn.Module, inputs: Inputs, *, averaging: float | None = 0.01, live_batch_norm: bool = False
+    network: nn.Module,
+    inputs: Inputs,
+    *,
+    averaging: float | None = 0.01,
+    live_batch_norm: bool = False,
+    plan: Plan | None = None,
 ) -> QuantizedForward:
     """Quantize ``network`` in place: from here on its calls go through fake-quantizers.
 
@@ -138,6 +172,7 @@ def attach(
         averaging: Weight of the newest batch in the moving average of activation ranges; ``None`` for post-training
             quantization, which searches the range of least error over all batches.
         live_batch_norm: Let BatchNorm's statistics learn on, until `QuantizedForward.fold_batch_norms`.
+        plan: Which layers become something else than int8; see `lightning_edge.quantization.plan`.
 
     Returns:
         The child that was added; its ranges are empty until the network runs in training mode.
@@ -153,8 +188,8 @@ def attach(
         raise CompressionError(f"{type(network).__name__} is quantized already; detach() gives the float network back.")
     _tell_of_hooks(network)
     captured = capture(network, inputs)
-    quantizer = EdgeQuantizer(averaging)
-    with quiet_torchao():
+    quantizer = EdgeQuantizer(averaging, plan)
+    with quiet_torchao(), torch.random.fork_rng(devices=[]):  # torchao draws random numbers
         graph = prepare_qat_pt2e(captured.graph, quantizer)
     if not quantizer.quantized:
         raise CompressionError(
@@ -167,10 +202,12 @@ def attach(
         _put_back_batch_norms(network, graph, captured.batch_norms)
     graph.graph.lint()
     graph.recompile()
-    child = QuantizedForward(network, graph, inputs.map(lambda tensor: tensor.detach().cpu()).sample(size=2))
+    example = inputs.map(lambda tensor: tensor.detach().cpu()).sample(size=2)
+    child = QuantizedForward(network, graph, example, captured.batch_norms)
     device = next((tensor.device for tensor in inputs.tensors), torch.device("cpu"))
     network.add_module(CHILD, child.to(device))
     child.train(network.training)
+    child._write_runner()
     network.forward = child.forward
     return child
 

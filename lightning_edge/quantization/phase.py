@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from lightning_edge.network import Inputs
-from lightning_edge.quantization.network import attach, quantized_forward
+from lightning_edge.quantization.network import attach, detach, quantized_forward
+from lightning_edge.quantization.plan import check_patterns, check_plan
 from lightning_edge.quantization.post_training import calibrate
-from lightning_edge.schedule import Change, Clock, Moment, Phase, check_moment, check_order
+from lightning_edge.schedule import Batch, Change, Clock, Moment, Phase, check_moment, check_order
+from lightning_edge.succession import Succession
 
 
 class Quantize(Phase):
@@ -28,9 +30,14 @@ class Quantize(Phase):
         fold_batch_norm: When BatchNorm stops learning statistics and becomes a constant part of the weights;
             ``None``: at ``start``, which costs about as much as float training.
         averaging: Weight of the newest batch in the moving average of activation ranges, above 0 and up to 1.
+        skip: Patterns of module names (fnmatch) that stay float: a layer, or a module with everything inside it.
+        precisions: Pattern of module names -> ``"int8"``, ``"int8_a16"`` (int8 weights, 16-bit activations; LiteRT
+            only) or ``"float"``; the last pattern that matches decides, what none matches is int8. `mixed_plan`
+            makes one.
 
     Raises:
-        ValueError: If a moment is none, comes before ``start``, or ``averaging`` is out of range.
+        ValueError: If a moment is none, comes before ``start``, ``averaging`` is out of range, or ``skip`` or
+            ``precisions`` is not of that form.
     """
 
     name = "quantize"
@@ -41,6 +48,8 @@ class Quantize(Phase):
         freeze_observers: int | float | None = None,
         fold_batch_norm: int | float | None = None,
         averaging: float = 0.01,
+        skip: list[str] | None = None,
+        precisions: dict[str, str] | None = None,
     ) -> None:
         self.start = check_moment("start", start)
         for name, moment in (("freeze_observers", freeze_observers), ("fold_batch_norm", fold_batch_norm)):
@@ -51,53 +60,88 @@ class Quantize(Phase):
         if not 0 < averaging <= 1:
             raise ValueError(f"averaging={averaging!r} must be above 0 and at most 1")
         self.averaging = averaging
+        self.skip = skip
+        self.precisions = precisions
+        self._layers = check_plan(precisions, skip)
 
     def first_moment(self) -> Moment:
         """When fake-quantizers go in."""
         return self.start
 
-    def apply(
-        self, network: nn.Module, clock: Clock, changes: Sequence[Change], sample: Callable[[], Inputs]
-    ) -> Change | None:
+    def last_moment(self) -> Moment:
+        """When the ranges stop moving, or BatchNorm is folded, whichever is given and later."""
+        given = [moment for moment in (self.freeze_observers, self.fold_batch_norm) if type(moment) is type(self.start)]
+        return max([self.start, *(moment for moment in given if moment is not None)])
+
+    def plan(self, network: nn.Module, clock: Clock, changes: Sequence[Change], batch: Batch) -> Change | None:
         """Quantize at ``start``, then fold BatchNorm and freeze the ranges when their moment comes."""
         done = {change["kind"]: change for change in changes}
         if "attach" not in done:
-            return self._attach(network, clock, sample()) if clock.reached(self.start) else None
+            # At the first batch, not when training is nearly over.
+            names = (*dict(network.named_modules()), *dict(network.named_parameters()))
+            check_patterns(self._layers, names, type(network).__name__)
+            return self._attach(clock, batch.inputs()) if clock.reached(self.start) else None
         begun = done["attach"]
         fold = "fold_batch_norm" not in done and begun["live_batch_norm"]
         if fold and self.fold_batch_norm is not None and clock.reached(self.fold_batch_norm):
-            return _repeat(network, {"kind": "fold_batch_norm"})
+            return {"kind": "fold_batch_norm"}
         if "freeze_observers" not in done and self._freezes(clock, begun):
-            return _repeat(network, {"kind": "freeze_observers"})
+            return {"kind": "freeze_observers"}
         return None
 
     @classmethod
-    def restore(cls, network: nn.Module, change: Change) -> None:
-        """Repeat a recorded change; the ranges themselves are in the state_dict."""
-        _repeat(network, change)
+    def perform(cls, network: nn.Module, change: Change) -> Succession:
+        """Make a change; no parameter is touched. The ranges themselves are in the state_dict."""
+        if change["kind"] == "attach":
+            device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+            inputs = Inputs(tuple(change["args"]), change["kwargs"]).map(lambda tensor: tensor.to(device))
+            live, plan = change["live_batch_norm"], change.get("layers", {})
+            attach(network, inputs, averaging=change["averaging"], live_batch_norm=live, plan=plan)
+            return Succession()
+        _, child = quantized_forward(network)
+        if change["kind"] == "fold_batch_norm":
+            child.fold_batch_norms()
+        else:
+            child.freeze_observers()
+        return Succession()
+
+    @classmethod
+    def undo(cls, network: nn.Module, change: Change) -> None:
+        """Give the float network back, whichever of the changes is undone."""
+        detach(network)
+
+    def prime(self, network: nn.Module, change: Change, batch: Batch) -> None:
+        """Let the batch at hand give the first ranges."""
+        if change["kind"] == "attach":
+            inputs = batch.inputs()
+            quantized_forward(network)[1].inputs = inputs.map(lambda tensor: tensor.detach().cpu()).sample(size=2)
+            calibrate(network, inputs)
 
     def describe(self, change: Change) -> str:
         """Say in one line what a change did."""
         if change["kind"] == "attach":
             norm = "BatchNorm still learning" if change["live_batch_norm"] else "BatchNorm folded into the weights"
-            return f"int8 fake-quantizers on {change['quantizers']} weights and activations, {norm}"
+            others = "".join(
+                f", {precision}: {', '.join(pattern for pattern, word in layers.items() if word == precision)}"
+                for layers in [change.get("layers", {})]
+                for precision in dict.fromkeys(layers.values())
+                if precision != "int8"
+            )
+            return f"int8 fake-quantizers on weights and activations, {norm}{others}"
         return {"freeze_observers": "ranges frozen", "fold_batch_norm": "BatchNorm statistics frozen and folded"}[
             change["kind"]
         ]
 
-    def _attach(self, network: nn.Module, clock: Clock, inputs: Inputs) -> Change:
-        live = self.fold_batch_norm is not None and not clock.reached(self.fold_batch_norm)
-        child = attach(network, inputs, averaging=self.averaging, live_batch_norm=live)
-        calibrate(network, inputs)
-        # Shapes and types are all that a restore needs of the inputs; the user's data stays out of checkpoints.
-        shapes = child.inputs.map(torch.zeros_like)
+    def _attach(self, clock: Clock, inputs: Inputs) -> Change:
+        # Shapes and types are all that a repetition needs of the inputs; the user's data stays out of checkpoints.
+        shapes = inputs.map(lambda tensor: torch.zeros_like(tensor, device="cpu")).sample(size=2)
         return {
             "kind": "attach",
             "epoch": clock.epoch,
             "progress": clock.progress,
             "averaging": self.averaging,
-            "live_batch_norm": live,
-            "quantizers": sum(1 for _ in child.fake_quantizers()),
+            "layers": dict(self._layers),
+            "live_batch_norm": self.fold_batch_norm is not None and not clock.reached(self.fold_batch_norm),
             "args": list(shapes.args),
             "kwargs": dict(shapes.kwargs),
         }
@@ -108,17 +152,3 @@ class Quantize(Phase):
         if clock.progress is None or begun["progress"] is None:
             return bool(clock.epoch > begun["epoch"])
         return bool(clock.progress >= (begun["progress"] + 1) / 2)
-
-
-def _repeat(network: nn.Module, change: Change) -> Change:
-    if change["kind"] == "attach":
-        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-        inputs = Inputs(tuple(change["args"]), change["kwargs"]).map(lambda tensor: tensor.to(device))
-        attach(network, inputs, averaging=change["averaging"], live_batch_norm=change["live_batch_norm"])
-        return change
-    _, child = quantized_forward(network)
-    if change["kind"] == "fold_batch_norm":
-        child.fold_batch_norms()
-    else:
-        child.freeze_observers()
-    return change

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,35 +11,54 @@ from torch import nn
 
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.network import attach, float_copy, quantized_forward
+from lightning_edge.quantization.plan import check_plan
 
 
-def quantize(model: nn.Module, calibration_batches: Iterable[Any]) -> nn.Module:
+def quantize(
+    model: nn.Module,
+    calibration_batches: Iterable[Any],
+    *,
+    skip: Sequence[str] | None = None,
+    precisions: Mapping[str, str] | None = None,
+    validation_batches: Iterable[Any] | None = None,
+) -> nn.Module:
     """Quantize a trained network without training: post-training quantization.
 
     Args:
         model: A float network; it is copied and left as it was.
         calibration_batches: What the network is fed, as it is fed in training: each batch a tensor, a tuple of
             positional arguments, a dict of keyword arguments, or `Inputs`. Some hundred samples are enough.
+        skip: Patterns of module names (fnmatch) that stay float: a layer, or a module with everything inside it.
+        precisions: Pattern of module names -> ``"int8"``, ``"int8_a16"`` (int8 weights, 16-bit activations; LiteRT
+            only) or ``"float"``; the last pattern that matches decides, what none matches is int8. `mixed_plan`
+            makes one.
+        validation_batches: What the network will be fed in use; where it differs from the calibration batches, a
+            warning says so, see `check_calibration`.
 
     Returns:
         A copy in eval mode whose calls go through fake-quantizers with the observed ranges. `convert` and
         `lightning_edge.export` take it.
 
     Raises:
-        CompressionError: If the network cannot be captured or has nothing to quantize.
-        ValueError: If there is no batch.
+        CompressionError: If the network cannot be captured, has nothing to quantize, or a pattern matches nothing.
+        ValueError: If there is no batch, or ``skip`` or ``precisions`` is not of that form.
     """
+    joined = check_plan(precisions, skip)
     network = float_copy(model).eval()
     child = None
     with torch.no_grad():
         for batch in calibration_batches:
             inputs = Inputs.of(batch)
             if child is None:
-                child = attach(network, inputs, averaging=None)
+                child = attach(network, inputs, averaging=None, plan=joined)
             calibrate(network, inputs)
     if child is None:
         raise ValueError("calibration_batches is empty; give at least one batch of what the network is fed")
     child.freeze_observers()
+    if validation_batches is not None:
+        from lightning_edge.quantization.guard import check_calibration, warn_of
+
+        warn_of(check_calibration(network, validation_batches))
     return network
 
 

@@ -2,7 +2,7 @@
 
 The scheme is the one ExecuTorch (XNNPACK), Core ML and LiteRT all accept: int8 activations, affine, one scale per
 tensor; int8 weights, symmetric, one scale per output channel. Each operation of the graph falls in one of a few
-kinds, which are the tables below; what is in none of them stays float.
+kinds, which are the tables below; what is in none of them stays float, and so does what a plan says shall.
 
 Import this module only where torchao may be imported.
 """
@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import (
     FixedQParamsObserver,
     HistogramObserver,
+    MinMaxObserver,
     MovingAverageMinMaxObserver,
     PerChannelMinMaxObserver,
 )
@@ -28,8 +29,10 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
+from lightning_edge.errors import CompressionError
 from lightning_edge.quantization.fake_quantize import FakeQuantize
 from lightning_edge.quantization.masks import masked_scores
+from lightning_edge.quantization.plan import Plan, check_patterns, node_names, precision_of
 
 aten = torch.ops.aten
 
@@ -118,6 +121,9 @@ SPLITTING = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.defaul
 
 JOINING = {aten.cat.default, aten.stack.default}
 
+# What a plan can name.
+_QUANTIZABLE = {*WEIGHTED, *BINARY, *UNARY, *FIXED_RANGE, *SAME_RANGE, *SPLITTING, *JOINING}
+
 
 class EdgeQuantizer(Quantizer):  # type: ignore[misc]
     """Annotate a captured graph for int8 on every target.
@@ -125,23 +131,38 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
     Args:
         averaging: Weight of the newest batch in the moving average of activation ranges; ``None`` for
             post-training quantization, which searches the range of least error over all batches instead.
+        plan: What becomes of which layers; all int8 if not given.
     """
 
-    def __init__(self, averaging: float | None) -> None:
+    def __init__(self, averaging: float | None, plan: Plan | None = None) -> None:
         super().__init__()
         observer: Callable[..., Any] = HistogramObserver
+        wide: Callable[..., Any] = MinMaxObserver
         if averaging is not None:
-            observer = MovingAverageMinMaxObserver.with_args(averaging_constant=averaging)
-        self._activation = _activation_spec(FakeQuantize.with_args(observer=observer))
+            wide = observer = MovingAverageMinMaxObserver.with_args(averaging_constant=averaging)
+        self._narrow_activation = _activation_spec(FakeQuantize.with_args(observer=observer))
+        self._wide_activation = _wide_activation_spec(FakeQuantize.with_args(observer=wide))
+        self._plan: Plan = plan or {}
+        self._float: set[Node] = set()
+        self._wide: set[Node] = set()
         self.quantized: list[str] = []
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Mark which inputs and outputs of which nodes are quantized; the names of the nodes go to ``quantized``."""
-        activations = _activations(model)
+        """Mark which inputs and outputs of which nodes are quantized; the names of the nodes go to ``quantized``.
+
+        Raises:
+            CompressionError: If a pattern of the plan names nothing, or the plan leaves no layer to quantize.
+        """
+        activations = fed_nodes(model)
         masked = masked_scores(model)
+        if self._plan:
+            self._follow_plan(model, activations)
         for node in model.graph.nodes:
             if node not in activations or node in masked or _annotation(node) is not None or not _is_float(node):
                 continue
+            if node in self._float:
+                continue
+            self._activation = self._wide_activation if node in self._wide else self._narrow_activation
             if node.target in WEIGHTED:
                 self._annotate_weighted(node, activations)
             elif node.target in BINARY:
@@ -160,6 +181,41 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: every annotation comes from the tables of this module."""
+
+    def _follow_plan(self, model: GraphModule, activations: set[Node]) -> None:
+        """Find what stays float and what has 16-bit activations.
+
+        What lies between layers goes with them: it stays float, or has 16 bits, where all that it is fed does. What
+        moves the network's input to its first layers goes with those.
+        """
+        nodes = [node for node in model.graph.nodes if node in activations and node.target in _QUANTIZABLE]
+        names = {node: node_names(node) for node in nodes}
+        known = dict.fromkeys(name for node in nodes for name in reversed(names[node]))
+        check_patterns(self._plan, known, "the network")
+        for node in nodes:
+            word = precision_of(names[node], self._plan)
+            sources = [source for source in node.all_input_nodes if source in activations]
+            follows = node.target not in WEIGHTED
+            if word == "float" or (follows and self._float.issuperset(sources)):
+                self._float.add(node)
+            elif node.target in FIXED_RANGE:
+                continue
+            elif word == "int8_a16" or (follows and self._wide.issuperset(sources)):
+                self._wide.add(node)
+        moved = {node for node in activations if node.op == "placeholder"}
+        for node in nodes:
+            if node.target in SAME_RANGE and node.args[0] in moved:
+                moved.add(node)
+        for node in reversed([node for node in nodes if node in moved and node.users]):
+            for chosen in (self._float, self._wide):
+                if chosen.issuperset(node.users):
+                    chosen.add(node)
+        layers = [node for node in nodes if node.target in WEIGHTED and node.args[1] not in activations]
+        if layers and self._float.issuperset(layers):
+            raise CompressionError(
+                f"skip and precisions leave all {len(layers)} layers of the network in float; leave quantization "
+                "out instead"
+            )
 
     def _annotate_weighted(self, node: Node, activations: set[Node]) -> None:
         x, weight = node.args[:2]
@@ -180,7 +236,12 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         """Quantize a node's inputs, and its output: behind the activation that is its only reader, if there is one."""
         self.quantized.append(node.name)
         activation = next(iter(node.users)) if len(node.users) == 1 else None
-        fused = activation is not None and activation.target in FUSABLE_ACTIVATIONS and node.target not in UNARY
+        fused = (
+            activation is not None
+            and activation.target in FUSABLE_ACTIVATIONS
+            and node.target not in UNARY
+            and activation not in self._float
+        )
         node.meta["quantization_annotation"] = QuantizationAnnotation(
             input_qspec_map=inputs, output_qspec=None if fused else output, _annotated=True
         )
@@ -234,6 +295,17 @@ def _activation_spec(constructor: Any) -> QuantizationSpec:
     )
 
 
+def _wide_activation_spec(constructor: Any) -> QuantizationSpec:
+    """16 bits, symmetric: the activations of LiteRT's 16x8 kernels."""
+    return QuantizationSpec(
+        dtype=torch.int16,
+        quant_min=-32767,
+        quant_max=32767,
+        qscheme=torch.per_tensor_symmetric,
+        observer_or_fake_quant_ctr=constructor,
+    )
+
+
 def _fixed_spec(scale: float, zero_point: int) -> QuantizationSpec:
     observer = FixedQParamsObserver.with_args(scale=scale, zero_point=zero_point)
     return _activation_spec(FakeQuantize.with_args(observer=observer))
@@ -262,7 +334,7 @@ class PerChannelMinMaxNow(PerChannelMinMaxObserver):  # type: ignore[misc]
         return observed
 
 
-def _activations(model: GraphModule) -> set[Node]:
+def fed_nodes(model: GraphModule) -> set[Node]:
     """Nodes that depend on what the network is fed; all others are constants or computed from parameters."""
     found: set[Node] = set()
     for node in model.graph.nodes:

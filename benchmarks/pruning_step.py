@@ -1,0 +1,150 @@
+"""What a cut costs, beside torch-pruning's own; and what a training step costs before and after it.
+
+    python benchmarks/pruning_step.py [--rounds 11]
+
+CPU time, one thread, interleaved, medians. Both make the same cut of a fresh copy: half the network's channels or
+MACs, global L2 importance, multiples of eight channels. Ours is plan and perform, with the trial of the cut on copies;
+theirs the construction of the pruner and one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_edge.network import Inputs
+from lightning_edge.pruning import Prune
+from lightning_edge.schedule import Clock
+from lightning_edge.zoo.networks import MobileNetV2, ResNet8
+
+
+class OneBatch:
+    """A batch of random images; there are no gradients for a criterion that needs none."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def inputs(self) -> Inputs:
+        """Give the images."""
+        return Inputs.of(self.images)
+
+    def gradients(self, *, per_sample: bool = False) -> Iterator[dict[str, Any]]:
+        """Refuse: this benchmark ranks by weights."""
+        raise NotImplementedError("the l2 criterion asks for no gradients")
+
+
+def ours(network: nn.Module, images: torch.Tensor, macs: float) -> None:
+    """Plan and perform a cut."""
+    phase = Prune(macs=macs)
+    change = phase.plan(network, Clock(0, 0.0), [], OneBatch(images))
+    assert change is not None
+    phase.perform(network, change)
+
+
+def theirs(network: nn.Module, images: torch.Tensor, ratio: float) -> None:
+    """Build torch-pruning's pruner and take one step."""
+    import torch_pruning
+
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    pruner = torch_pruning.pruner.BasePruner(
+        network,
+        images[:2],
+        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=ratio,
+        round_to=8,
+        ignored_layers=[last],
+        in_channel_groups={},
+        out_channel_groups={},
+        num_heads={},
+        channel_groups={},
+    )
+    pruner.step()
+
+
+def training_step(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """One training step of a network, with an optimizer of its own."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-5, momentum=0.9)
+
+    def step() -> None:
+        loss = nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def cpu_ms(action: Callable[[], None]) -> float:
+    """CPU milliseconds of one call."""
+    start = time.process_time()
+    action()
+    return 1000 * (time.process_time() - start)
+
+
+def interleaved(actions: dict[str, Callable[[], Callable[[], None]]], rounds: int) -> dict[str, float]:
+    """Median CPU milliseconds of each action, prepared anew and run in turn; the first round is left out."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds + 1):
+        for name, prepare in actions.items():
+            times[name].append(cpu_ms(prepare()))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def main() -> None:
+    """Print both comparisons for each network."""
+    parser = argparse.ArgumentParser(description="CPU time of a cut, and of a training step before and after it")
+    parser.add_argument("--rounds", type=int, default=11)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    cases: list[tuple[str, nn.Module, tuple[int, ...]]] = [
+        ("ResNet-8, 32x32, batch 64", ResNet8(), (64, 3, 32, 32)),
+        ("MobileNetV2 0.35, 96x96, batch 32", MobileNetV2(), (32, 3, 96, 96)),
+    ]
+    for title, network, shape in cases:
+        images, labels = torch.randn(shape), torch.randint(0, 10, shape[:1])
+
+        def fresh(
+            cut: Callable[..., None], kept: float, network: nn.Module = network, images: torch.Tensor = images
+        ) -> Callable[[], None]:
+            twin = copy.deepcopy(network)
+            return lambda: cut(twin, images, kept)
+
+        def prepared(cut: Callable[..., None], kept: float, fresh: Any = fresh) -> Callable[[], Callable[[], None]]:
+            return lambda: fresh(cut, kept)
+
+        cuts = interleaved({"torch-pruning": prepared(theirs, 0.3), "ours": prepared(ours, 0.5)}, rounds)
+        print(title)
+        for name, milliseconds in cuts.items():
+            print(f"  cut, {name:18} {milliseconds:8.1f} ms CPU  {milliseconds / cuts['torch-pruning']:.2f}x")
+        whole, pruned = copy.deepcopy(network).train(), copy.deepcopy(network).train()
+        phase = Prune(macs=0.5)
+        change = phase.plan(pruned, Clock(0, 0.0), [], OneBatch(images))
+        assert change is not None
+        phase.perform(pruned, change)
+        steps = {"before": training_step(whole, images, labels), "after": training_step(pruned, images, labels)}
+
+        def ready(step: Callable[[], None]) -> Callable[[], Callable[[], None]]:
+            return lambda: step
+
+        times = interleaved({name: ready(step) for name, step in steps.items()}, rounds)
+        base, _, after = change["macs"]
+        for name, milliseconds in times.items():
+            share = (
+                f"{milliseconds / times['before']:.2f}x at {(after if name == 'after' else base) / base:.2f}x the MACs"
+            )
+            print(f"  training step {name:10} {milliseconds:8.1f} ms CPU  {share}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Schemes for float networks that need no calibration: 16-bit floats, weights in 8 or 4 bits, activations on the fly.
+
+What a target takes of them is in the type of its ``scheme`` option; what came of it is read from the file.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning_edge.errors import ExportError
+from lightning_edge.exporters.base import Contents
+from lightning_edge.measure import Tolerance
+
+Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"]
+
+# Largest difference over the largest output, and share of equal top classes, from the float network. Measured on small
+# networks: fp16 0.001, 8 bits 0.01, 4 bits 0.14 (docs/schemes.md); a file with a fault lies a thousand times further.
+_TOLERANCES: dict[Scheme, Tolerance] = {
+    "fp16": Tolerance(max_relative=0.01, top1=0.98),
+    "int8_weight_only": Tolerance(max_relative=0.1, top1=0.9),
+    "int8_dynamic": Tolerance(max_relative=0.1, top1=0.9),
+    "int4_weight_only": Tolerance(max_relative=0.5, top1=None),
+    "int4_dynamic": Tolerance(max_relative=0.5, top1=None),
+}
+
+
+def tolerance(scheme: Scheme) -> Tolerance:
+    """Give how far a file of this scheme may lie from the float network, unless the user says otherwise."""
+    return _TOLERANCES[scheme]
+
+
+def check_scheme(contents: Contents, scheme: Scheme, target: str) -> str | None:
+    """Make sure that a file holds weights of its scheme.
+
+    Args:
+        contents: What the file says of itself.
+        scheme: What was asked for.
+        target: Name of the target, for the message.
+
+    Returns:
+        What to warn of: how many bytes of weights are in 32-bit floats all the same; ``None`` if none are.
+
+    Raises:
+        ExportError: If it holds none.
+    """
+    stored = {
+        "fp16": contents.half_weight_bytes,
+        "int8": contents.int8_weight_bytes,
+        "int4": contents.int4_weight_bytes,
+    }[scheme.split("_")[0]]
+    others = contents.float_weight_bytes - (contents.half_weight_bytes if scheme == "fp16" else 0)
+    if not stored:
+        raise ExportError(
+            f"{target}: scheme={scheme!r} left no weight in that form ({others} bytes are float): this target has it "
+            "for other layers than the network's. docs/schemes.md says which; choose another scheme or target."
+        )
+    return f"scheme {scheme}: {others} bytes of the weights stay float beside {stored}" if others else None

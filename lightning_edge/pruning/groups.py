@@ -1,0 +1,382 @@
+"""Which channels of a network hang together, by torch-pruning's dependency graph (Fang et al. 2023, arXiv:2301.12900).
+
+torch-pruning traces the network and says which layers' channels must go together; where those lie in which tensors is
+ours (`channels`). Several channels that only go at once, such as those of all groups of a grouped convolution, are one
+unit.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_edge.errors import CompressionError
+from lightning_edge.network import Inputs, flatten_outputs
+from lightning_edge.pruning.channels import Channels, Integers, Side, channels_of
+from lightning_edge.pruning.cost import Positions
+from lightning_edge.pruning.opaque import as_wholes
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A dimension of one tensor that a group shortens.
+
+    Attributes:
+        tensor: Name of the parameter or buffer in the network.
+        dimension: Which of its dimensions.
+        units: For each index along it, the unit it goes with; -1: it stays.
+        role: As in `channels.Place`.
+        count: How many indices each unit holds.
+    """
+
+    tensor: str
+    dimension: int
+    units: Integers
+    role: Literal["kernel", "scale", "rest"]
+    count: int
+
+
+@dataclass
+class Group:
+    """Channels of several layers that go together.
+
+    Attributes:
+        name: The layer that makes the channels; the first one, where several are added.
+        makers: Names of all layers that make or pass them on.
+        units: How many units there are.
+        slots: Where they lie.
+        attributes: How many channels of (module, attribute) one unit holds.
+        norms: For each LayerNorm and GroupNorm, the unit of each of its channels.
+        reason: Why the group keeps all of its channels; empty: it may lose some.
+    """
+
+    name: str
+    makers: list[str] = field(default_factory=list)
+    units: int = 0
+    slots: list[Slot] = field(default_factory=list)
+    attributes: dict[tuple[str, str], int] = field(default_factory=dict)
+    norms: dict[str, Integers] = field(default_factory=dict)
+    reason: str = ""
+
+    def keeps(self, units: Integers) -> NDArray[np.bool_]:
+        """Whether each unit is among these; the last entry stands for -1, what belongs to none."""
+        kept = np.zeros(self.units + 1, dtype=np.bool_)
+        kept[units] = kept[-1] = True
+        return kept
+
+    def step(self, round_to: int) -> int:
+        """By how many units the group shrinks so that every layer's channels stay multiples of ``round_to``."""
+        steps = [round_to // math.gcd(round_to, count) for count in self.attributes.values()]
+        return math.lcm(*steps) if steps else round_to
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A network's groups, and what its weights are used for.
+
+    Attributes:
+        groups: All groups, those that stay as they are with the reason.
+        positions: Where each weight of the traced copy is used.
+    """
+
+    groups: list[Group]
+    positions: Positions
+
+
+def trace(network: nn.Module, inputs: Inputs) -> Structure:
+    """Find a network's groups by running it.
+
+    Args:
+        network: A copy in eval mode whose parameters all require gradients; it is left as it is.
+        inputs: One call of it.
+
+    Raises:
+        CompressionError: If torch-pruning cannot trace it.
+    """
+    import torch_pruning
+
+    positions = Positions(inputs.batch_size)
+
+    def forward(model: nn.Module, _: Any) -> list[Tensor]:
+        with positions.counted(model):
+            outputs = flatten_outputs(model(*inputs.args, **inputs.kwargs))
+        # An operation behind each output marks it as one: torch-pruning sees no output where a layer comes last.
+        return [output * 1 for output in outputs if output.requires_grad]
+
+    graph = torch_pruning.DependencyGraph()
+    try:
+        with warnings.catch_warnings(), as_wholes(network) as opaque:
+            warnings.simplefilter("ignore")  # on parameters outside of layers, which are ours to judge
+            graph.build_dependency(
+                network,
+                example_inputs=inputs.args,
+                forward_fn=forward,
+                unwrapped_parameters=[],
+                customized_pruners={kind: _untouched() for kind in opaque},
+                ignored_layers=[],
+                ignored_params=[],
+                verbose=False,
+            )
+            types = (nn.modules.conv._ConvNd, nn.Linear)
+            found = list(graph.get_all_groups(ignored_layers=[], root_module_types=types))
+    except Exception as error:
+        raise CompressionError(
+            f"{type(network).__name__} cannot be pruned: torch-pruning cannot trace it "
+            f"({type(error).__name__}: {error}). Its forward must run on a batch in eval mode and "
+            "give tensors that depend on its parameters. Move what cannot be traced out of the network that is "
+            "compressed, or leave Prune out."
+        ) from error
+    reading = _Reading(network, graph)
+    return Structure([reading.group(group) for group in found], positions)
+
+
+def _untouched() -> Any:
+    """What torch-pruning is to do with an opaque layer: know it as one, with inputs and outputs apart."""
+    from torch_pruning import BasePruningFunc
+
+    class Untouched(BasePruningFunc):  # type: ignore[misc]
+        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            raise AssertionError("only groups are read, nothing is pruned by torch-pruning")
+
+        def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            raise AssertionError("only groups are read, nothing is pruned by torch-pruning")
+
+        def get_out_channels(self, layer: nn.Module) -> None:
+            return None
+
+        def get_in_channels(self, layer: nn.Module) -> None:
+            return None
+
+    return Untouched()
+
+
+class _Reading:
+    """Reads torch-pruning's groups of one network."""
+
+    def __init__(self, network: nn.Module, graph: Any) -> None:
+        self.graph = graph
+        self.modules = {id(module): name for name, module in network.named_modules()}
+        # All names of each tensor: more than one where layers share it.
+        self.names: dict[int, list[str]] = {}
+        for name, tensor in _tensors(network):
+            self.names.setdefault(id(tensor), []).append(name)
+        self.sharers = {name: names for names in self.names.values() for name in names}
+
+    def group(self, found: Any) -> Group:
+        root = found[0].dep.target.module
+        group = Group(self.modules[id(root)])
+        layers: list[tuple[nn.Module, str, Channels, Integers, Integers]] = []
+        parameters: list[tuple[Tensor, int, Integers, Integers]] = []
+        every = list(range(len(found[0].idxs)))
+        straight = np.arange(len(every))
+        union = _Union(len(every))
+        for item in found:
+            node, handler = item.dep.target, item.dep.handler
+            roots = item.root_idxs
+            if None in roots:
+                return self._left(group, f"torch-pruning cannot follow its channels to {node.name}")
+            # Most layers have the root's channels one to one: then lists, of up to thousands, need not be read.
+            indices = straight if item.idxs == every else np.array(item.idxs, dtype=np.int64)
+            origin = straight if roots == every else np.array(roots, dtype=np.int64)
+            kind = type(node.module).__name__
+            if kind == "_OutputOp":
+                group.reason = group.reason or "its channels reach the network's output"
+            elif kind == "_SplitOp":
+                sizes = node.module.split_sizes
+                if sizes and len(set(sizes)) == 1 and sum(sizes) == len(indices):
+                    union.lockstep(indices, origin, len(sizes))
+            elif isinstance(node.module, nn.Parameter):
+                union.merge(indices, origin)
+                parameters.append((node.module, node.pruning_dim, indices, origin))
+            elif id(node.module) in self.modules:
+                name = self.modules[id(node.module)]
+                out = self.graph.is_out_channel_pruning_fn(handler)
+                side: Side = "both" if out and self.graph.is_in_channel_pruning_fn(handler) else "out" if out else "in"
+                if side != "in":
+                    group.makers.append(name)
+                described = channels_of(node.module, side)
+                if isinstance(described, str):
+                    group.reason = group.reason or f"its channels reach {name or 'the network'!r}, and {described}"
+                    continue
+                union.merge(indices, origin)
+                if described.blocks > 1:
+                    if len(indices) != described.count:
+                        group.reason = group.reason or f"only some of its channels reach {name!r}, which is grouped"
+                        continue
+                    union.lockstep(indices, origin, described.blocks)
+                layers.append((node.module, name, described, indices, origin))
+        if group.reason:
+            return group
+        unit_of = union.units()
+        group.units = int(unit_of.max()) + 1
+        if group.units == 1:
+            return self._left(group, "its channels only go all at once")
+        for module, name, described, indices, origin in layers:
+            units = unit_of if origin is straight else unit_of[origin]
+            self._add_layer(group, module, name, described, None if indices is straight else indices, units)
+        for parameter, dimension, indices, origin in parameters:
+            units = np.full(parameter.shape[dimension], -1, dtype=np.int64)
+            units[indices] = unit_of[origin]
+            self._add_slot(group, Slot(self.names[id(parameter)][0], dimension % parameter.dim(), units, "rest", 0))
+        return self._checked(group)
+
+    @staticmethod
+    def _left(group: Group, reason: str) -> Group:
+        group.reason = group.reason or reason
+        return group
+
+    def _add_layer(
+        self,
+        group: Group,
+        module: nn.Module,
+        name: str,
+        described: Channels,
+        indices: Integers | None,
+        units: Integers,
+    ) -> None:
+        if indices is None and len(units) == described.count:
+            unit_of_channel = units
+        else:
+            reached = np.arange(len(units)) if indices is None else indices
+            if int(reached.max(initial=-1)) >= described.count:
+                # A layer that shares one number among all channels, as nn.PReLU() does, has nothing to lose.
+                if described.places:
+                    self._left(group, f"its channels do not fit those of {name!r}")
+                return
+            unit_of_channel = np.full(described.count, -1, dtype=np.int64)
+            unit_of_channel[reached] = units
+        count = _evenly(unit_of_channel, group.units)
+        if count is None:
+            self._left(group, f"{name!r} holds more of some of its channels than of others")
+            return
+        for place in described.places:
+            dimension = place.dimension % getattr(module, place.tensor).dim()
+            full = f"{name}.{place.tensor}" if name else place.tensor
+            if place.channels is None:
+                group.slots.append(Slot(full, dimension, unit_of_channel, place.role, count))
+            else:
+                self._add_slot(group, Slot(full, dimension, unit_of_channel[place.channels], place.role, 0))
+        for attribute in described.attributes:
+            group.attributes[name, attribute] = count
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            group.norms[name] = unit_of_channel
+
+    def _add_slot(self, group: Group, slot: Slot) -> None:
+        """Add a slot whose indices are not a layer's channels one to one, counting what each unit holds."""
+        count = _evenly(slot.units, group.units)
+        if count is None:
+            self._left(group, f"{slot.tensor!r} holds more of some of its channels than of others")
+        else:
+            group.slots.append(replace(slot, count=count))
+
+    def _checked(self, group: Group) -> Group:
+        """Leave a group alone whose tensors are shared by layers that would keep different channels."""
+        slots: dict[tuple[str, int], Slot] = {}
+        shared: dict[tuple[str, int], dict[str, Slot]] = {}
+        for slot in group.slots:
+            sharers = self.sharers[slot.tensor]
+            if len(sharers) == 1:
+                slots[slot.tensor, slot.dimension] = slot
+            else:
+                shared.setdefault((sharers[0], slot.dimension), {})[slot.tensor] = slot
+        for (first, dimension), holders in shared.items():
+            sharers = self.sharers[first]
+            units = [holders[name].units for name in sharers if name in holders]
+            if len(units) < len(sharers) or not all(np.array_equal(other, units[0]) for other in units):
+                return self._left(group, f"{first!r} is shared by {', '.join(map(repr, sharers))}, which differ in it")
+            slots[first, dimension] = replace(next(iter(holders.values())), tensor=first)
+        group.slots = list(slots.values())
+        return group
+
+
+class _Union:
+    """Which channels of the root only go together."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = list(range(count))
+        self.joined = False
+
+    def find(self, channel: int) -> int:
+        while self.parent[channel] != channel:
+            self.parent[channel] = self.parent[self.parent[channel]]
+            channel = self.parent[channel]
+        return channel
+
+    def merge(self, keys: Integers, roots: Integers) -> None:
+        """Join the channels that share a key."""
+        if keys is roots or np.array_equal(keys, roots) or len(np.unique(keys)) == len(keys):
+            return
+        self.joined = True
+        first: dict[int, int] = {}
+        for key, root in zip(keys.tolist(), roots.tolist(), strict=True):
+            self.parent[self.find(root)] = self.find(first.setdefault(key, root))
+
+    def lockstep(self, indices: Integers, roots: Integers, blocks: int) -> None:
+        """Join the channels at the same position of each of several blocks of equal length."""
+        self.merge(indices % (len(indices) // blocks), roots)
+
+    def units(self) -> Integers:
+        """Number the unit of each channel, in the order of their first channels."""
+        if not self.joined:
+            return np.arange(len(self.parent))
+        numbers: dict[int, int] = {}
+        return np.array([numbers.setdefault(self.find(channel), len(numbers)) for channel in range(len(self.parent))])
+
+
+def _evenly(units: Integers, count: int) -> int | None:
+    """How many indices belong to each unit, if to each the same number."""
+    held = np.bincount(units[units >= 0], minlength=count)
+    return int(held[0]) if (held == held[0]).all() else None
+
+
+def _tensors(network: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from network.named_parameters(remove_duplicate=False)
+    yield from network.named_buffers(remove_duplicate=False)
+
+
+def ignore(network: nn.Module, groups: Sequence[Group], patterns: Sequence[str]) -> None:
+    """Mark the groups whose channels a layer makes that a pattern names, by its name, a parent's, or its type.
+
+    Raises:
+        CompressionError: If a pattern names nothing.
+    """
+    types = {name: type(module).__name__ for name, module in network.named_modules() if name}
+    for pattern in patterns:
+        named = {name for name, kind in types.items() if fnmatchcase(name, pattern) or fnmatchcase(kind, pattern)}
+        if not named:
+            raise CompressionError(
+                f"ignore={list(patterns)!r}: {pattern!r} names no layer of {type(network).__name__} and no type of "
+                f"one. Its layers: {_some(list(types))}. Types: {_some(sorted(set(types.values())))}."
+            )
+        for group in groups:
+            if not group.reason and any(_within(maker, named) for maker in group.makers):
+                group.reason = f"it is ignored by {pattern!r}"
+
+
+def matching(group: Group, patterns: Mapping[str, float]) -> str | None:
+    """Give the first pattern that names a layer which makes the group's channels, or a parent of one."""
+    for pattern in patterns:
+        if any(fnmatchcase(parent, pattern) for maker in group.makers for parent in _parents(maker)):
+            return pattern
+    return None
+
+
+def _parents(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[: end + 1]) for end in range(len(parts)))
+
+
+def _within(name: str, named: set[str]) -> bool:
+    return any(parent in named for parent in _parents(name))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:12])) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -1,0 +1,362 @@
+"""From a network, a target and a batch to the record of a cut, leaving the network as it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_edge.errors import CompressionError
+from lightning_edge.network import Inputs
+from lightning_edge.pruning.channels import Integers
+from lightning_edge.pruning.copies import aside, bare_copy, sample_of
+from lightning_edge.pruning.cost import MEASURES, Cost, Measure, coefficients
+from lightning_edge.pruning.cutting import read_attribute, undo_cut
+from lightning_edge.pruning.groups import Group, Structure, ignore, matching, trace
+from lightning_edge.pruning.importance import Criterion, Floats, score
+from lightning_edge.pruning.selection import TOLERANCE, Choices, Scope, allowed_counts, choose
+from lightning_edge.pruning.verification import find_fault
+from lightning_edge.schedule import Batch, Change
+
+# A reason that a group is left for is told of at most so many groups.
+_TOLD = 6
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the next cut is to reach.
+
+    Attributes:
+        measure: What is counted.
+        amount: The kept fraction (float) or absolute number (int) at the end of all cuts.
+        layers: Instead: kept fraction of channels by pattern of layer names.
+        removed: Share of the whole cut that this one completes, 0.0 to 1.0.
+        criterion: What importance is.
+        scope: What it is compared with.
+        round_to: Multiples of which layers keep their channels.
+        ignore: Patterns of names and types of layers that keep their channels.
+        seed: For random importance, of this cut.
+    """
+
+    measure: Measure
+    amount: int | float
+    layers: Mapping[str, float] | None
+    removed: float
+    criterion: Criterion
+    scope: Scope
+    round_to: int
+    ignore: Sequence[str]
+    seed: int
+
+
+@dataclass
+class _Draft:
+    """What is known while a cut is planned."""
+
+    network: nn.Module
+    parameters: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    structure: Structure
+    groups: list[Group]
+    importances: list[Floats]
+
+
+def find_groups(network: nn.Module, inputs: Inputs, patterns: Sequence[str]) -> tuple[nn.Module, Structure]:
+    """Find the groups of a network and mark those that patterns name.
+
+    Returns:
+        The copy that was traced, and its groups.
+
+    Raises:
+        CompressionError: If the network cannot be copied or traced, or a pattern names nothing.
+    """
+    with aside(network):
+        twin = bare_copy(network)
+        structure = trace(twin, sample_of(inputs, twin))
+    ignore(network, structure.groups, patterns)
+    return twin, structure
+
+
+def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: Batch) -> Change:
+    """Plan the next cut of a network.
+
+    Args:
+        network: The network; nothing of it changes.
+        goal: What is to be reached.
+        changes: The cuts made so far, oldest first.
+        batch: The batch at hand.
+
+    Returns:
+        The record: ``kept`` indices of tensors, ``attributes`` of layers, and the costs of each measure in the base
+        network, before and after. Without ``kept`` where rounding leaves nothing to cut this time.
+
+    Raises:
+        CompressionError: If the network cannot be traced, nothing can be cut, or the goal would empty layers.
+    """
+    inputs = batch.inputs()
+    sensitivity = _sensitivity(goal.criterion, batch)
+    twin, structure = find_groups(network, inputs, goal.ignore)
+    parameters = dict(twin.named_parameters())
+    tensors = {**parameters, **dict(twin.named_buffers())}
+    free = [group for group in structure.groups if not group.reason]
+    groups, importances = [], []
+    for group, importance in zip(free, score(free, goal.criterion, tensors, sensitivity, goal.seed), strict=True):
+        if importance is None:
+            group.reason = f"it holds nothing that criterion={goal.criterion!r} looks at"
+        elif not np.isfinite(importance).all():
+            raise CompressionError(
+                f"The importance of {group.name!r} by criterion={goal.criterion!r} is not finite. Look for NaN or "
+                "infinite weights or gradients, and prune before training diverges."
+            )
+        else:
+            groups.append(group)
+            importances.append(importance)
+    draft = _Draft(twin, parameters, tensors, structure, groups, importances)
+    price = coefficients(parameters, structure.positions)
+    base = {measure: _base(measure, price, parameters, changes) for measure in MEASURES}
+    with aside(network):
+        # One sample is enough to compare, but not every network takes a batch of one.
+        calls = [sample_of(inputs, twin, size) for size in (1, 2)]
+        return _settle(draft, goal, changes, base, price, calls)
+
+
+def _sensitivity(criterion: Criterion, batch: Batch) -> dict[str, Tensor]:
+    if criterion == "taylor":
+        return next(iter(batch.gradients()))
+    if criterion != "obd":
+        return {}
+    squares: dict[str, Tensor] = {}
+    for count, gradients in enumerate(batch.gradients(per_sample=True), start=1):
+        for name, gradient in gradients.items():
+            mean = squares.setdefault(name, torch.zeros_like(gradient))
+            mean += (gradient.square() - mean) / count
+    return squares
+
+
+def _base(
+    measure: Measure,
+    price: Mapping[Measure, Mapping[str, float]],
+    parameters: Mapping[str, Tensor],
+    changes: Sequence[Change],
+) -> float:
+    if changes:
+        return float(changes[0][measure][0])
+    return sum(price[measure][name] * tensor.numel() for name, tensor in parameters.items())
+
+
+def _settle(
+    draft: _Draft,
+    goal: Goal,
+    changes: Sequence[Change],
+    base: Mapping[Measure, float],
+    price: Mapping[Measure, Mapping[str, float]],
+    calls: Sequence[Inputs],
+) -> Change:
+    """Choose, try, and leave alone what does not stand the trial, until the rest does."""
+    while True:
+        if not draft.groups:
+            raise CompressionError(
+                f"No channels of {type(draft.network).__name__} can be cut. {_left_alone(draft.structure.groups)}"
+            )
+        units = np.array([group.units for group in draft.groups], dtype=np.int64)
+        costs = _price(draft, price, units)
+        if goal.layers is None:
+            kept = _by_target(draft, goal, base[goal.measure], costs[goal.measure])
+        else:
+            kept = _by_layer(draft, goal, goal.layers, changes)
+        chosen = [
+            np.sort(np.argsort(-importance, kind="stable")[:count])
+            for importance, count in zip(draft.importances, kept, strict=True)
+        ]
+        cut = [place for place, count in enumerate(kept) if count < units[place]]
+        change = _record(draft, [draft.groups[place] for place in cut], [chosen[place] for place in cut])
+        change |= {measure: _costs(base[measure], costs[measure], units, kept) for measure in MEASURES}
+        if not cut:
+            break
+        cutting, keeping = [draft.groups[place] for place in cut], [chosen[place] for place in cut]
+        fault = find_fault(draft.network, calls, change, cutting, keeping)
+        if not fault:
+            break
+        undo_cut(draft.network, change)
+        _leave_faulty(draft, calls, cutting, keeping, fault)
+    if goal.removed >= 1.0:
+        _warn_if_missed(draft, goal, change, changes)
+    return change
+
+
+def _costs(base: float, cost: Cost, units: Integers, kept: Integers) -> list[int]:
+    return [round(base), round(float(cost(units[None])[0])), round(float(cost(kept[None])[0]))]
+
+
+def _price(draft: _Draft, prices: Mapping[Measure, Mapping[str, float]], units: Integers) -> dict[Measure, Cost]:
+    removals: dict[tuple[str, int], dict[int, int]] = {}
+    for place, group in enumerate(draft.groups):
+        for slot in group.slots:
+            if slot.tensor in draft.parameters:
+                removals.setdefault((slot.tensor, slot.dimension), {})[place] = slot.count
+    shapes = {name: tensor.shape for name, tensor in draft.parameters.items()}
+    return {measure: Cost(shapes, prices[measure], removals, units) for measure in MEASURES}
+
+
+def _choices(draft: _Draft, round_to: int) -> Choices:
+    return Choices(draft.importances, [allowed_counts(group.units, group.step(round_to)) for group in draft.groups])
+
+
+def _by_target(draft: _Draft, goal: Goal, base: float, cost: Cost) -> Integers:
+    final = float(goal.amount) if isinstance(goal.amount, int) else goal.amount * base
+    least = float(cost(np.ones((1, len(draft.groups)), dtype=np.int64))[0])
+    if final < least * (1 - TOLERANCE):
+        raise CompressionError(
+            f"{goal.measure}={goal.amount!r} asks for {final:,.0f} of {base:,.0f}, but with a single channel left in "
+            f"every layer that may be cut {least:,.0f} remain: layers would be empty. Ask for more, or let more be "
+            f"cut. {_left_alone(draft.structure.groups)}"
+        )
+    target = base - (base - min(final, base)) * goal.removed
+    return choose(_choices(draft, goal.round_to), cost, target, goal.scope)
+
+
+def _by_layer(draft: _Draft, goal: Goal, layers: Mapping[str, float], changes: Sequence[Change]) -> Integers:
+    choices = _choices(draft, goal.round_to)
+    patterns = [matching(group, layers) for group in draft.groups]
+    everywhere = {matching(group, {pattern: 1.0}) for group in draft.structure.groups for pattern in layers}
+    for pattern in layers:
+        if pattern not in everywhere:
+            names = sorted({maker for group in draft.structure.groups for maker in group.makers})
+            raise CompressionError(f"layers: {pattern!r} names no layer with channels. These have some: {names}")
+        if pattern not in {matching(group, {pattern: 1.0}) for group in draft.groups}:
+            named = [group for group in draft.structure.groups if matching(group, {pattern: 1.0})]
+            reasons = {group.reason for group in named if group.reason}
+            raise CompressionError(
+                f"layers: {pattern!r} names only layers that keep their channels, because {'; '.join(sorted(reasons))}"
+            )
+    wanted = []
+    for group, named_by in zip(draft.groups, patterns, strict=True):
+        ratio = 1.0 if named_by is None else layers[named_by]
+        before = group.units * _shrunk(group, draft, changes)
+        wanted.append(before * (1 - (1 - ratio) * goal.removed))
+    kept = choices.nearest(np.array(wanted))
+    free = np.array([pattern is None for pattern in patterns])
+    return np.where(free, choices.units, np.minimum(kept, choices.units))
+
+
+def _shrunk(group: Group, draft: _Draft, changes: Sequence[Change]) -> float:
+    """By which factor a group was larger before the first cut."""
+    slot = next(slot for slot in group.slots if slot.tensor in draft.parameters)
+    size = draft.parameters[slot.tensor].shape[slot.dimension]
+    for change in changes:
+        for dimension, _, before in change["kept"].get(slot.tensor, ()):
+            if dimension == slot.dimension:
+                return float(before / size)
+    return 1.0
+
+
+def _record(draft: _Draft, groups: Sequence[Group], kept: Sequence[Integers]) -> Change:
+    stays: dict[str, dict[int, NDArray[np.bool_]]] = {}
+    lost: dict[str, dict[str, int]] = {}
+    for group, units in zip(groups, kept, strict=True):
+        keeps = group.keeps(units)
+        for slot in group.slots:
+            size = draft.tensors[slot.tensor].shape[slot.dimension]
+            mask = stays.setdefault(slot.tensor, {}).setdefault(slot.dimension, np.ones(size, dtype=np.bool_))
+            mask &= keeps[slot.units]
+        for (module, attribute), count in group.attributes.items():
+            held = lost.setdefault(module, {})
+            held[attribute] = held.get(attribute, 0) + count * (group.units - len(units))
+    attributes: dict[str, dict[str, list[int]]] = {}
+    modules = dict(draft.network.named_modules(remove_duplicate=False))
+    for module, counts in lost.items():
+        layer = modules[module]
+        before = {attribute: int(read_attribute(layer, attribute)) for attribute in counts}
+        attributes[module] = {name: [before[name], before[name] - count] for name, count in counts.items()}
+    # Most tensors keep what others keep, too: one tensor of indices for all of them.
+    indices: dict[bytes, Tensor] = {}
+
+    def index(mask: NDArray[np.bool_]) -> Tensor:
+        key = mask.tobytes()
+        if key not in indices:
+            indices[key] = torch.from_numpy(np.flatnonzero(mask))
+        return indices[key]
+
+    return {
+        "kind": "cut",
+        "kept": {
+            name: [[dimension, index(mask), len(mask)] for dimension, mask in sorted(dimensions.items())]
+            for name, dimensions in stays.items()
+        },
+        "attributes": attributes,
+    }
+
+
+def _leave_faulty(
+    draft: _Draft, calls: Sequence[Inputs], groups: Sequence[Group], kept: Sequence[Integers], fault: str
+) -> None:
+    """Find the groups that cannot be cut, by cutting each alone, and leave them out of the draft."""
+    found = False
+    for group, units in zip(groups, kept, strict=True):
+        change = _record(draft, [group], [units])
+        alone = find_fault(draft.network, calls, change, [group], [units])
+        undo_cut(draft.network, change)
+        if alone:
+            group.reason = f"cutting it was tried and does not work: {alone}"
+            found = True
+    if not found:
+        raise CompressionError(
+            f"{type(draft.network).__name__} cannot be cut as asked: {fault}, though each group of layers can be cut "
+            f"alone. Leave layers out with ignore=[...]; these were to be cut: {[group.name for group in groups]}."
+        )
+    stays = [place for place, group in enumerate(draft.groups) if not group.reason]
+    draft.groups = [draft.groups[place] for place in stays]
+    draft.importances = [draft.importances[place] for place in stays]
+
+
+def _left_alone(groups: Sequence[Group]) -> str:
+    """Say which groups keep their channels, and why."""
+    reasons: dict[str, list[str]] = {}
+    for group in groups:
+        if group.reason:
+            reasons.setdefault(group.reason, []).append(group.name)
+    told = [
+        f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
+        for reason, names in list(reasons.items())[:_TOLD]
+    ]
+    more = f"; and {len(reasons) - _TOLD} other reasons" if len(reasons) > _TOLD else ""
+    return f"Left alone are {'; '.join(told)}{more}." if told else "No layer is left alone."
+
+
+def _warn_if_missed(draft: _Draft, goal: Goal, change: Change, changes: Sequence[Change]) -> None:
+    if goal.layers is not None:
+        if not any(cut["kept"] for cut in (*changes, change)):
+            warnings.warn(
+                f"Prune(layers={dict(goal.layers)!r}) cuts nothing: rounded to multiples of round_to={goal.round_to}, "
+                "these layers keep all of their channels. Keep less of them, or give a smaller round_to.",
+                stacklevel=2,
+            )
+        return
+    base, _, after = change[goal.measure]
+    target = float(goal.amount) if isinstance(goal.amount, int) else goal.amount * base
+    if target >= base:
+        warnings.warn(
+            f"Prune cuts nothing: {goal.measure}={goal.amount!r} allows more than the {base:,} that the network has.",
+            stacklevel=2,
+        )
+        return
+    if abs(after - target) <= TOLERANCE * target:
+        return
+    small = [group.name for group in draft.groups if len(allowed_counts(group.units, group.step(goal.round_to))) == 1]
+    rounding = (
+        f" Layers keep multiples of round_to={goal.round_to} channels"
+        + (f", so that {', '.join(map(repr, small[:_TOLD]))} cannot be cut" if small else "")
+        + "; a smaller round_to comes closer."
+        if goal.round_to > 1
+        else ""
+    )
+    warnings.warn(
+        f"Prune asked for {goal.measure}={goal.amount!r}, {target:,.0f} of {base:,}, and reached {after:,} "
+        f"({after / target - 1:+.1%}).{rounding} {_left_alone(draft.structure.groups)}",
+        stacklevel=2,
+    )

@@ -1,0 +1,143 @@
+"""Whether a cut network computes what the whole one does with the channels zeroed, tried on copies before any cut.
+
+Tried with random weights: with the trained ones, a channel that matters little would hide a cut at the wrong place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_edge.network import Inputs, flatten_outputs
+from lightning_edge.pruning.channels import Integers
+from lightning_edge.pruning.cutting import make_cut
+from lightning_edge.pruning.groups import Group
+from lightning_edge.schedule import Change
+
+# Largest difference between the two, relative to the largest output: rounding of float32 over deep networks.
+_TOLERANCE = 1e-3
+
+
+@torch.no_grad()
+def find_fault(
+    network: nn.Module, calls: Sequence[Inputs], change: Change, groups: Sequence[Group], kept: Sequence[Integers]
+) -> str:
+    """Make a cut and compare.
+
+    Args:
+        network: A copy of the network, in eval mode; afterwards it is cut, and its weights are not its own.
+        calls: Calls of it; the first that the whole network takes is compared.
+        change: The cut.
+        groups: The groups that lose units.
+        kept: The units that each of them keeps.
+
+    Returns:
+        What is wrong; empty: nothing.
+    """
+    _randomize(network)
+    handles = _zero(network, groups, kept)
+    expected: list[Tensor] | str = ""
+    for inputs in calls:
+        expected = _outputs(network, inputs)
+        if not isinstance(expected, str):
+            break
+    for handle in handles:
+        handle.remove()
+    # Zeroed is only what the cut takes away: what stays is as it was.
+    make_cut(network, change)
+    if isinstance(expected, str):
+        return f"the network does not run with random weights, which the trial needs: {expected}"
+    outputs = _outputs(network, inputs)
+    if isinstance(outputs, str):
+        return f"its forward then fails with {outputs}"
+    return _difference(outputs, expected)
+
+
+def _outputs(network: nn.Module, inputs: Inputs) -> list[Tensor] | str:
+    try:
+        return flatten_outputs(network(*inputs.args, **inputs.kwargs))
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
+
+
+def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+    if [output.shape for output in outputs] != [output.shape for output in expected]:
+        shapes = [tuple(output.shape) for output in outputs]
+        return f"its outputs then have shapes {shapes} instead of {[tuple(output.shape) for output in expected]}"
+    for output, wanted in zip(outputs, expected, strict=True):
+        if not wanted.is_floating_point() or not wanted.numel():
+            continue
+        if not bool(torch.isfinite(wanted).all()):
+            return "its output is not finite for random weights, so that a cut cannot be checked"
+        scale = float(wanted.abs().max())
+        error = float((output - wanted).abs().max())
+        if not error <= _TOLERANCE * max(scale, 1e-6):
+            return f"it then computes something else than with these channels at zero (off by {error / scale:.1%})"
+    return ""
+
+
+def _randomize(network: nn.Module) -> None:
+    device = next(network.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in network.parameters():
+        if not parameter.is_floating_point():
+            continue
+        if parameter.dim() >= 2:
+            reach = (6 * parameter.shape[0] / parameter.numel()) ** 0.5  # keeps the variance through ReLUs
+            parameter.uniform_(-reach, reach, generator=generator)
+        else:
+            parameter.uniform_(0.5, 1.5, generator=generator)
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.uniform_(-0.5, 0.5, generator=generator)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5, generator=generator)
+
+
+def _zero(
+    network: nn.Module, groups: Sequence[Group], kept: Sequence[Integers]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Silence what goes: what makes it gives zero, and what reads it does not look."""
+    tensors = dict(network.named_parameters())
+    norms: dict[str, NDArray[np.bool_]] = {}
+    for group, units in zip(groups, kept, strict=True):
+        keeps = group.keeps(units)
+        for slot in group.slots:
+            if slot.tensor in tensors:
+                gone = np.flatnonzero(~keeps[slot.units])
+                parameter = tensors[slot.tensor]
+                parameter.index_fill_(slot.dimension, torch.from_numpy(gone).to(parameter.device), 0.0)
+        for name, channels in group.norms.items():
+            silent = norms.setdefault(name, np.zeros(len(channels), dtype=np.bool_))
+            silent |= ~keeps[channels]
+    return [
+        network.get_submodule(name).register_forward_hook(_WithoutChannels(np.flatnonzero(~silent)))
+        for name, silent in norms.items()
+    ]
+
+
+class _WithoutChannels:
+    """Has a norm over channels look at those that stay only."""
+
+    def __init__(self, kept: Integers) -> None:
+        self.kept = torch.from_numpy(kept)
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        dimension = 1 if isinstance(layer, nn.GroupNorm) else -1
+        kept = self.kept.to(output.device)
+        given = args[0].index_select(dimension, kept)
+        weight, bias = (
+            None if tensor is None else tensor.index_select(0, kept)
+            for tensor in (layer._parameters.get("weight"), layer._parameters.get("bias"))
+        )
+        if isinstance(layer, nn.GroupNorm):
+            channels = len(kept) if layer.num_groups == layer.num_channels else layer.num_groups
+            result = nn.functional.group_norm(given, channels, weight, bias, layer.eps)
+        else:
+            assert isinstance(layer, nn.LayerNorm)
+            result = nn.functional.layer_norm(given, (len(kept),), weight, bias, layer.eps)
+        return torch.zeros_like(output).index_copy(dimension, kept, result)

@@ -1,0 +1,127 @@
+"""Schemes for float networks: what is in the file, how near it is, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_edge.errors import AgreementError, ExportError
+from lightning_edge.exporters import ExportWarning, export, options_of, schemes, target
+from lightning_edge.exporters.base import Contents
+from lightning_edge.measure import Tolerance
+from lightning_edge.quantization import quantize
+
+SUFFIXES = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite"}
+TAKEN = {
+    "executorch": ("fp16", "int8_dynamic", "int4_dynamic"),
+    "coreml": ("fp16", "int8_weight_only", "int4_weight_only"),
+    "tflite": ("fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"),
+}
+REFUSED = [
+    (name, scheme) for name, taken in TAKEN.items() for scheme in get_args(schemes.Scheme) if scheme not in taken
+]
+WEIGHTS = 64 * 32 + 32 * 8
+
+
+@cache
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+
+
+@cache
+def samples() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(8, 64)
+
+
+def options(name: str, scheme: str) -> dict[str, Any]:
+    return (
+        {"scheme": scheme, "minimum_ios": 18}
+        if (name, scheme) == ("coreml", "int4_weight_only")
+        else {"scheme": scheme}
+    )
+
+
+@pytest.mark.parametrize(("name", "scheme"), [(name, scheme) for name, taken in TAKEN.items() for scheme in taken])
+def test_the_file_holds_the_scheme_and_computes_the_network(name: str, scheme: str, tmp_path: Path) -> None:
+    network, x = mlp(), samples()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ExportWarning)
+        artifact = export(
+            network, name, tmp_path / f"net{SUFFIXES[name]}", inputs=x, batches=[x], **options(name, scheme)
+        )
+    contents = artifact.contents
+    stored = (contents.half_weight_bytes, contents.int8_weight_bytes, contents.int4_weight_bytes)
+    expected = {"fp16": (2 * WEIGHTS, 0, 0), "int8": (0, WEIGHTS, 0), "int4": (0, 0, WEIGHTS // 2)}
+    assert stored == expected[scheme.split("_")[0]]
+    assert contents.float_weight_bytes == contents.half_weight_bytes
+    assert contents.precision == ("fp32" if scheme == "fp16" else "int8")
+    largest = {"fp16": 0.002, "int8": 0.03, "int4": 0.4}[scheme.split("_")[0]]
+    reference = network(x)
+    difference = (artifact(x)[0].float() - reference).abs().max() / reference.abs().max()
+    assert 0 < difference < largest
+
+
+@pytest.mark.parametrize(("name", "scheme"), REFUSED)
+def test_what_a_target_does_not_take_is_refused_with_what_it_takes(name: str, scheme: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: scheme='{scheme}' is not one of .*{TAKEN[name][0]}"):
+        export(mlp(), name, tmp_path / f"net{SUFFIXES[name]}", inputs=samples(), scheme=scheme)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantized_network_has_a_scheme_already(tmp_path: Path) -> None:
+    quantized = quantize(mlp(), [samples()])
+    with pytest.raises(ValueError, match="scheme='fp16' is for float networks"):
+        export(quantized, "tflite", tmp_path / "net.tflite", scheme="fp16")
+    assert options_of("tflite", "int8", {"tflite": {"scheme": "fp16", "io": "float"}}) == {"io": "float"}
+    assert options_of("tflite", "fp32", {"tflite": {"scheme": "fp16", "io": "float"}}) == {"scheme": "fp16"}
+
+
+def test_four_bits_on_an_old_system_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="minimum_ios=17: scheme='int4_weight_only' needs minimum_ios=18"):
+        export(mlp(), "coreml", tmp_path / "net.mlpackage", inputs=samples(), scheme="int4_weight_only")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_without_a_layer_for_the_scheme_is_refused(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    with pytest.raises(ExportError, match="scheme='int8_dynamic' left no weight in that form"):
+        export(network, "executorch", tmp_path / "net.pte", inputs=torch.randn(1, 3, 8, 8), scheme="int8_dynamic")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_with_some_such_layers_is_told_of_the_others(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    with pytest.warns(ExportWarning, match=f"scheme int8_dynamic: {4 * 216} bytes of the weights stay float"):
+        export(network, "executorch", tmp_path / "net.pte", inputs=torch.randn(1, 3, 8, 8), scheme="int8_dynamic")
+
+
+def test_a_tolerance_of_the_user_comes_first(tmp_path: Path) -> None:
+    with pytest.raises(AgreementError, match="allowed 1e-06"):
+        export(
+            mlp(),
+            "tflite",
+            tmp_path / "net.tflite",
+            inputs=samples(),
+            scheme="int8_weight_only",
+            tolerance=Tolerance(max_relative=1e-6, top1=None),
+        )
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_every_scheme_of_a_target_has_a_tolerance(name: str) -> None:
+    for scheme in get_args(target(name).Scheme):  # type: ignore[attr-defined]
+        assert schemes.tolerance(scheme).max_relative < 1
+
+
+def test_a_file_that_is_float_after_all_is_caught() -> None:
+    for scheme in get_args(schemes.Scheme):
+        with pytest.raises(ExportError, match=r"left no weight in that form .100 bytes are float"):
+            schemes.check_scheme(Contents(int8_weight_bytes=0, float_weight_bytes=100, ops={}), scheme, "tflite")
