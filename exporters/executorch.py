@@ -73,7 +73,9 @@ def _in_scheme(network: Deployable, scheme: Scheme) -> Deployable:
 
     dtype = getattr(torch, scheme.split("_")[0])  # torch.int4 is not in torch's own types
     config = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=PerAxis(0))
-    quantize_(graph, config, lambda module, _: isinstance(module, nn.Linear))
+    # XNNPACK takes 4-bit weights in groups of 32 inputs; check_scheme tells of what stays float.
+    inputs = 32 if scheme.startswith("int4") else 1
+    quantize_(graph, config, lambda module, _: isinstance(module, nn.Linear) and module.in_features % inputs == 0)
     return Deployable(graph, network.inputs, network.precision)
 
 

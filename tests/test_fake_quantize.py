@@ -317,3 +317,37 @@ torch.save(fake.state_dict(), f"{folder}/{rank}.pt")
     for rank in range(2):
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert all(torch.equal(value, state[name]) for name, value in alone.state_dict().items())
+
+
+class Branches(nn.Module):
+    """Two branches of very different range, concatenated, and a BatchNorm without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(3, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4, affine=False)
+        self.head = nn.Conv2d(8, 2, 1)
+        nn.init.normal_(self.wide.weight, std=4.0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([torch.relu(self.norm(self.narrow(images))), torch.relu(self.wide(images))], 1)
+        pooled = nn.functional.avg_pool2d(joined, 4, divisor_override=1)
+        out: torch.Tensor = self.head(pooled)
+        return out
+
+
+@pytest.mark.parametrize("batches", [1, 50])
+def test_a_shared_range_holds_all_that_is_concatenated(batches: int) -> None:
+    torch.manual_seed(0)
+    network, images = Branches(), torch.randn(8, 3, 10, 10)
+    expected = network.eval()(images)
+    child = attach(network.train(), Inputs((images,)), averaging=0.01)
+    for _ in range(batches):
+        network(images).sum().backward()
+    error = (network.eval()(images) - expected).norm() / expected.norm()
+    assert error < 0.03
+    joint = [module for module in child.fake_quantizers() if module.joint]  # type: ignore[union-attr]
+    assert joint
+    assert float(joint[0].activation_post_process.max_val) > 10  # type: ignore[union-attr, arg-type]
+    converted = convert(network)
+    torch.testing.assert_close(converted(images), network(images), rtol=0, atol=1e-4)

@@ -90,6 +90,9 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         self.is_dynamic = False
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        # Whether several values share this range in one run of the graph, as those that are concatenated do.
+        self.joint = False
+        self._run: tuple[Tensor, Tensor, Tensor] | None = None
         # A Python bool beside the buffer: reading the buffer would make a GPU wait in every call.
         self.observing = True
 
@@ -106,6 +109,8 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         """
         x = x.detach()
         if type(self.activation_post_process) is MovingAverageMinMaxObserver:
+            if self.joint and x.numel():
+                x = self._ends_of_run(x, low, high)
             ranges.observe(x, self._state(), self._rule(), low, high)
             return
         if (low, high) != (LOWEST, HIGHEST):
@@ -116,6 +121,28 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         if not bool((ends < ranges.LARGEST_RANGE).all()):
             raise ranges.not_finite()
         self.set_scale(*self.calculate_qparams())
+
+    def begin_run(self) -> None:
+        """Say that a new run of the graph begins: what is observed in it moves the range once."""
+        self._run = None
+
+    def _ends_of_run(self, x: Tensor, low: float, high: float) -> Tensor:
+        """Give the ends of all that was observed in this run, and put the range back to what it was before it.
+
+        One step of the average for each value would end at the mean of their ranges, and clip the widest.
+        """
+        observer = self.activation_post_process
+        smallest, largest = (end.float().clamp(low, high) for end in torch.aminmax(x))
+        if self._run is None:
+            minimum, maximum = observer.min_val.clone(), observer.max_val.clone()
+        else:
+            minimum, maximum, ends = self._run
+            smallest, largest = torch.minimum(smallest, ends[0]), torch.maximum(largest, ends[1])
+            observer.min_val.copy_(minimum)
+            observer.max_val.copy_(maximum)
+        ends = torch.stack([smallest, largest])
+        self._run = minimum, maximum, ends
+        return ends
 
     def set_scale(self, scale: Tensor, zero_point: Tensor) -> None:
         """Write scale and zero point into the buffers, which begin with one element each."""
@@ -169,7 +196,8 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def _forward_compiled(self, x: Tensor, low: float, high: float, moves: bool) -> Tensor:
         """The same in operations that a compiler can take."""
         observer = self.activation_post_process
-        if self.is_per_channel or not isinstance(observer, MovingAverageMinMaxObserver | FixedQParamsObserver):
+        eager = self.is_per_channel or (moves and self.joint)
+        if eager or not isinstance(observer, MovingAverageMinMaxObserver | FixedQParamsObserver):
             rounded: Tensor = self._forward_eagerly(x, low, high, not moves)
             return rounded
         if moves:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,6 +100,7 @@ def fuse(
     for node in reversed(graph.nodes):
         if not node.users and node not in unread and node.op != "placeholder":
             graph.erase_node(node)
+    _mark_joint(graph, modules)
     _look_up(graph, network, child, modules, runner)
     graph.lint()
     runner.graph = graph
@@ -153,6 +155,8 @@ def _drop_repeated(node: Any, module: FakeQuantize, modules: Mapping[Node, nn.Mo
     """Take away a fake-quantizer whose input is on its grid already; let one whose input is in its range only round."""
     source: Any = node.args[0]
     averaged = False
+    if source.target is aten.avg_pool2d.default and len(source.args) > 6 and source.args[6] is not None:
+        return  # with a divisor of its own it may be a sum, which lies outside the range
     while source.target in {*_MOVES_VALUES, *_AVERAGES} or _pads_with_zeros(source):
         averaged = averaged or source.target in _AVERAGES
         source = source.args[0]
@@ -162,6 +166,14 @@ def _drop_repeated(node: Any, module: FakeQuantize, modules: Mapping[Node, nn.Mo
         node.kwargs = {"observed": True}
     else:
         node.replace_all_uses_with(node.args[0])
+
+
+def _mark_joint(graph: Graph, modules: Mapping[Node, nn.Module]) -> None:
+    """Tell quantizers that observe several values in one run, such as all that are concatenated."""
+    observing = Counter(modules[node] for node in graph.nodes if node in modules and not node.kwargs.get("observed"))
+    for module, count in observing.items():
+        if isinstance(module, FakeQuantize):
+            module.joint = count > 1
 
 
 def _pads_with_zeros(node: Any) -> bool:

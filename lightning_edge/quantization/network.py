@@ -56,6 +56,7 @@ class QuantizedForward(nn.Module):
         # A tensor: a number that changes in every call would be compiled anew in every call.
         self._count = torch.zeros((), dtype=torch.int64)
         self._written_for = ""
+        self._joint: list[nn.Module] = []
         # Not registered as children: the network is this module's parent, and the graph's modules are the network's.
         object.__setattr__(self, "_network", network)
         object.__setattr__(self, "_graph", graph)
@@ -75,6 +76,8 @@ class QuantizedForward(nn.Module):
         if self._runner is None or self._written_for != graph._code:
             self._write_runner()
         self._follow_modes()
+        if self._joint:
+            self._begin_run()
         runner: Any = self._runner
         return runner(*args, **kwargs)
 
@@ -92,6 +95,12 @@ class QuantizedForward(nn.Module):
         runner = fuse(self._network, self, self.bind(), self.batch_norms)  # type: ignore[arg-type]
         object.__setattr__(self, "_runner", runner)
         self._written_for = graph._code
+        self._joint = [module for module in self.fake_quantizers() if getattr(module, "joint", False)]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin_run(self) -> None:
+        for module in self._joint:
+            module.begin_run()  # type: ignore[operator]
 
     def _follow_modes(self) -> None:
         """Give dropouts and BatchNorms the mode of the user's own: what the user froze stays frozen."""

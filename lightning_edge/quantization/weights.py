@@ -110,6 +110,7 @@ class _FoldAndRound(torch.autograd.Function):
         centered = None if mean is None or unscaled else (-mean if layer_bias is None else layer_bias - mean)
         ctx.save_for_backward(weight, gamma, centered, inverse, scale, inside, rounded if unscaled else None)
         ctx.unscaled, ctx.quantizer, ctx.has_bias = unscaled, quantizer, layer_bias is not None
+        ctx.has_beta = beta is not None
         return rounded, bias
 
     @staticmethod
@@ -131,7 +132,8 @@ class _FoldAndRound(torch.autograd.Function):
             g_scale = g_scale + g_bias * centered
             g_layer_bias = g_bias * scale if ctx.has_bias else None
         g_gamma = None if gamma is None else g_scale * inverse
-        return passed * _shaped(scale, quantizer, weight), g_layer_bias, g_gamma, g_bias, *[None] * 5
+        g_beta = g_bias if ctx.has_beta else None
+        return passed * _shaped(scale, quantizer, weight), g_layer_bias, g_gamma, g_beta, *[None] * 5
 
 
 def _fold(
