@@ -26,6 +26,18 @@ _LAYERS = (
 )
 
 
+# What a caller can hang onto a module that is called.
+CALL_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
 class _Captured(BaseException):
     """Carries a call's arguments out of the user's step; not an Exception, so that no handler of theirs swallows it."""
 
@@ -95,6 +107,19 @@ def accepts(network: nn.Module, inputs: Inputs) -> bool:
     except TypeError:
         return False
     return True
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Set the mode of every module while the context lasts, and put back, module by module, what each had."""
+    modes = {child: child.training for child in module.modules()}
+    for child in modes:
+        child.training = training
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
 
 
 @contextmanager

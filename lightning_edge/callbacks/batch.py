@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lightning_edge.callbacks import processes
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
-from lightning_edge.surgery import candidates, capture_inputs
+from lightning_edge.surgery import candidates, capture_inputs, in_mode
 
 
 class _Lost(BaseException):
@@ -97,7 +97,7 @@ class BatchAtHand:
 
     def _gradients(self, batch: Any) -> dict[str, Tensor]:
         named = dict(self.network.named_parameters())
-        with isolate_rng(), _silent(self.pl_module), _eval_mode(self.pl_module), torch.enable_grad():
+        with isolate_rng(), _silent(self.pl_module), in_mode(self.pl_module, training=False), torch.enable_grad():
             with self.trainer.precision_plugin.train_step_context():
                 loss = self._loss(batch)
             # As training_step left them: with several optimizers it may toggle which parameters require gradients.
@@ -155,18 +155,6 @@ def _samples(batch: Any, size: int) -> Iterator[Any]:
 
     for index in range(size):
         yield pytree.tree_map_only(Tensor, functools.partial(cut, index=index), batch)
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = {child: child.training for child in module.modules()}
-    for child in modes:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
 
 
 @contextmanager

@@ -14,19 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError
+from lightning_edge.surgery import CALL_HOOKS
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
-
-# What a caller hung onto a layer goes with the pair: called with the same input, it gives the same kind of output.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def matrix(weight: Tensor) -> Tensor:
@@ -155,7 +145,8 @@ def _like(layer: Layer, width_in: int, width_out: int) -> Layer:
 
 
 def _take_place(network: nn.Module, name: str, new: nn.Module, old: nn.Module) -> None:
-    for attribute in _HOOKS:  # the very tables, so that handles still remove what they registered
+    # What a caller hung onto the layer goes with the pair: called with the same input, it gives the same output.
+    for attribute in CALL_HOOKS:  # the very tables, so that handles still remove what they registered
         new.__dict__[attribute], old.__dict__[attribute] = old.__dict__[attribute], OrderedDict()
     new._is_full_backward_hook = old._is_full_backward_hook
     new.train(old.training)

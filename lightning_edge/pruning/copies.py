@@ -14,15 +14,10 @@ from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
+from lightning_edge.surgery import CALL_HOOKS
 
 _HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+    *CALL_HOOKS,
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",

@@ -22,7 +22,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.in_place import functional, inline_gradient_modes, make_functional
 from lightning_edge.quantization.masks import drop_idle_masks
-from lightning_edge.surgery import redirected
+from lightning_edge.surgery import in_mode, redirected
 
 aten = torch.ops.aten
 
@@ -140,19 +140,15 @@ def capture(network: nn.Module, inputs: Inputs) -> Captured:
 @contextmanager
 def _mode(network: nn.Module, training: bool) -> Iterator[None]:
     """Set the mode of every module and put back, module by module, what the user had; likewise BatchNorm's counters."""
-    modes = {module: module.training for module in network.modules()}
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()} if training else {}
     # momentum=None averages over all batches, which reads its counter as a Python number: no graph can hold that.
     averaging = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None]
     try:
-        for module in modes:
-            module.training = training
         for module in averaging:
             module.momentum = 0.1
-        yield
+        with in_mode(network, training):
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for module in averaging:
             module.momentum = None
         for name, buffer in network.named_buffers():

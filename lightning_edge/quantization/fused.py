@@ -28,46 +28,11 @@ from torchao.quantization.pt2e.observer import FixedQParamsObserver, MovingAvera
 from lightning_edge.quantization.capture import FoldedBatchNorm
 from lightning_edge.quantization.fake_quantize import FakeQuantize
 from lightning_edge.quantization.layers import LiveBatchNorm, RoundedBias
-from lightning_edge.quantization.quantizer import WEIGHTED
+from lightning_edge.quantization.quantizer import AVERAGES, MOVES_VALUES, WEIGHTED
 from lightning_edge.quantization.ranges import HIGHEST
 from lightning_edge.quantization.weights import LayerWeights, fuses
 
 aten = torch.ops.aten
-
-# One operand, whose values are all that the result holds, or zeros besides.
-_MOVES_VALUES = {
-    aten.max_pool1d.default,
-    aten.max_pool2d.default,
-    aten.adaptive_max_pool2d.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.expand.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_nearest2d.default,
-    aten.pixel_shuffle.default,
-    aten.channel_shuffle.default,
-    aten.flip.default,
-}
-
-# One operand, and results within the range of its values.
-_AVERAGES = {
-    aten.avg_pool1d.default,
-    aten.avg_pool2d.default,
-    aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
-}
 
 
 def fuse(
@@ -157,8 +122,8 @@ def _drop_repeated(node: Any, module: FakeQuantize, modules: Mapping[Node, nn.Mo
     averaged = False
     if source.target is aten.avg_pool2d.default and len(source.args) > 6 and source.args[6] is not None:
         return  # with a divisor of its own it may be a sum, which lies outside the range
-    while source.target in {*_MOVES_VALUES, *_AVERAGES} or _pads_with_zeros(source):
-        averaged = averaged or source.target in _AVERAGES
+    while source.target in {*MOVES_VALUES, *AVERAGES} or _pads_with_zeros(source):
+        averaged = averaged or source.target in AVERAGES
         source = source.args[0]
     if source is node.args[0] or modules.get(source) is not module:
         return

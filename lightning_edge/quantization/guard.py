@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.network import quantized_forward
 from lightning_edge.quantization.plan import node_names
+from lightning_edge.surgery import in_mode
 
 _TOLD = 8
 
@@ -84,15 +85,12 @@ def check_calibration(
     if not max_used >= 1:
         raise ValueError(f"max_used={max_used!r} is not allowed; give a multiple of the range, 1 or more")
     network, child = quantized_forward(quantized)
-    modes = {module: module.training for module in network.modules()}
     graph = child.bind()
     seen = {name: _Seen(module, layer) for name, (module, layer) in _activation_quantizers(graph).items()}
     hooks = [record.quantizer.register_forward_pre_hook(record.take) for record in seen.values()]
     batches = 0
     try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), in_mode(network, training=False):
             for batch in validation_batches:
                 fed = Inputs.of(batch)
                 inputs = child.call.match(fed.args, dict(fed.kwargs))
@@ -101,8 +99,6 @@ def check_calibration(
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not batches:
         raise ValueError("validation_batches is empty; give at least one batch of what the network is fed")
     found = [finding for record in seen.values() if record.count for finding in [record.finding()]]

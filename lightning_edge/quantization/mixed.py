@@ -18,6 +18,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.quantization.plan import LayerPrecision
 from lightning_edge.quantization.post_training import quantize
 from lightning_edge.quantization.sensitivity import LayerSensitivity, Loss, Measured, Sensitivities, sensitivity
+from lightning_edge.surgery import in_mode
 
 _FLOAT_BYTES = 4
 
@@ -146,18 +147,12 @@ def plan_increase(
         loss: As for `sensitivity`.
     """
     quantized = quantize(model, calibration_batches, precisions=precisions)
-    modes = {module: module.training for module in model.modules()}
     measured = Measured(loss)
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in evaluation_batches:
-                inputs, target = measured.split(batch)
-                measured.begin(model(*inputs.args, **inputs.kwargs), target, inputs.batch_size)
-                measured.add("plan", quantized(*inputs.args, **inputs.kwargs))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad(), in_mode(model, training=False):
+        for batch in evaluation_batches:
+            inputs, target = measured.split(batch)
+            measured.begin(model(*inputs.args, **inputs.kwargs), target, inputs.batch_size)
+            measured.add("plan", quantized(*inputs.args, **inputs.kwargs))
     return measured.increases()["plan"]
 
 

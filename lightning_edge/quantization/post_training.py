@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.network import attach, float_copy, quantized_forward
 from lightning_edge.quantization.plan import check_plan
+from lightning_edge.surgery import in_mode
 
 
 def quantize(
@@ -65,20 +65,7 @@ def quantize(
 def calibrate(network: nn.Module, inputs: Inputs) -> None:
     """Run one batch through a quantized network in eval mode and let it move the ranges."""
     _, child = quantized_forward(network)
-    with torch.no_grad(), _eval_mode(network):
+    with torch.no_grad(), in_mode(network, training=False):
         for module in child.fake_quantizers():
             module.training = True
         child(*inputs.args, **inputs.kwargs)
-
-
-@contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """Set eval mode and put back, module by module, what it was."""
-    modes = {module: module.training for module in network.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

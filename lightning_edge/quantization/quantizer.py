@@ -83,15 +83,11 @@ FIXED_RANGE: dict[Any, tuple[float, int]] = {
     aten.tanh.default: (1 / 128, 0),
 }
 
-# Moves or selects values: the result keeps the operand's scale, or a kernel would have to rescale it.
-SAME_RANGE = {
+# One operand, whose values are all that the result holds, or zeros besides.
+MOVES_VALUES = {
     aten.max_pool1d.default,
     aten.max_pool2d.default,
     aten.adaptive_max_pool2d.default,
-    aten.avg_pool1d.default,
-    aten.avg_pool2d.default,
-    aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
     aten.view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
@@ -107,14 +103,23 @@ SAME_RANGE = {
     aten.expand.default,
     aten.contiguous.default,
     aten.clone.default,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_nearest2d.default,
     aten.pixel_shuffle.default,
     aten.channel_shuffle.default,
     aten.flip.default,
 }
+
+# One operand, and results within the range of its values.
+AVERAGES = {
+    aten.avg_pool1d.default,
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+}
+
+# The result keeps the operand's scale, or a kernel would have to rescale it.
+SAME_RANGE = {*MOVES_VALUES, *AVERAGES, aten.pad.default, aten.constant_pad_nd.default}
 
 # One operand, several results, each read through operator.getitem.
 SPLITTING = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
