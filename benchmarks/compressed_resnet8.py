@@ -1,7 +1,8 @@
 """ResNet-8 on CIFAR-10 at a fraction of its multiplications: pruning, a teacher and int8 training in one fit.
 
     python benchmarks/compressed_resnet8.py --images FOLDER --weights ic01_resnet8_fp32_weights.npz \
-        [--macs 0.5] [--epochs 12] [--seed 0] [--output benchmarks/results/compressed_resnet8]
+        [--macs 0.5 | --layers '{"stem.*": 0.75, ...}' --round-to 4] [--epochs 12] [--seed 0] [--compile] \
+        [--output benchmarks/results/compressed_resnet8]
 
 Starts from the MLPerf Tiny reference's FP32 weights, which are also the teacher's. Trains on 45,000 of the training
 images, watches 5,000 (which the reference was trained on), and reports once, at the end, on the 10,000 test images. The
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--macs", type=float, default=0.5, help="kept fraction")
+    parser.add_argument("--layers", type=json.loads, default=None, help="instead: kept fraction by layer pattern, JSON")
+    parser.add_argument("--round-to", type=int, default=8)
     parser.add_argument("--criterion", default="l2")
     parser.add_argument("--scope", default="global")
     parser.add_argument("--epochs", type=int, default=12)
@@ -70,6 +73,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--repeats", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="train under torch.compile")
     parser.add_argument("--resume", type=Path, default=None, help="the trained.ckpt of an earlier run, to report anew")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/compressed_resnet8"))
     options = parser.parse_args()
@@ -80,10 +84,18 @@ def main() -> None:
     module = Classifier(ResNet8(), learning_rate=options.learning_rate, weight_decay=0.0)
     load_reference_weights(module.network, options.weights)
     teacher = copy.deepcopy(module.network)
+    if options.compile:
+        module.network.compile()
     compression = EdgeCompressionCallback(
         [
             Prune(
-                macs=options.macs, start=0, end=options.prune_until, criterion=options.criterion, scope=options.scope
+                macs=options.macs if options.layers is None else None,
+                layers=options.layers,
+                start=0,
+                end=options.prune_until,
+                criterion=options.criterion,
+                scope=options.scope,
+                round_to=options.round_to,
             ),
             Distill(teacher, temperature=4.0),
             Quantize(start=options.quantize_from),

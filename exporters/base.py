@@ -38,6 +38,8 @@ class Contents:
         delegated_ops: Operations handed to the target's delegate; ``None`` where the file does not tell.
         undelegated_ops: Names of operations left to the runtime's own kernels; ``None`` where the file does not tell.
         planned_memory_bytes: Memory the file plans for activations, ``None`` where it does not tell.
+        palette_weight_bytes: Bytes of such weights stored as indices into a table of values, without the tables.
+        sparse_weight_bytes: Bytes of such weights stored as their values that are not zero and one bit for each place.
     """
 
     int8_weight_bytes: int
@@ -50,6 +52,8 @@ class Contents:
     planned_memory_bytes: int | None = None
     half_weight_bytes: int = 0
     int4_weight_bytes: int = 0
+    palette_weight_bytes: int = 0
+    sparse_weight_bytes: int = 0
 
     @property
     def precision(self) -> Precision:

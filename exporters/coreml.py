@@ -30,16 +30,19 @@ INT8_OPTIONS: frozenset[str] = frozenset()
 ACTIVATION_BITS = frozenset({8})
 
 ComputePrecision = Literal["float16", "float32"]
-Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only"]
+Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "palette8", "palette6", "palette4", "sparse"]
 
 _PRODUCTS = {"conv": "weight", "conv_transpose": "weight", "linear": "weight", "matmul": "y"}
 _COMPUTE = frozenset({*_PRODUCTS, "einsum", "scaled_dot_product_attention"})
-_WEIGHTS = {
-    "constexpr_affine_dequantize": "quantized_data",
-    "constexpr_blockwise_shift_scale": "data",
-    "constexpr_lut_to_dense": "indices",
-    "constexpr_sparse_to_dense": "nonzero_data",
+# What makes a weight of what is stored of it, and the inputs that are stored.
+_WEIGHTS: dict[str, tuple[str, ...]] = {
+    "constexpr_affine_dequantize": ("quantized_data",),
+    "constexpr_blockwise_shift_scale": ("data",),
+    "constexpr_lut_to_dense": ("indices",),
+    "constexpr_sparse_to_dense": ("nonzero_data", "mask"),
 }
+# A weight is stored sparse from this share of zeros on: below, the bits that say where they are outweigh them.
+_SPARSE_FROM = 0.1
 # An activation that clips is part of the operation before it: the quantizer behind it clips anyway.
 _CLIPS = frozenset({"relu", "relu6", "clip"})
 
@@ -68,7 +71,9 @@ def write(
         minimum_ios: Oldest iOS that can run it, 17 or later; 18 stores weights in its own block-wise form.
         compute_precision: Type of what is not int8. ``"float32"`` gives what the network gives to a step or so of
             its outputs, at the same size; ``"float16"`` is what the Neural Engine runs, some steps off.
-        scheme: How a float network's weights are stored. ``"fp16"`` computes in float16 as well; 4 bits need iOS 18.
+        scheme: How a float network's weights are stored. ``"fp16"`` computes in float16 as well; int4 needs iOS 18.
+            A palette is a table of 256, 64 or 16 values for each weight, found by k-means; ``"sparse"`` leaves out
+            the zeros that training made (`Sparsify`).
 
     Raises:
         ExportError: If coremltools cannot convert the network.
@@ -97,8 +102,8 @@ def write(
                 compute_precision=getattr(tools.precision, compute_precision.upper()),
                 skip_model_load=True,
             )
-            if scheme in ("int8_weight_only", "int4_weight_only"):
-                model = _with_integer_weights(model, scheme)
+            if scheme not in (None, "fp16"):
+                model = _in_scheme(model, scheme)
             model.save(str(path))
     except OSError:
         raise
@@ -111,10 +116,19 @@ def write(
     compact(path, network.output_names())
 
 
-def _with_integer_weights(model: Any, scheme: Scheme) -> Any:
-    """Store each weight as integers with one scale for each output channel, however small it is."""
+def _in_scheme(model: Any, scheme: Scheme) -> Any:
+    """Store each weight as the scheme says, however small it is."""
     from coremltools.optimize import coreml
 
+    if scheme == "sparse":
+        sparse = coreml.OpThresholdPrunerConfig(
+            threshold=0.0, minimum_sparsity_percentile=_SPARSE_FROM, weight_threshold=0
+        )
+        return coreml.prune_weights(model, coreml.OptimizationConfig(global_config=sparse))
+    if scheme.startswith("palette"):
+        bits = int(scheme.removeprefix("palette"))
+        palette = coreml.OpPalettizerConfig(mode="kmeans", nbits=bits, weight_threshold=0)
+        return coreml.palettize_weights(model, coreml.OptimizationConfig(global_config=palette))
     dtype = scheme.split("_")[0]
     config = coreml.OpLinearQuantizerConfig(
         mode="linear_symmetric", dtype=dtype, granularity="per_channel", weight_threshold=0
@@ -156,15 +170,13 @@ def inspect(path: Path) -> Contents:
 def contents(program: Program) -> Contents:
     """Count the weights and the float operations of a program; see `inspect`."""
     makers = {output: operation for operation in program.operations for output in operation.outputs}
-    integers: dict[Any, int] = {}
-    floats: dict[Any, int] = {}
-    int4: dict[Any, int] = {}
+    weights: dict[str, dict[Any, int]] = {kind: {} for kind in ("int8", "int4", "float", "palette", "sparse")}
     float_compute: list[str] = []
     float_others: list[str] = []
     for operation in program.operations:
         for key in ("x", "y", "weight") if operation.kind in _PRODUCTS else ():
             if key in operation.inputs:
-                _count_weight(_origin(operation.inputs[key], makers), makers, {8: integers, 4: int4, 32: floats})
+                _count_weight(_origin(operation.inputs[key], makers), makers, weights)
         if operation.kind in MOVES or operation.kind.startswith("constexpr_"):
             continue
         if operation.kind in ("quantize", "dequantize", "cast") or _is_clip_of_compute(operation, makers):
@@ -175,13 +187,15 @@ def contents(program: Program) -> Contents:
         label = operation.name if named else f"{operation.kind} ({operation.name})"
         (float_compute if operation.kind in _COMPUTE else float_others).append(label)
     return Contents(
-        int8_weight_bytes=sum(integers.values()),
-        float_weight_bytes=sum(floats.values()),
+        int8_weight_bytes=sum(weights["int8"].values()),
+        float_weight_bytes=sum(weights["float"].values()),
         ops=Counter(operation.kind for operation in program.operations),
         float_compute_ops=tuple(float_compute),
         float_ops=tuple(float_others),
-        half_weight_bytes=sum(size for weight, size in floats.items() if weight.dtype == "fp16"),
-        int4_weight_bytes=sum(int4.values()),
+        half_weight_bytes=sum(size for weight, size in weights["float"].items() if weight.dtype == "fp16"),
+        int4_weight_bytes=sum(weights["int4"].values()),
+        palette_weight_bytes=sum(weights["palette"].values()),
+        sparse_weight_bytes=sum(weights["sparse"].values()),
     )
 
 
@@ -194,17 +208,28 @@ def _origin(operand: Any, makers: Mapping[Variable, Operation]) -> Variable | Co
 
 
 def _count_weight(
-    origin: Variable | Constant, makers: Mapping[Variable, Operation], found: Mapping[int, dict[Any, int]]
+    origin: Variable | Constant, makers: Mapping[Variable, Operation], found: Mapping[str, dict[Any, int]]
 ) -> None:
     if isinstance(origin, Constant):
-        found[32][origin] = origin.size_bytes
+        found["float"][origin] = origin.size_bytes
         return
     maker = makers.get(origin)
-    stored = maker.inputs.get(_WEIGHTS[maker.kind]) if maker is not None and maker.kind in _WEIGHTS else None
-    if isinstance(stored, Constant):
-        bits = {"int8": 8, "uint8": 8, "int4": 4, "uint4": 4}.get(stored.dtype, 32)
-        # In memory each of the small integers has a byte of its own.
-        found[bits][stored] = stored.size_bytes // 2 if bits == 4 else stored.size_bytes
+    for key in _WEIGHTS.get(maker.kind, ()) if maker is not None else ():
+        stored = maker.inputs.get(key) if maker is not None else None
+        if isinstance(stored, Constant):
+            found[_kind(maker, stored)][stored] = _packed_bytes(stored)
+
+
+def _kind(maker: Operation | None, stored: Constant) -> str:
+    special = {"constexpr_lut_to_dense": "palette", "constexpr_sparse_to_dense": "sparse"}
+    plain = {"int8": "int8", "uint8": "int8", "int4": "int4", "uint4": "int4"}.get(stored.dtype, "float")
+    return plain if maker is None else special.get(maker.kind, plain)
+
+
+def _packed_bytes(stored: Constant) -> int:
+    """Bytes in the file: in memory each integer of less than eight bits has a byte of its own."""
+    bits = stored.dtype.removeprefix("u").removeprefix("int")
+    return (stored.size_bytes * int(bits) + 7) // 8 if bits.isdigit() and int(bits) < 8 else stored.size_bytes
 
 
 def _is_clip_of_compute(operation: Operation, makers: Mapping[Variable, Operation]) -> bool:

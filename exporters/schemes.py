@@ -1,4 +1,4 @@
-"""Schemes for float networks that need no calibration: 16-bit floats, weights in 8 or 4 bits, activations on the fly.
+"""Schemes for float networks that need no calibration: 16-bit floats, weights in few bits, activations on the fly.
 
 What a target takes of them is in the type of its ``scheme`` option; what came of it is read from the file.
 """
@@ -11,16 +11,43 @@ from lightning_edge.errors import ExportError
 from lightning_edge.exporters.base import Contents
 from lightning_edge.measure import Tolerance
 
-Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"]
+Scheme = Literal[
+    "fp16",
+    "int8_weight_only",
+    "int4_weight_only",
+    "int8_dynamic",
+    "int4_dynamic",
+    "palette8",
+    "palette6",
+    "palette4",
+    "sparse",
+]
 
 # Largest difference over the largest output, and share of equal top classes, from the float network. Measured on small
 # networks: fp16 0.001, 8 bits 0.01, 4 bits 0.14 (docs/schemes.md); a file with a fault lies a thousand times further.
+# Zeros left out change nothing.
 _TOLERANCES: dict[Scheme, Tolerance] = {
     "fp16": Tolerance(max_relative=0.01, top1=0.98),
     "int8_weight_only": Tolerance(max_relative=0.1, top1=0.9),
     "int8_dynamic": Tolerance(max_relative=0.1, top1=0.9),
     "int4_weight_only": Tolerance(max_relative=0.5, top1=None),
     "int4_dynamic": Tolerance(max_relative=0.5, top1=None),
+    "palette8": Tolerance(max_relative=0.1, top1=0.9),
+    "palette6": Tolerance(max_relative=0.2, top1=None),
+    "palette4": Tolerance(max_relative=0.5, top1=None),
+    "sparse": Tolerance(),
+}
+# Where `Contents` counts the weights of a scheme.
+_STORED: dict[Scheme, str] = {
+    "fp16": "half_weight_bytes",
+    "int8_weight_only": "int8_weight_bytes",
+    "int4_weight_only": "int4_weight_bytes",
+    "int8_dynamic": "int8_weight_bytes",
+    "int4_dynamic": "int4_weight_bytes",
+    "palette8": "palette_weight_bytes",
+    "palette6": "palette_weight_bytes",
+    "palette4": "palette_weight_bytes",
+    "sparse": "sparse_weight_bytes",
 }
 
 
@@ -43,12 +70,13 @@ def check_scheme(contents: Contents, scheme: Scheme, target: str) -> str | None:
     Raises:
         ExportError: If it holds none.
     """
-    stored = {
-        "fp16": contents.half_weight_bytes,
-        "int8": contents.int8_weight_bytes,
-        "int4": contents.int4_weight_bytes,
-    }[scheme.split("_")[0]]
+    stored = getattr(contents, _STORED[scheme])
     others = contents.float_weight_bytes - (contents.half_weight_bytes if scheme == "fp16" else 0)
+    if not stored and scheme == "sparse":
+        raise ExportError(
+            f"{target}: scheme='sparse' found no weight with zeros enough to be smaller for it ({others} bytes are "
+            "float). Train with Sparsify first, or leave scheme out."
+        )
     if not stored:
         raise ExportError(
             f"{target}: scheme={scheme!r} left no weight in that form ({others} bytes are float): this target has it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from lightning_edge.quantization import quantize
 SUFFIXES = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite"}
 TAKEN = {
     "executorch": ("fp16", "int8_dynamic", "int4_dynamic"),
-    "coreml": ("fp16", "int8_weight_only", "int4_weight_only"),
+    "coreml": ("fp16", "int8_weight_only", "int4_weight_only", "palette8", "palette6", "palette4", "sparse"),
     "tflite": ("fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"),
 }
 REFUSED = [
@@ -49,7 +50,22 @@ def options(name: str, scheme: str) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize(("name", "scheme"), [(name, scheme) for name, taken in TAKEN.items() for scheme in taken])
+DENSE = [(name, scheme) for name, taken in TAKEN.items() for scheme in taken if scheme != "sparse"]
+# Bytes of the weights by where `Contents` counts them, and the largest difference over the largest output.
+EXPECTED = {
+    "fp16": ("half_weight_bytes", 2 * WEIGHTS, 0.002),
+    "int8_weight_only": ("int8_weight_bytes", WEIGHTS, 0.03),
+    "int8_dynamic": ("int8_weight_bytes", WEIGHTS, 0.03),
+    "int4_weight_only": ("int4_weight_bytes", WEIGHTS // 2, 0.4),
+    "int4_dynamic": ("int4_weight_bytes", WEIGHTS // 2, 0.4),
+    "palette8": ("palette_weight_bytes", WEIGHTS, 0.03),
+    "palette6": ("palette_weight_bytes", WEIGHTS * 6 // 8, 0.06),
+    "palette4": ("palette_weight_bytes", WEIGHTS // 2, 0.3),
+}
+COUNTED = ("half_weight_bytes", "int8_weight_bytes", "int4_weight_bytes", "palette_weight_bytes", "sparse_weight_bytes")
+
+
+@pytest.mark.parametrize(("name", "scheme"), DENSE)
 def test_the_file_holds_the_scheme_and_computes_the_network(name: str, scheme: str, tmp_path: Path) -> None:
     network, x = mlp(), samples()
     with warnings.catch_warnings():
@@ -58,15 +74,38 @@ def test_the_file_holds_the_scheme_and_computes_the_network(name: str, scheme: s
             network, name, tmp_path / f"net{SUFFIXES[name]}", inputs=x, batches=[x], **options(name, scheme)
         )
     contents = artifact.contents
-    stored = (contents.half_weight_bytes, contents.int8_weight_bytes, contents.int4_weight_bytes)
-    expected = {"fp16": (2 * WEIGHTS, 0, 0), "int8": (0, WEIGHTS, 0), "int4": (0, 0, WEIGHTS // 2)}
-    assert stored == expected[scheme.split("_")[0]]
+    where, stored_bytes, largest = EXPECTED[scheme]
+    assert {key: getattr(contents, key) for key in COUNTED} == {**dict.fromkeys(COUNTED, 0), where: stored_bytes}
     assert contents.float_weight_bytes == contents.half_weight_bytes
-    assert contents.precision == ("fp32" if scheme == "fp16" else "int8")
-    largest = {"fp16": 0.002, "int8": 0.03, "int4": 0.4}[scheme.split("_")[0]]
+    assert contents.precision == ("int8" if scheme.startswith("int") else "fp32")
     reference = network(x)
     difference = (artifact(x)[0].float() - reference).abs().max() / reference.abs().max()
     assert 0 < difference < largest
+
+
+@pytest.mark.parametrize("minimum_ios", [17, 18])
+def test_palettes_are_counted_as_they_are_packed(minimum_ios: int, tmp_path: Path) -> None:
+    path = tmp_path / "net.mlpackage"
+    artifact = export(mlp(), "coreml", path, inputs=samples(), scheme="palette6", minimum_ios=minimum_ios)
+    assert artifact.contents.palette_weight_bytes == WEIGHTS * 6 // 8
+
+
+@pytest.mark.parametrize("minimum_ios", [17, 18])
+def test_zeros_are_left_out_of_a_core_ml_package_and_change_nothing(minimum_ios: int, tmp_path: Path) -> None:
+    network = copy.deepcopy(mlp())
+    with torch.no_grad():
+        network[0].weight.view(-1)[: 32 * 48] = 0.0  # three quarters of the first layer
+    path = tmp_path / "net.mlpackage"
+    with pytest.warns(ExportWarning, match=f"scheme sparse: {4 * 256} bytes of the weights stay float"):
+        artifact = export(network, "coreml", path, inputs=samples(), scheme="sparse", minimum_ios=minimum_ios)
+    assert artifact.contents.sparse_weight_bytes == 4 * 32 * 16 + 32 * 64 // 8
+    torch.testing.assert_close(artifact(samples())[0], network(samples()), rtol=0, atol=1e-6)
+
+
+def test_weights_without_zeros_are_not_stored_sparse(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"found no weight with zeros enough .* Train with Sparsify first"):
+        export(mlp(), "coreml", tmp_path / "net.mlpackage", inputs=samples(), scheme="sparse")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("name", "scheme"), REFUSED)
@@ -123,5 +162,5 @@ def test_every_scheme_of_a_target_has_a_tolerance(name: str) -> None:
 
 def test_a_file_that_is_float_after_all_is_caught() -> None:
     for scheme in get_args(schemes.Scheme):
-        with pytest.raises(ExportError, match=r"left no weight in that form .100 bytes are float"):
+        with pytest.raises(ExportError, match=r"no weight .*.100 bytes are float"):
             schemes.check_scheme(Contents(int8_weight_bytes=0, float_weight_bytes=100, ops={}), scheme, "tflite")
