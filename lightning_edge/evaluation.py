@@ -17,8 +17,6 @@ from torch import nn
 from lightning_edge.errors import EdgeError, ExportError
 from lightning_edge.exporters import (
     TARGETS,
-    Artifact,
-    ExportWarning,
     check_options,
     checks,
     deployable,
@@ -29,9 +27,7 @@ from lightning_edge.exporters import (
 from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.measure import (
-    Agreement,
     Comparison,
-    Latency,
     Timing,
     Tolerance,
     interleaved_latency,
@@ -44,6 +40,7 @@ from lightning_edge.quantization import check_calibration, convert, float_copy, 
 from lightning_edge.quantization.guard import in_words
 from lightning_edge.reference import Reference
 from lightning_edge.report import Report, Row, Source, digest, installed_versions
+from lightning_edge.rows import compared, described, recorded, timed
 from lightning_edge.surgery import find_network
 from lightning_edge.validation import Validation
 
@@ -271,16 +268,16 @@ class _Evaluation:
         self._tell(f"Exporting and validating {row.label}")
         try:
             with ExitStack() as stack:
-                with _recorded() as caught:
+                with recorded() as caught:
                     options = options_of(target, network.precision, self._options)
                     staged = stack.enter_context(stage(network, target, path, threads=self._timing.threads, **options))
                 self._warnings += [f"{row.label}: {warning}" for warning in caught]
-                row = _described(row, staged.artifact)
+                row = described(row, staged.artifact)
                 scales = network.output_scales if network.precision == "int8" else ()
                 comparison = Comparison(scales, class_scores=not reference.reconstructs)
                 metrics = self._validation.run(reference.answers(staged.artifact, comparison))
                 agreement = comparison.result()
-                row = _compared(replace(row, metrics=metrics), agreement)
+                row = compared(replace(row, metrics=metrics), agreement)
                 checks.check_agreement(network, staged.artifact, agreement, self._tolerance_of(options))
                 artifact = staged.accept()
             row = replace(row, path=artifact.path.name, sha256=digest(artifact.path))
@@ -307,7 +304,7 @@ class _Evaluation:
                 {str(index): run for index, run in self._timed.items()}, self._timing.warmup, self._timing.repeats
             )
         for index, latency in found.items():
-            self._rows[int(index)] = _timed(self._rows[int(index)], latency)
+            self._rows[int(index)] = timed(self._rows[int(index)], latency)
 
     def _compare_quantizations(self, monitor: Monitor | None, watched: Sequence[Monitor]) -> Monitor | None:
         rows = {row.source: row for row in self._rows if row.target == "torch" and row.error is None}
@@ -348,52 +345,3 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _recorded() -> Iterator[list[str]]:
-    """Collect what an export warns of, and warn of it all the same; what converters say to each other is dropped."""
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ExportWarning)
-        try:
-            yield messages
-        finally:
-            messages += [str(entry.message) for entry in caught if issubclass(entry.category, ExportWarning)]
-    for message in messages:
-        warnings.warn(message, ExportWarning, stacklevel=2)
-
-
-def _described(row: Row, artifact: Artifact) -> Row:
-    contents = artifact.contents
-    weights = contents.int8_weight_bytes + contents.float_weight_bytes
-    return replace(
-        row,
-        size_bytes=artifact.size_bytes,
-        compressed_bytes=artifact.compressed_bytes,
-        load_ms=artifact.load_ms,
-        planned_memory_bytes=contents.planned_memory_bytes,
-        int8_weight_share=contents.int8_weight_bytes / weights if weights else None,
-        float_ops=(*contents.float_compute_ops, *contents.float_ops) if row.precision == "int8" else None,
-        delegated_ops=contents.delegated_ops,
-        undelegated_ops=contents.undelegated_ops,
-        runtime=artifact.runner.runtime,
-        is_reference=artifact.runner.is_reference,
-    )
-
-
-def _compared(row: Row, agreement: Agreement) -> Row:
-    return replace(
-        row,
-        samples=agreement.samples,
-        top1=agreement.top1,
-        max_steps=agreement.max_steps,
-        mean_steps=agreement.mean_steps,
-        max_relative=agreement.max_relative,
-    )
-
-
-def _timed(row: Row, latency: Latency) -> Row:
-    return replace(
-        row, p50_ms=latency.p50_ms, p95_ms=latency.p95_ms, p99_ms=latency.p99_ms, throughput=latency.throughput
-    )
