@@ -23,6 +23,7 @@ from rich.console import Console
 
 from lightning_edge import Distill, EdgeCompressionCallback, Prune, Quantize, exporters, quantize
 from lightning_edge.evaluation import evaluate_module, raise_failures, torch_threads
+from lightning_edge.exporters.isolated import timed_call
 from lightning_edge.measure import Timing, interleaved_latency
 from lightning_edge.validation import Validation, calibration_inputs
 from lightning_edge.zoo.cifar10 import CIFAR10DataModule
@@ -138,7 +139,7 @@ def main() -> None:
                 "size_bytes": ours.size_bytes,
             }
             if name != "coreml":  # run by our reference interpreter, whose time says nothing
-                calls = {"dense": lambda a=artifact: a(image), "ours": lambda a=ours: a(image)}
+                calls = {"dense": timed_call(artifact, [image]), "ours": timed_call(ours, [image])}
                 times = interleaved_latency(calls, 20, options.repeats)
                 line |= {"dense_p50_ms": times["dense"].p50_ms, "p50_ms": times["ours"].p50_ms}
             print(json.dumps(line))

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from lightning_edge import EdgeCompressionCallback, Quantize, exporters
 from lightning_edge.evaluation import evaluate_module, raise_failures, torch_threads
+from lightning_edge.exporters.isolated import timed_call
 from lightning_edge.measure import Timing, interleaved_latency
 from lightning_edge.network import Inputs
 from lightning_edge.validation import Validation, calibration_inputs
@@ -41,7 +42,8 @@ def evaluate_reference(path: Path, loader: Any, ours: Path, repeats: int) -> dic
         total += len(labels)
     sample = images[:1]
     nhwc = sample.permute(0, 2, 3, 1).contiguous()
-    times = interleaved_latency({"reference": lambda: reference(nhwc), "ours": lambda: own(sample)}, 20, repeats)
+    calls = {"reference": timed_call(reference, [nhwc]), "ours": timed_call(own, [sample])}
+    times = interleaved_latency(calls, 20, repeats)
     return {
         "accuracy": correct / total,
         "images": total,

@@ -30,11 +30,13 @@ from lightning_edge.exporters.base import (
     TensorSpec,
     compressed_bytes,
     first_line,
+    import_runtime,
     in_file_form,
     in_plain_order,
     size_bytes,
 )
 from lightning_edge.exporters.checks import ExportWarning
+from lightning_edge.exporters.isolated import DEFAULT_TIME_LIMIT_S, Isolated
 from lightning_edge.exporters.staging import StagedPath, writing
 from lightning_edge.measure import Tolerance
 from lightning_edge.network import Deployable, Inputs, Precision
@@ -202,7 +204,15 @@ class Staged:
 
 
 def stage(
-    model: nn.Module, target: str, path: str | Path, *, inputs: Any = None, threads: int = 1, **options: Any
+    model: nn.Module,
+    target: str,
+    path: str | Path,
+    *,
+    inputs: Any = None,
+    threads: int = 1,
+    isolated: bool = True,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    **options: Any,
 ) -> Staged:
     """Write a network beside ``path``, read back what the file holds, and load it.
 
@@ -212,6 +222,8 @@ def stage(
         path: Where the file shall be in the end, with the target's suffix; missing folders are made.
         inputs: As for `deployable`.
         threads: Threads to run it with.
+        isolated: As for `load`.
+        time_limit_s: As for `load`.
         options: The target's own options.
 
     Returns:
@@ -226,7 +238,7 @@ def stage(
     path = Path(path)
     _check_path(path, target, module)
     check_options(target, options)
-    _check_threads(threads)
+    _check_running(threads, time_limit_s)
     network = deployable(model, inputs)
     checks.check_activations(network, target, module.ACTIVATION_BITS)
     scheme = options.get("scheme")
@@ -240,7 +252,8 @@ def stage(
         checks.check_contents(network, contents, target)
         if scheme is not None:
             checks.tell_of(target, schemes.check_scheme(contents, scheme, target))
-        return Staged(network, _open(target, module, place.staged, contents, threads), place)
+        artifact = _open(target, module, place.staged, contents, threads, isolated, time_limit_s)
+        return Staged(network, artifact, place)
     except BaseException:
         place.discard()
         raise
@@ -255,6 +268,8 @@ def export(
     batches: Iterable[Any] | None = None,
     tolerance: Tolerance | None = None,
     threads: int = 1,
+    isolated: bool = True,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     **options: Any,
 ) -> Artifact:
     """Write a network for a target, prove it, and put the file in place.
@@ -271,6 +286,8 @@ def export(
         batches: Inputs to compare on, each what `Inputs.of` reads; the network's own sample if not given.
         tolerance: How far the file may lie from the network; by its scheme if not given.
         threads: Threads to run it with.
+        isolated: As for `load`.
+        time_limit_s: As for `load`.
         options: The target's own options; for a float network also ``scheme="fp16"``, ``"int8_weight_only"``,
             ``"int4_weight_only"``, ``"int8_dynamic"`` or ``"int4_dynamic"``, as far as the target has it.
 
@@ -283,7 +300,8 @@ def export(
         RunnerError: If the file does not load or run.
         ValueError: If an argument is not allowed.
     """
-    with stage(model, target, path, inputs=inputs, threads=threads, **options) as staged:
+    running: dict[str, Any] = {"threads": threads, "isolated": isolated, "time_limit_s": time_limit_s}
+    with stage(model, target, path, inputs=inputs, **running, **options) as staged:
         agreement = checks.agreement_of(staged.network, staged.artifact, batches)
         scheme = options.get("scheme")
         allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
@@ -291,27 +309,34 @@ def export(
         return staged.accept()
 
 
-def load(path: str | Path, *, threads: int = 1) -> Artifact:
+def load(
+    path: str | Path, *, threads: int = 1, isolated: bool = True, time_limit_s: float = DEFAULT_TIME_LIMIT_S
+) -> Artifact:
     """Load an exported file; its suffix says the target.
 
     Args:
         path: The file, or the folder of a Core ML package.
         threads: Threads to run it with.
+        isolated: Whether its runtime gets a process of its own, which ends with the artifact: what crashes there is a
+            `RunnerError` here. With ``False`` it starts sooner, a call is not sent anywhere, and a crash is one of this
+            process. Core ML's reference interpreter has no process of its own either way.
+        time_limit_s: Seconds that loading the file, or running one sample, may take before the process is ended; means
+            nothing without one.
 
     Raises:
         RunnerError: If it is missing, cut short, or not what its suffix says.
-        ValueError: If the suffix belongs to no target.
+        ValueError: If the suffix belongs to no target, or an argument is not allowed.
     """
     path = Path(path)
     name = next((name for name in TARGETS if path.suffix == target(name).SUFFIX), None)
     if name is None:
         known = ", ".join(f"{target(name).SUFFIX} ({name})" for name in TARGETS)
         raise ValueError(f"{path} has the suffix {path.suffix!r}; load() reads {known}")
-    _check_threads(threads)
+    _check_running(threads, time_limit_s)
     if not path.exists():
         raise RunnerError(f"{path} does not exist; export() writes it")
     module = target(name)
-    return _open(name, module, path, _inspect(module, path, path.name), threads)
+    return _open(name, module, path, _inspect(module, path, path.name), threads, isolated, time_limit_s)
 
 
 # `stage` and `export` take an argument of that name.
@@ -327,15 +352,29 @@ def _inspect(module: Target, path: Path, name: str) -> Contents:
         raise RunnerError(f"{name} is no {module.SUFFIX} file: {first_line(error)}. Export it again") from error
 
 
-def _open(name: str, module: Target, path: Path, contents: Contents, threads: int) -> Artifact:
-    start = time.perf_counter()
+def _open(
+    name: str,
+    module: Target,
+    path: Path,
+    contents: Contents,
+    threads: int,
+    isolated: bool,
+    time_limit_s: float,
+) -> Artifact:
+    runner: Runner
     try:
-        runner = module.open(path, threads)
+        if isolated and not getattr(module, "IN_PROCESS", False):
+            runner = Isolated(TARGETS[name], path, threads, time_limit_s)
+            load_ms = runner.load_ms
+        else:
+            import_runtime(module)
+            start = time.perf_counter()
+            runner = module.open(path, threads)
+            load_ms = (time.perf_counter() - start) * 1000
     except EdgeError:
         raise
     except Exception as error:
         raise RunnerError(f"{path.name} does not load: {first_line(error)}. Export it again") from error
-    load_ms = (time.perf_counter() - start) * 1000
     return Artifact(name, path, size_bytes(path), compressed_bytes(path), contents, runner, load_ms)
 
 
@@ -346,6 +385,8 @@ def _check_path(path: Path, name: str, module: Target) -> None:
         raise ExportError(f"cannot write {path}: a folder is there. Remove it or choose another name.")
 
 
-def _check_threads(threads: int) -> None:
+def _check_running(threads: int, time_limit_s: float) -> None:
     if threads < 1:
         raise ValueError(f"threads={threads!r} is not allowed; give 1 or more")
+    if not time_limit_s > 0:
+        raise ValueError(f"time_limit_s={time_limit_s!r} is not allowed; give more than 0 seconds")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_edge.errors import EdgeError, ExportError, RunnerError
+from lightning_edge.errors import EdgeError, ExportError, RunnerError, require
 from lightning_edge.network import Deployable, Inputs, Precision
 
 _OPERATOR = re.compile(r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*")
@@ -155,6 +155,9 @@ class Artifact:
 class Target(Protocol):
     """One module per target offers these names and nothing else is asked of it.
 
+    A target may also say ``RUNTIME``, the modules that running a file takes, so that importing them is no part of
+    loading it, and ``IN_PROCESS = True`` if this package's own code runs its files, which needs no process of its own.
+
     Attributes:
         SUFFIX: Ending of its files.
         EXTRA: The extra of lightning-edge that brings what it needs.
@@ -183,6 +186,16 @@ class Target(Protocol):
     def open(self, path: Path, threads: int) -> Runner:
         """Load the file into its runtime."""
         ...
+
+
+def import_runtime(module: Any) -> None:
+    """Import what running a target's files takes.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    for name in getattr(module, "RUNTIME", ()):
+        require(name, module.EXTRA)
 
 
 def sort_keywords(inputs: Inputs) -> Inputs:

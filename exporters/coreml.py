@@ -26,6 +26,9 @@ from lightning_edge.network import Deployable
 SUFFIX = ".mlpackage"
 EXTRA = "coreml"
 NEEDS = ("coremltools",)
+RUNTIME = ("coremltools",)
+# The reference interpreter is our own code, on torch; importing coremltools once more would take it ten seconds.
+IN_PROCESS = sys.platform != "darwin"
 INT8_OPTIONS: frozenset[str] = frozenset()
 ACTIVATION_BITS = frozenset({8})
 

@@ -1,4 +1,4 @@
-"""ExecuTorch: a ``.pte`` file for the XNNPACK delegate, run by ``executorch.runtime``."""
+"""ExecuTorch: a ``.pte`` file for the XNNPACK delegate, run by ExecuTorch's runtime."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from lightning_edge.network import Deployable
 SUFFIX = ".pte"
 EXTRA = "executorch"
 NEEDS = ("executorch",)
+# The library below executorch.runtime, which imports the whole exporter for the class of one warning: 7 of 9 seconds.
+RUNTIME = ("executorch.extension.pybindings._portable_lib",)
 INT8_OPTIONS: frozenset[str] = frozenset()
 ACTIVATION_BITS = frozenset({8})
 
@@ -89,11 +91,11 @@ def inspect(path: Path) -> Contents:
 
 
 def open(path: Path, threads: int) -> Runner:
-    """Load the file with ``executorch.runtime``.
+    """Load the file with ExecuTorch's runtime.
 
     Args:
         path: The file.
-        threads: Threads of XNNPACK's pool, which all ExecuTorch artifacts of the process share.
+        threads: Threads of XNNPACK's pool, which all ExecuTorch artifacts loaded into one process share.
 
     Raises:
         RunnerError: If the file has no method of the name that `write` gives it.
@@ -114,7 +116,7 @@ class _Pool:
 
     def set(self, threads: int) -> int:
         """Give the pool this many threads and return its generation."""
-        library = require("executorch.extension.pybindings.portable_lib", EXTRA)
+        library = require(RUNTIME[0], EXTRA)
         if library._threadpool_get_thread_count() != threads:
             library._unsafe_reset_threadpool(threads)
             self.generation += 1
@@ -135,7 +137,7 @@ class _Runner:
         self._threads = threads
         self._generation = _POOL.set(threads)
         self._method = self._load(path.name)
-        metadata = self._method.metadata
+        metadata = self._method.method_meta()
         self.inputs = tuple(_spec(metadata.input_tensor_meta(index)) for index in range(metadata.num_inputs()))
         count = "1 thread" if threads == 1 else f"{threads} threads"
         self.runtime = f"ExecuTorch {version('executorch')}, XNNPACK, {count}"
@@ -145,13 +147,14 @@ class _Runner:
         generation = _POOL.set(self._threads)
         if generation != self._generation:
             self._method, self._generation = self._load("the file"), generation
-        return list(self._method.execute(tensors))
+        return list(self._method(tensors))
 
     def _load(self, name: str) -> Any:
-        program = require("executorch.runtime", EXTRA).Runtime.get().load_program(self._data)
-        if _METHOD not in program.method_names:
-            raise RunnerError(f"{name} has no method {_METHOD!r}; it has {sorted(program.method_names)}")
-        return program.load_method(_METHOD)
+        self._program = require(RUNTIME[0], EXTRA)._load_program_from_buffer(self._data)
+        names = [self._program.get_method_name(index) for index in range(self._program.num_methods())]
+        if _METHOD not in names:
+            raise RunnerError(f"{name} has no method {_METHOD!r}; it has {sorted(names)}")
+        return self._program.load_method(_METHOD)
 
 
 def _spec(info: Any) -> TensorSpec:

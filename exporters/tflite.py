@@ -21,6 +21,7 @@ from lightning_edge.network import Deployable, Inputs
 SUFFIX = ".tflite"
 EXTRA = "tflite"
 NEEDS = ("litert_torch", "ai_edge_litert")
+RUNTIME = ("ai_edge_litert.interpreter", "ai_edge_litert.schema_py_generated")
 INT8_OPTIONS = frozenset({"io"})
 ACTIVATION_BITS = frozenset({8, 16})
 
@@ -197,7 +198,7 @@ class _Runner:
         data = path.read_bytes()
         self._interpreter = interpreter.Interpreter(model_content=data, num_threads=threads)
         self._interpreter.allocate_tensors()
-        self._channels_last = tflite_graph.notes(tflite_graph.parse(data)).get(_LAYOUT_NOTE) == "nhwc"
+        self._channels_last = tflite_graph.notes(data).get(_LAYOUT_NOTE) == "nhwc"
         self._ins = self._interpreter.get_input_details()
         self._outs = self._interpreter.get_output_details()
         self.inputs = tuple(self._spec(details) for details in self._ins)

@@ -230,13 +230,15 @@ def set_note(model: Any, name: str, value: str) -> None:
     model.metadata = [*(model.metadata or []), note]
 
 
-def notes(model: Any) -> Mapping[str, str]:
-    """Read the texts of `set_note` (and what else the metadata holds) by name."""
+def notes(data: bytes) -> Mapping[str, str]:
+    """Read the texts of `set_note` (and what else the metadata holds) by name, and nothing else of a whole file."""
+    model = _schema().Model.GetRootAs(data, 0)
     found = {}
-    for entry in model.metadata or []:
-        data = model.buffers[entry.buffer].data
-        name = entry.name.decode() if isinstance(entry.name, bytes) else entry.name
-        found[name] = "" if data is None else bytes(data).decode("utf-8", errors="replace")
+    for index in range(model.MetadataLength()):
+        entry = model.Metadata(index)
+        buffer = model.Buffers(entry.Buffer())
+        text = bytes(buffer.DataAsNumpy()) if buffer.DataLength() else b""
+        found[entry.Name().decode()] = text.decode("utf-8", errors="replace")
     return found
 
 

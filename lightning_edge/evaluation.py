@@ -17,8 +17,6 @@ from torch import nn
 from lightning_edge.errors import EdgeError, ExportError
 from lightning_edge.exporters import (
     TARGETS,
-    Artifact,
-    ExportWarning,
     check_options,
     checks,
     deployable,
@@ -28,15 +26,15 @@ from lightning_edge.exporters import (
 )
 from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.base import sort_keywords
+from lightning_edge.exporters.isolated import peak_memory_bytes, timed_call
 from lightning_edge.measure import (
-    Agreement,
     Comparison,
-    Latency,
     Timing,
     Tolerance,
     interleaved_latency,
     module_bytes,
     parameter_count,
+    stopwatch,
 )
 from lightning_edge.monitor import Monitor, choose
 from lightning_edge.network import Deployable, Inputs, Precision
@@ -44,6 +42,7 @@ from lightning_edge.quantization import check_calibration, convert, float_copy, 
 from lightning_edge.quantization.guard import in_words
 from lightning_edge.reference import Reference
 from lightning_edge.report import Report, Row, Source, digest, installed_versions
+from lightning_edge.rows import compared, described, recorded, timed
 from lightning_edge.surgery import find_network
 from lightning_edge.validation import Validation
 
@@ -154,7 +153,7 @@ class _Evaluation:
         self._tell = tell
         self._name = name
         self._rows: list[Row] = []
-        self._timed: dict[int, Callable[[], object]] = {}
+        self._timed: dict[int, Callable[[], int]] = {}
         self._warnings: list[str] = []
         self._notes: list[str] = []
 
@@ -263,7 +262,8 @@ class _Evaluation:
         # A converted graph in torch computes on float numbers in int8 steps, at a speed that means nothing.
         self._rows.append(replace(row, metrics=metrics, is_reference=precision == "int8"))
         if precision == "fp32":
-            self._timed[len(self._rows) - 1] = lambda: reference.network(*reference.call.args, **reference.call.kwargs)
+            call = reference.call
+            self._timed[len(self._rows) - 1] = stopwatch(lambda: reference.network(*call.args, **call.kwargs))
 
     def _file_row(self, target: str, network: Deployable, source: Source, reference: Reference) -> None:
         row = Row(target, network.precision, source)
@@ -271,21 +271,26 @@ class _Evaluation:
         self._tell(f"Exporting and validating {row.label}")
         try:
             with ExitStack() as stack:
-                with _recorded() as caught:
+                with recorded() as caught:
                     options = options_of(target, network.precision, self._options)
-                    staged = stack.enter_context(stage(network, target, path, threads=self._timing.threads, **options))
+                    running: dict[str, Any] = {
+                        "threads": self._timing.threads,
+                        "time_limit_s": self._timing.time_limit_s,
+                    }
+                    staged = stack.enter_context(stage(network, target, path, **running, **options))
                 self._warnings += [f"{row.label}: {warning}" for warning in caught]
-                row = _described(row, staged.artifact)
+                row = described(row, staged.artifact)
                 scales = network.output_scales if network.precision == "int8" else ()
                 comparison = Comparison(scales, class_scores=not reference.reconstructs)
                 metrics = self._validation.run(reference.answers(staged.artifact, comparison))
                 agreement = comparison.result()
-                row = _compared(replace(row, metrics=metrics), agreement)
+                memory = peak_memory_bytes(staged.artifact)
+                row = compared(replace(row, metrics=metrics, peak_memory_bytes=memory), agreement)
                 checks.check_agreement(network, staged.artifact, agreement, self._tolerance_of(options))
                 artifact = staged.accept()
             row = replace(row, path=artifact.path.name, sha256=digest(artifact.path))
             if not artifact.runner.is_reference:
-                self._timed[len(self._rows)] = lambda: artifact.run(sort_keywords(reference.call).tensors)
+                self._timed[len(self._rows)] = timed_call(artifact, sort_keywords(reference.call).tensors)
         except EdgeError as error:
             row = replace(row, error=str(error))
         except Exception as error:
@@ -302,12 +307,16 @@ class _Evaluation:
 
     def _time(self, sample: Inputs) -> None:
         self._tell(f"Measuring latency of {len(self._timed)} candidates")
+        runs = {str(index): run for index, run in self._timed.items()}
+        failures: dict[str, EdgeError] = {}
         with torch_threads(self._timing.threads), torch.inference_mode():
-            found = interleaved_latency(
-                {str(index): run for index, run in self._timed.items()}, self._timing.warmup, self._timing.repeats
-            )
+            found = interleaved_latency(runs, self._timing.warmup, self._timing.repeats, failures)
+        # The processes of the runtimes end here.
+        self._timed.clear()
         for index, latency in found.items():
-            self._rows[int(index)] = _timed(self._rows[int(index)], latency)
+            self._rows[int(index)] = timed(self._rows[int(index)], latency)
+        for index, error in failures.items():
+            self._rows[int(index)] = replace(self._rows[int(index)], error=f"while it was timed: {error}")
 
     def _compare_quantizations(self, monitor: Monitor | None, watched: Sequence[Monitor]) -> Monitor | None:
         rows = {row.source: row for row in self._rows if row.target == "torch" and row.error is None}
@@ -348,52 +357,3 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _recorded() -> Iterator[list[str]]:
-    """Collect what an export warns of, and warn of it all the same; what converters say to each other is dropped."""
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ExportWarning)
-        try:
-            yield messages
-        finally:
-            messages += [str(entry.message) for entry in caught if issubclass(entry.category, ExportWarning)]
-    for message in messages:
-        warnings.warn(message, ExportWarning, stacklevel=2)
-
-
-def _described(row: Row, artifact: Artifact) -> Row:
-    contents = artifact.contents
-    weights = contents.int8_weight_bytes + contents.float_weight_bytes
-    return replace(
-        row,
-        size_bytes=artifact.size_bytes,
-        compressed_bytes=artifact.compressed_bytes,
-        load_ms=artifact.load_ms,
-        planned_memory_bytes=contents.planned_memory_bytes,
-        int8_weight_share=contents.int8_weight_bytes / weights if weights else None,
-        float_ops=(*contents.float_compute_ops, *contents.float_ops) if row.precision == "int8" else None,
-        delegated_ops=contents.delegated_ops,
-        undelegated_ops=contents.undelegated_ops,
-        runtime=artifact.runner.runtime,
-        is_reference=artifact.runner.is_reference,
-    )
-
-
-def _compared(row: Row, agreement: Agreement) -> Row:
-    return replace(
-        row,
-        samples=agreement.samples,
-        top1=agreement.top1,
-        max_steps=agreement.max_steps,
-        mean_steps=agreement.mean_steps,
-        max_relative=agreement.max_relative,
-    )
-
-
-def _timed(row: Row, latency: Latency) -> Row:
-    return replace(
-        row, p50_ms=latency.p50_ms, p95_ms=latency.p95_ms, p99_ms=latency.p99_ms, throughput=latency.throughput
-    )

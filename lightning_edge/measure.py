@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_edge.errors import AgreementError
+from lightning_edge.errors import AgreementError, EdgeError
 from lightning_edge.network import Precision
 
 # An output that an int8 network leaves unquantized has no step; int8 would spread 255 steps over -max..max.
@@ -222,19 +222,23 @@ class Timing:
         warmup: Calls before timing.
         repeats: Calls timed.
         threads: Threads of torch and of every runtime.
+        time_limit_s: Seconds that a runtime may take to load a file or to run one sample, before it counts as hung.
 
     Raises:
-        ValueError: If ``warmup`` is negative, or one of the others below 1.
+        ValueError: If ``warmup`` is negative, ``repeats`` or ``threads`` below 1, or the limit not above 0.
     """
 
     warmup: int = 10
     repeats: int = 100
     threads: int = 1
+    time_limit_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("repeats", 1), ("threads", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"Timing({name}={getattr(self, name)!r}) is not allowed; give {least} or more")
+        if not self.time_limit_s > 0:
+            raise ValueError(f"Timing(time_limit_s={self.time_limit_s!r}) is not allowed; give more than 0 seconds")
 
 
 @dataclass(frozen=True)
@@ -258,35 +262,58 @@ class Latency:
     repeats: int
 
 
+def stopwatch(run: Callable[[], object]) -> Callable[[], int]:
+    """Give a function that calls ``run`` and tells how many nanoseconds that took."""
+
+    def timed() -> int:
+        start = time.perf_counter_ns()
+        run()
+        return time.perf_counter_ns() - start
+
+    return timed
+
+
 def latency(run: Callable[[], object], warmup: int = 10, repeats: int = 100) -> Latency:
     """Time single calls of ``run``.
 
     Raises:
         ValueError: If ``warmup`` is negative or ``repeats`` is below 1.
     """
-    return interleaved_latency({"": run}, warmup, repeats)[""]
+    return interleaved_latency({"": stopwatch(run)}, warmup, repeats)[""]
 
 
 def interleaved_latency(
-    runs: Mapping[str, Callable[[], object]], warmup: int = 10, repeats: int = 100
+    runs: Mapping[str, Callable[[], int]],
+    warmup: int = 10,
+    repeats: int = 100,
+    failures: dict[str, EdgeError] | None = None,
 ) -> dict[str, Latency]:
     """Time single calls of several candidates in turn, so that a noisy machine slows all of them alike.
 
+    Args:
+        runs: Each makes one call of a candidate and tells how many nanoseconds it took, as `stopwatch` does.
+        warmup: Calls of each before timing.
+        repeats: Calls of each that count.
+        failures: Takes the error of a candidate that fails, which then has no more turns and no latency.
+
     Raises:
+        EdgeError: If a candidate fails and ``failures`` is not given.
         ValueError: If ``warmup`` is negative or ``repeats`` is below 1.
     """
     if warmup < 0 or repeats < 1:
         raise ValueError(f"warmup={warmup!r}, repeats={repeats!r}: give a warmup of 0 or more and at least 1 repeat")
-    for run in runs.values():
-        for _ in range(warmup):
-            run()
     times_ns: dict[str, list[int]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter_ns()
-            run()
-            times_ns[name].append(time.perf_counter_ns() - start)
-    return {name: _latency(times, warmup) for name, times in times_ns.items()}
+    # All calls in the order they are made: each candidate's warm-up, then rounds.
+    for name in [*(name for name in runs for _ in range(warmup)), *list(runs) * repeats]:
+        if name in times_ns:
+            try:
+                times_ns[name].append(runs[name]())
+            except EdgeError as error:
+                if failures is None:
+                    raise
+                failures[name] = error
+                del times_ns[name]
+    return {name: _latency(times[warmup:], warmup) for name, times in times_ns.items()}
 
 
 def _latency(times_ns: list[int], warmup: int) -> Latency:

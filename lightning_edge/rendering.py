@@ -15,7 +15,8 @@ _LEFT_OUT = "-"
 # A terminal is narrow: the other metrics are in report.md.
 _METRICS_IN_TERMINAL = 2
 _FIDELITY_IN_TERMINAL = 5
-_SPEED_HEADERS = ("p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Memory")
+_SPEED_IN_TERMINAL = 6
+_SPEED_HEADERS = ("p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Peak", "Planned")
 _COST_HEADERS = ("Size", "Zipped", *_SPEED_HEADERS)
 _FIDELITY_HEADERS = (
     "Same top class",
@@ -78,7 +79,11 @@ def terminal_table(report: Report) -> Group:
                 for row in report.rows
             ],
         ),
-        _terminal_part("Speed and memory", _SPEED_HEADERS, [(row, _speed_cells(row)) for row in report.rows]),
+        _terminal_part(
+            "Speed and peak memory",
+            _SPEED_HEADERS[:_SPEED_IN_TERMINAL],
+            [(row, _speed_cells(row)[:_SPEED_IN_TERMINAL]) for row in report.rows],
+        ),
         _terminal_part(
             "Agreement with the network it came from",
             _FIDELITY_HEADERS[:_FIDELITY_IN_TERMINAL],
@@ -124,6 +129,7 @@ def _speed_cells(row: Row, reference: str = "-*") -> list[str]:
         _number(row.p99_ms, 3),
         _number(row.throughput, 1),
         _number(row.load_ms, 1),
+        _bytes(row.peak_memory_bytes),
         _bytes(row.planned_memory_bytes),
     ]
 

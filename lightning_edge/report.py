@@ -56,6 +56,8 @@ class Row:
         p99_ms: 99th percentile.
         throughput: Samples per second, one at a time.
         planned_memory_bytes: Memory the file plans for activations, bytes.
+        peak_memory_bytes: By how much the file made the resident memory of its runtime's own process grow at its peak,
+            over the whole split; Linux only.
         samples: Samples compared with the network it came from.
         top1: Share of them with the same largest output.
         max_steps: Largest difference in quantization steps.
@@ -84,6 +86,7 @@ class Row:
     p99_ms: float | None = None
     throughput: float | None = None
     planned_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None
     samples: int | None = None
     top1: float | None = None
     max_steps: float | None = None
@@ -166,6 +169,7 @@ class Report:
                 "latency_p99_ms": row.p99_ms,
                 "throughput": row.throughput,
                 "planned_memory_bytes": row.planned_memory_bytes,
+                "peak_memory_bytes": row.peak_memory_bytes,
                 "top1_agreement": row.top1,
                 "max_steps": row.max_steps,
                 "mean_steps": row.mean_steps,

@@ -18,7 +18,7 @@ ROWS = [
     {"reference", "quantization", "pruning", "factorization", "sparsity"},
     {"distillation"},
     {"exporters"},
-    {"validation"},
+    {"validation", "rows"},
     {"evaluation"},
     {"record"},
     {"tracking"},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_edge.errors import AgreementError
+from lightning_edge.errors import AgreementError, EdgeError, RunnerError
 from lightning_edge.measure import (
     Agreement,
     Comparison,
@@ -19,6 +20,7 @@ from lightning_edge.measure import (
     latency,
     module_bytes,
     parameter_count,
+    stopwatch,
 )
 
 
@@ -137,17 +139,34 @@ def test_tolerance_refuses_what_is_no_limit(values: dict[str, float]) -> None:
         Tolerance(**values)
 
 
-@pytest.mark.parametrize("values", [{"warmup": -1}, {"repeats": 0}, {"threads": 0}])
-def test_timing_refuses_what_cannot_be_timed(values: dict[str, int]) -> None:
+@pytest.mark.parametrize("values", [{"warmup": -1}, {"repeats": 0}, {"threads": 0}, {"time_limit_s": 0}])
+def test_timing_refuses_what_cannot_be_timed(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         Timing(**values)
 
 
 def test_candidates_take_turns_after_all_are_warm() -> None:
     calls: list[str] = []
-    found = interleaved_latency({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, warmup=2, repeats=3)
+    runs = {name: stopwatch(lambda name=name: calls.append(name)) for name in "ab"}  # type: ignore[misc]
+    found = interleaved_latency(runs, warmup=2, repeats=3)
     assert calls == ["a", "a", "b", "b", *["a", "b"] * 3]
     assert {name: (one.warmup, one.repeats) for name, one in found.items()} == {"a": (2, 3), "b": (2, 3)}
+
+
+def test_candidate_that_fails_has_no_more_turns_and_the_others_go_on() -> None:
+    left = [1_000_000] * 3
+
+    def failing() -> int:
+        if not left:
+            raise RunnerError("gone")
+        return left.pop()
+
+    failures: dict[str, EdgeError] = {}
+    found = interleaved_latency({"a": failing, "b": lambda: 2_000_000}, 1, 5, failures)
+    assert {name: (one.p50_ms, one.repeats) for name, one in found.items()} == {"b": (2.0, 5)}
+    assert {name: str(error) for name, error in failures.items()} == {"a": "gone"}
+    with pytest.raises(RunnerError, match="gone"):
+        interleaved_latency({"a": failing}, 0, 1)
 
 
 def test_percentiles_are_ordered_and_throughput_is_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ ROWS = (
         p95_ms=0.75,
         p99_ms=1.0,
         throughput=1800.0,
+        peak_memory_bytes=856_064,
         samples=1000,
         top1=0.995,
         max_steps=2.0,
@@ -65,6 +66,7 @@ def test_metrics_are_flat_by_target() -> None:
     assert found["edge/tflite/size_bytes"] == 98_496
     assert found["edge/tflite/latency_p99_ms"] == 1.0
     assert found["edge/tflite/top1_agreement"] == 0.995
+    assert found["edge/tflite/peak_memory_bytes"] == 856_064
     assert found["edge/torch/fp32_val_acc"] == 0.9
     assert found["edge/torch/post_training_val_acc"] == 0.8
     assert found["edge/torch/val_acc"] == 0.89
@@ -101,10 +103,8 @@ def test_markdown_is_a_table_with_a_cell_for_every_column() -> None:
     first = table[: len(ROWS) + 2]
     assert {line.replace("\\|", "").count("|") for line in first} == {first[0].count("|")}
     assert first[0].startswith("| Candidate | val_acc | val_loss | Size |")
-    assert (
-        "| tflite int8 (trained) | 0.8800 | 0.5000 | 98,496 | 70,000 | 0.500 | 0.750 | 1.000 | 1800.0 | 3.5 | - |"
-        in first
-    )
+    cells = ("0.8800", "0.5000", "98,496", "70,000", "0.500", "0.750", "1.000", "1800.0", "3.5", "856,064", "-")
+    assert f"| tflite int8 (trained) | {' | '.join(cells)} |" in first
 
 
 def test_markdown_shows_no_latency_of_a_reference_and_says_why() -> None:
@@ -133,7 +133,7 @@ def test_terminal_table_fits_80_columns() -> None:
     with console.capture() as captured:
         console.print(REPORT.table())
     text = captured.get()
-    for part in ("0.8800", "98,496", "99.50%", "0.500", "1.000", "1800.0", "FAILED: coreml: no such", "-*"):
+    for part in ("0.8800", "98,496", "99.50%", "0.500", "1.000", "1800.0", "856,064", "FAILED: coreml: no such", "-*"):
         assert part in text, part
     assert "…" not in text
 

@@ -1,0 +1,22 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lightning_edge.exporters import executorch, tflite
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run files in the tests' own process: each of its own takes two seconds to start, for hundreds of files.
+
+    A test module that says ``ISOLATED = True`` has it as users do.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "ISOLATED", False):
+            for target in (executorch, tflite):
+                patch.setattr(target, "IN_PROCESS", True, raising=False)
+        yield
