@@ -35,6 +35,7 @@ from lightning_edge.exporters.base import (
     size_bytes,
 )
 from lightning_edge.exporters.checks import ExportWarning
+from lightning_edge.exporters.floor import floor_bytes
 from lightning_edge.exporters.staging import StagedPath, writing
 from lightning_edge.measure import Tolerance
 from lightning_edge.network import Deployable, Inputs, Precision
@@ -49,6 +50,7 @@ __all__ = [
     "TensorSpec",
     "check_options",
     "check_target_installed",
+    "contents_of",
     "deployable",
     "export",
     "load",
@@ -202,7 +204,14 @@ class Staged:
 
 
 def stage(
-    model: nn.Module, target: str, path: str | Path, *, inputs: Any = None, threads: int = 1, **options: Any
+    model: nn.Module,
+    target: str,
+    path: str | Path,
+    *,
+    inputs: Any = None,
+    threads: int = 1,
+    max_fallback: float | None = None,
+    **options: Any,
 ) -> Staged:
     """Write a network beside ``path``, read back what the file holds, and load it.
 
@@ -212,6 +221,7 @@ def stage(
         path: Where the file shall be in the end, with the target's suffix; missing folders are made.
         inputs: As for `deployable`.
         threads: Threads to run it with.
+        max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run outside the target's delegate.
         options: The target's own options.
 
     Returns:
@@ -226,6 +236,7 @@ def stage(
     path = Path(path)
     _check_path(path, target, module)
     check_options(target, options)
+    checks.check_share(max_fallback)
     _check_threads(threads)
     network = deployable(model, inputs)
     checks.check_activations(network, target, module.ACTIVATION_BITS)
@@ -240,7 +251,10 @@ def stage(
         checks.check_contents(network, contents, target)
         if scheme is not None:
             checks.tell_of(target, schemes.check_scheme(contents, scheme, target))
-        return Staged(network, _open(target, module, place.staged, contents, threads), place)
+        contents = _placed(module, place.staged, contents)
+        checks.check_fallback(contents.placements, max_fallback, target)
+        artifact = _open(target, module, place.staged, contents, threads)
+        return Staged(network, replace(artifact, floor_bytes=floor_bytes(network, scheme)), place)
     except BaseException:
         place.discard()
         raise
@@ -255,6 +269,7 @@ def export(
     batches: Iterable[Any] | None = None,
     tolerance: Tolerance | None = None,
     threads: int = 1,
+    max_fallback: float | None = None,
     **options: Any,
 ) -> Artifact:
     """Write a network for a target, prove it, and put the file in place.
@@ -271,6 +286,8 @@ def export(
         batches: Inputs to compare on, each what `Inputs.of` reads; the network's own sample if not given.
         tolerance: How far the file may lie from the network; by its scheme if not given.
         threads: Threads to run it with.
+        max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run on the runtime's own CPU kernels
+            and not in the target's delegate; any if not given.
         options: The target's own options; for a float network also ``scheme="fp16"``, ``"int8_weight_only"``,
             ``"int4_weight_only"``, ``"int8_dynamic"`` or ``"int4_dynamic"``, as far as the target has it.
 
@@ -283,12 +300,12 @@ def export(
         RunnerError: If the file does not load or run.
         ValueError: If an argument is not allowed.
     """
-    with stage(model, target, path, inputs=inputs, threads=threads, **options) as staged:
+    with stage(model, target, path, inputs=inputs, threads=threads, max_fallback=max_fallback, **options) as staged:
         agreement = checks.agreement_of(staged.network, staged.artifact, batches)
         scheme = options.get("scheme")
         allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
         checks.check_agreement(staged.network, staged.artifact, agreement, allowed)
-        return staged.accept()
+        return replace(staged.accept(), agreement=agreement)
 
 
 def load(path: str | Path, *, threads: int = 1) -> Artifact:
@@ -302,16 +319,36 @@ def load(path: str | Path, *, threads: int = 1) -> Artifact:
         RunnerError: If it is missing, cut short, or not what its suffix says.
         ValueError: If the suffix belongs to no target.
     """
+    _check_threads(threads)
+    name, path = _existing(path)
+    module = target(name)
+    return _open(name, module, path, _inspect(module, path, path.name), threads)
+
+
+def contents_of(path: str | Path) -> Contents:
+    """Read what an exported file holds, without running it; its suffix says the target.
+
+    Args:
+        path: The file, or the folder of a Core ML package.
+
+    Raises:
+        RunnerError: If it is missing, cut short, or not what its suffix says.
+        ValueError: If the suffix belongs to no target.
+    """
+    name, path = _existing(path)
+    return _inspect(target(name), path, path.name)
+
+
+def _existing(path: str | Path) -> tuple[str, Path]:
+    """The target that a file is of, by its suffix, and its path."""
     path = Path(path)
     name = next((name for name in TARGETS if path.suffix == target(name).SUFFIX), None)
     if name is None:
         known = ", ".join(f"{target(name).SUFFIX} ({name})" for name in TARGETS)
         raise ValueError(f"{path} has the suffix {path.suffix!r}; load() reads {known}")
-    _check_threads(threads)
     if not path.exists():
         raise RunnerError(f"{path} does not exist; export() writes it")
-    module = target(name)
-    return _open(name, module, path, _inspect(module, path, path.name), threads)
+    return name, path
 
 
 # `stage` and `export` take an argument of that name.
@@ -325,6 +362,13 @@ def _inspect(module: Target, path: Path, name: str) -> Contents:
         raise
     except Exception as error:
         raise RunnerError(f"{name} is no {module.SUFFIX} file: {first_line(error)}. Export it again") from error
+
+
+def _placed(module: Target, path: Path, contents: Contents) -> Contents:
+    """Put what the runtime itself tells of where operations run in the place of what the file alone tells."""
+    ask = getattr(module, "placements", None)
+    told = None if ask is None else ask(path)
+    return contents if told is None else replace(contents, placements=told)
 
 
 def _open(name: str, module: Target, path: Path, contents: Contents, threads: int) -> Artifact:

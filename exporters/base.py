@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import EdgeError, ExportError, RunnerError
+from lightning_edge.measure import Agreement
 from lightning_edge.network import Deployable, Inputs, Precision
 
 _OPERATOR = re.compile(r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*")
@@ -38,6 +40,9 @@ class Contents:
         delegated_ops: Operations handed to the target's delegate; ``None`` where the file does not tell.
         undelegated_ops: Names of operations left to the runtime's own kernels; ``None`` where the file does not tell.
         planned_memory_bytes: Memory the file plans for activations, ``None`` where it does not tell.
+        inputs: What the file takes, in its own order and layout.
+        outputs: What it gives.
+        placements: Where its operations run, as far as the file tells; ``None`` where it does not.
     """
 
     int8_weight_bytes: int
@@ -50,6 +55,9 @@ class Contents:
     planned_memory_bytes: int | None = None
     half_weight_bytes: int = 0
     int4_weight_bytes: int = 0
+    inputs: tuple[Endpoint, ...] = ()
+    outputs: tuple[Endpoint, ...] = ()
+    placements: Placements | None = None
 
     @property
     def precision(self) -> Precision:
@@ -100,6 +108,9 @@ class Artifact:
         contents: What the file says of itself.
         runner: Runs one sample.
         load_ms: Wall time from the path to a runner that is ready, milliseconds.
+        floor_bytes: Bytes that the values of the network it was written from need by themselves; ``None`` for a file
+            that was only loaded.
+        agreement: How far it lay from that network; ``None`` for a file that was not compared.
     """
 
     target: str
@@ -109,6 +120,8 @@ class Artifact:
     contents: Contents
     runner: Runner = field(repr=False)
     load_ms: float
+    floor_bytes: int | None = None
+    agreement: Agreement | None = None
 
     @property
     def precision(self) -> Precision:
@@ -150,6 +163,9 @@ class Artifact:
 
 class Target(Protocol):
     """One module per target offers these names and nothing else is asked of it.
+
+    One whose runtime tells where it runs a file's operations may also offer ``placements(path)``, which gives
+    `Placements` or ``None``.
 
     Attributes:
         SUFFIX: Ending of its files.

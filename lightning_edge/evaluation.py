@@ -14,11 +14,10 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from lightning_edge.errors import EdgeError, ExportError
+from lightning_edge.budget import Budget
+from lightning_edge.errors import BudgetError, EdgeError, ExportError
 from lightning_edge.exporters import (
     TARGETS,
-    Artifact,
-    ExportWarning,
     check_options,
     checks,
     deployable,
@@ -29,9 +28,7 @@ from lightning_edge.exporters import (
 from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.measure import (
-    Agreement,
     Comparison,
-    Latency,
     Timing,
     Tolerance,
     interleaved_latency,
@@ -44,6 +41,7 @@ from lightning_edge.quantization import check_calibration, convert, float_copy, 
 from lightning_edge.quantization.guard import in_words
 from lightning_edge.reference import Reference
 from lightning_edge.report import Report, Row, Source, digest, installed_versions
+from lightning_edge.rows import compared, described, judged, over_budget, recorded, timed, write
 from lightning_edge.surgery import find_network
 from lightning_edge.validation import Validation
 
@@ -68,8 +66,11 @@ def evaluate_module(
     watched: Sequence[Monitor] = (),
     tell: Callable[[str], None] = _log.info,
     name: str = "model",
+    budget: Budget | None = None,
+    max_fallback: float | None = None,
+    recipe: str | None = None,
 ) -> Report:
-    """Export a trained network to every target, validate and time each file, and write the report beside them.
+    """Export a trained network to every target, validate and time each file, and write report and manifest beside them.
 
     The int8 network is the one in the module if it was trained with quantizers; else the trained network is quantized
     after training, from ``calibration``. A target that fails is a row with an error and does not stop the others:
@@ -89,6 +90,9 @@ def evaluate_module(
         watched: What the training watched, the first choice where ``monitor`` is not given.
         tell: Is told what is done next.
         name: How the files are named.
+        budget: What each file may cost; see `raise_over_budget`.
+        max_fallback: Largest share of the multiply-accumulates that a file may leave to its runtime's own CPU kernels.
+        recipe: Text of the configuration, for the manifest.
 
     Raises:
         ValueError: If a target is unknown.
@@ -96,9 +100,10 @@ def evaluate_module(
             report cannot be written.
     """
     check_targets(targets, options)
-    return _Evaluation(
-        validation, Path(dirpath), tolerance or Tolerance(), options or {}, timing or Timing(), tell, name
-    ).run(targets, calibration, baseline, fp32_files, monitor, watched)
+    report = _Evaluation(
+        validation, Path(dirpath), tolerance or Tolerance(), options or {}, timing or Timing(), tell, name, max_fallback
+    ).run(targets, calibration, baseline, fp32_files, monitor, watched, budget)
+    return write(report, Path(dirpath), recipe)
 
 
 def check_targets(targets: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None) -> None:
@@ -132,6 +137,16 @@ def raise_failures(report: Report) -> None:
         raise ExportError(f"{len(report.failures)} of the files could not be made; the report has the others:\n{lines}")
 
 
+def raise_over_budget(report: Report) -> None:
+    """Raise one error that names every file to ship that exceeds its budget.
+
+    Raises:
+        BudgetError: If there is one.
+    """
+    if told := over_budget(report):
+        raise BudgetError("\n".join([*told, "Make the network smaller, or state another budget"]))
+
+
 @final
 class _Evaluation:
     """One evaluation: the rows so far and what each of them is timed by."""
@@ -145,6 +160,7 @@ class _Evaluation:
         timing: Timing,
         tell: Callable[[str], None],
         name: str,
+        max_fallback: float | None,
     ) -> None:
         self._validation = validation
         self._dirpath = dirpath
@@ -153,6 +169,7 @@ class _Evaluation:
         self._timing = timing
         self._tell = tell
         self._name = name
+        self._max_fallback = max_fallback
         self._rows: list[Row] = []
         self._timed: dict[int, Callable[[], object]] = {}
         self._warnings: list[str] = []
@@ -166,6 +183,7 @@ class _Evaluation:
         fp32_files: bool,
         monitor: Monitor | None,
         watched: Sequence[Monitor],
+        budget: Budget | None,
     ) -> Report:
         trained = find_network(self._validation.pl_module, self._validation.module)
         checks.check_numbers(trained)
@@ -192,10 +210,10 @@ class _Evaluation:
         self._time(float_reference.sample)
         monitor = self._compare_quantizations(monitor, watched)
         seed = os.environ.get("PL_GLOBAL_SEED")
-        report = Report(
+        return Report(
             model=type(self._validation.pl_module).__name__,
             split=self._validation.split,
-            rows=tuple(self._rows),
+            rows=tuple(judged(self._rows, budget, monitor)),
             parameters=parameter_count(float_network),
             monitor=monitor.metric if monitor else None,
             warmup=self._timing.warmup,
@@ -207,8 +225,6 @@ class _Evaluation:
             notes=tuple(self._notes),
             versions=installed_versions(),
         )
-        report.write(self._dirpath)
-        return report
 
     def _note_metrics(self) -> None:
         if self._validation.own_step:
@@ -271,16 +287,18 @@ class _Evaluation:
         self._tell(f"Exporting and validating {row.label}")
         try:
             with ExitStack() as stack:
-                with _recorded() as caught:
+                with recorded() as caught:
                     options = options_of(target, network.precision, self._options)
-                    staged = stack.enter_context(stage(network, target, path, threads=self._timing.threads, **options))
+                    row = replace(row, scheme=options.get("scheme"))
+                    given: dict[str, Any] = {"max_fallback": self._max_fallback, **options}
+                    staged = stack.enter_context(stage(network, target, path, threads=self._timing.threads, **given))
                 self._warnings += [f"{row.label}: {warning}" for warning in caught]
-                row = _described(row, staged.artifact)
+                row = described(row, staged.artifact)
                 scales = network.output_scales if network.precision == "int8" else ()
                 comparison = Comparison(scales, class_scores=not reference.reconstructs)
                 metrics = self._validation.run(reference.answers(staged.artifact, comparison))
                 agreement = comparison.result()
-                row = _compared(replace(row, metrics=metrics), agreement)
+                row = compared(replace(row, metrics=metrics), agreement)
                 checks.check_agreement(network, staged.artifact, agreement, self._tolerance_of(options))
                 artifact = staged.accept()
             row = replace(row, path=artifact.path.name, sha256=digest(artifact.path))
@@ -307,7 +325,7 @@ class _Evaluation:
                 {str(index): run for index, run in self._timed.items()}, self._timing.warmup, self._timing.repeats
             )
         for index, latency in found.items():
-            self._rows[int(index)] = _timed(self._rows[int(index)], latency)
+            self._rows[int(index)] = timed(self._rows[int(index)], latency)
 
     def _compare_quantizations(self, monitor: Monitor | None, watched: Sequence[Monitor]) -> Monitor | None:
         rows = {row.source: row for row in self._rows if row.target == "torch" and row.error is None}
@@ -348,52 +366,3 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _recorded() -> Iterator[list[str]]:
-    """Collect what an export warns of, and warn of it all the same; what converters say to each other is dropped."""
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ExportWarning)
-        try:
-            yield messages
-        finally:
-            messages += [str(entry.message) for entry in caught if issubclass(entry.category, ExportWarning)]
-    for message in messages:
-        warnings.warn(message, ExportWarning, stacklevel=2)
-
-
-def _described(row: Row, artifact: Artifact) -> Row:
-    contents = artifact.contents
-    weights = contents.int8_weight_bytes + contents.float_weight_bytes
-    return replace(
-        row,
-        size_bytes=artifact.size_bytes,
-        compressed_bytes=artifact.compressed_bytes,
-        load_ms=artifact.load_ms,
-        planned_memory_bytes=contents.planned_memory_bytes,
-        int8_weight_share=contents.int8_weight_bytes / weights if weights else None,
-        float_ops=(*contents.float_compute_ops, *contents.float_ops) if row.precision == "int8" else None,
-        delegated_ops=contents.delegated_ops,
-        undelegated_ops=contents.undelegated_ops,
-        runtime=artifact.runner.runtime,
-        is_reference=artifact.runner.is_reference,
-    )
-
-
-def _compared(row: Row, agreement: Agreement) -> Row:
-    return replace(
-        row,
-        samples=agreement.samples,
-        top1=agreement.top1,
-        max_steps=agreement.max_steps,
-        mean_steps=agreement.mean_steps,
-        max_relative=agreement.max_relative,
-    )
-
-
-def _timed(row: Row, latency: Latency) -> Row:
-    return replace(
-        row, p50_ms=latency.p50_ms, p95_ms=latency.p95_ms, p99_ms=latency.p99_ms, throughput=latency.throughput
-    )
