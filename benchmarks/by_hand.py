@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_edge import exporters, quantize
 from lightning_edge.errors import EdgeError
 from lightning_edge.measure import interleaved_latency
-from lightning_edge.zoo.cifar10 import read_images
+from lightning_edge.zoo.image_files import read_images
 from lightning_edge.zoo.networks import ResNet8, load_reference_weights
 
 # Takes the float network, calibration images of one batch each, and where to write.

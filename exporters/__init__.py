@@ -9,18 +9,15 @@ logits, = load("artifacts/net.tflite")(images)
 from __future__ import annotations
 
 import copy
-import inspect
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast, final, get_args, get_origin, get_type_hints
+from typing import Any, Self, final
 
 from torch import nn
 
-from lightning_edge.errors import EdgeError, ExportError, RunnerError, check_installed
+from lightning_edge.errors import ExportError
 from lightning_edge.exporters import checks, schemes
 from lightning_edge.exporters.base import (
     Artifact,
@@ -28,18 +25,17 @@ from lightning_edge.exporters.base import (
     Runner,
     Target,
     TensorSpec,
-    compressed_bytes,
-    first_line,
-    import_runtime,
     in_file_form,
     in_plain_order,
-    size_bytes,
 )
 from lightning_edge.exporters.checks import ExportWarning
-from lightning_edge.exporters.isolated import DEFAULT_TIME_LIMIT_S, Isolated
+from lightning_edge.exporters.floor import floor_bytes
+from lightning_edge.exporters.isolated import DEFAULT_TIME_LIMIT_S
+from lightning_edge.exporters.loading import check_running, contents_of, inspect_file, load, open_file, placed
 from lightning_edge.exporters.staging import StagedPath, writing
+from lightning_edge.exporters.targets import TARGETS, check_options, check_target_installed, options_of, target
 from lightning_edge.measure import Tolerance
-from lightning_edge.network import Deployable, Inputs, Precision
+from lightning_edge.network import Deployable, Inputs
 
 __all__ = [
     "TARGETS",
@@ -51,6 +47,7 @@ __all__ = [
     "TensorSpec",
     "check_options",
     "check_target_installed",
+    "contents_of",
     "deployable",
     "export",
     "load",
@@ -58,76 +55,6 @@ __all__ = [
     "stage",
     "target",
 ]
-
-TARGETS = {
-    "executorch": "lightning_edge.exporters.executorch",
-    "coreml": "lightning_edge.exporters.coreml",
-    "tflite": "lightning_edge.exporters.tflite",
-}
-
-
-def target(name: str) -> Target:
-    """Import a target's module.
-
-    Args:
-        name: A key of `TARGETS`.
-
-    Raises:
-        ValueError: If there is no such target.
-    """
-    if name not in TARGETS:
-        raise ValueError(f"target={name!r} is not one of {', '.join(map(repr, TARGETS))}")
-    return cast(Target, import_module(TARGETS[name]))
-
-
-def check_target_installed(name: str) -> None:
-    """Make sure that what a target needs is installed, without importing it.
-
-    Raises:
-        MissingExtraError: Naming the first module that is missing, and how to install it.
-        ValueError: If there is no such target.
-    """
-    module = target(name)
-    for needed in getattr(module, "NEEDS", ()):
-        check_installed(needed, module.EXTRA)
-
-
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that a target does not have, and values that are not of the option's type.
-
-    Raises:
-        ValueError: Naming what was given and what is allowed.
-    """
-    if not options:
-        return
-    write = target(name).write
-    parameters = inspect.signature(write).parameters.values()
-    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    for option, value in options.items():
-        if option not in allowed:
-            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(allowed) or 'none'}")
-        hint = get_type_hints(write)[option]
-        choices = [get_args(kind) for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
-        if choices and value is not None and value not in choices[0]:
-            raise ValueError(f"{name}: {option}={value!r} is not one of {choices[0]}")
-        if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{name}: {option}={value!r} is not a whole number")
-
-
-def options_of(name: str, precision: Precision, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Give a target's options for a file of this precision.
-
-    Args:
-        name: A key of `TARGETS`.
-        precision: Precision of the file; a float one has no part in what says something of int8 networks only.
-        options: Options by target.
-    """
-    chosen = dict(options.get(name, {}))
-    if precision == "fp32" and chosen:
-        chosen = {option: value for option, value in chosen.items() if option not in target(name).INT8_OPTIONS}
-    if precision == "int8":
-        chosen.pop("scheme", None)
-    return chosen
 
 
 def deployable(model: nn.Module, inputs: Any = None) -> Deployable:
@@ -212,6 +139,7 @@ def stage(
     threads: int = 1,
     isolated: bool = True,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    max_fallback: float | None = None,
     **options: Any,
 ) -> Staged:
     """Write a network beside ``path``, read back what the file holds, and load it.
@@ -224,6 +152,7 @@ def stage(
         threads: Threads to run it with.
         isolated: As for `load`.
         time_limit_s: As for `load`.
+        max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run outside the target's delegate.
         options: The target's own options.
 
     Returns:
@@ -238,7 +167,8 @@ def stage(
     path = Path(path)
     _check_path(path, target, module)
     check_options(target, options)
-    _check_running(threads, time_limit_s)
+    check_running(threads, time_limit_s)
+    checks.check_share(max_fallback)
     network = deployable(model, inputs)
     checks.check_activations(network, target, module.ACTIVATION_BITS)
     scheme = options.get("scheme")
@@ -248,12 +178,14 @@ def stage(
     try:
         with writing(path):
             module.write(in_file_form(network), place.staged, **options)
-        contents = _inspect(module, place.staged, path.name)
+        contents = inspect_file(module, place.staged, path.name)
         checks.check_contents(network, contents, target)
         if scheme is not None:
             checks.tell_of(target, schemes.check_scheme(contents, scheme, target))
-        artifact = _open(target, module, place.staged, contents, threads, isolated, time_limit_s)
-        return Staged(network, artifact, place)
+        contents = placed(module, place.staged, contents)
+        checks.check_fallback(contents.placements, max_fallback, target)
+        artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
+        return Staged(network, replace(artifact, floor_bytes=floor_bytes(network, scheme)), place)
     except BaseException:
         place.discard()
         raise
@@ -270,6 +202,7 @@ def export(
     threads: int = 1,
     isolated: bool = True,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    max_fallback: float | None = None,
     **options: Any,
 ) -> Artifact:
     """Write a network for a target, prove it, and put the file in place.
@@ -288,6 +221,8 @@ def export(
         threads: Threads to run it with.
         isolated: As for `load`.
         time_limit_s: As for `load`.
+        max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run on the runtime's own CPU kernels
+            and not in the target's delegate; any if not given.
         options: The target's own options; for a float network also ``scheme="fp16"``, ``"int8_weight_only"``,
             ``"int4_weight_only"``, ``"int8_dynamic"`` or ``"int4_dynamic"``, as far as the target has it.
 
@@ -306,76 +241,11 @@ def export(
         scheme = options.get("scheme")
         allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
         checks.check_agreement(staged.network, staged.artifact, agreement, allowed)
-        return staged.accept()
-
-
-def load(
-    path: str | Path, *, threads: int = 1, isolated: bool = True, time_limit_s: float = DEFAULT_TIME_LIMIT_S
-) -> Artifact:
-    """Load an exported file; its suffix says the target.
-
-    Args:
-        path: The file, or the folder of a Core ML package.
-        threads: Threads to run it with.
-        isolated: Whether its runtime gets a process of its own, which ends with the artifact: what crashes there is a
-            `RunnerError` here. With ``False`` it starts sooner, a call is not sent anywhere, and a crash is one of this
-            process. Core ML's reference interpreter has no process of its own either way.
-        time_limit_s: Seconds that loading the file, or running one sample, may take before the process is ended; means
-            nothing without one.
-
-    Raises:
-        RunnerError: If it is missing, cut short, or not what its suffix says.
-        ValueError: If the suffix belongs to no target, or an argument is not allowed.
-    """
-    path = Path(path)
-    name = next((name for name in TARGETS if path.suffix == target(name).SUFFIX), None)
-    if name is None:
-        known = ", ".join(f"{target(name).SUFFIX} ({name})" for name in TARGETS)
-        raise ValueError(f"{path} has the suffix {path.suffix!r}; load() reads {known}")
-    _check_running(threads, time_limit_s)
-    if not path.exists():
-        raise RunnerError(f"{path} does not exist; export() writes it")
-    module = target(name)
-    return _open(name, module, path, _inspect(module, path, path.name), threads, isolated, time_limit_s)
+        return replace(staged.accept(), agreement=agreement)
 
 
 # `stage` and `export` take an argument of that name.
 _target = target
-
-
-def _inspect(module: Target, path: Path, name: str) -> Contents:
-    try:
-        return module.inspect(path)
-    except EdgeError:
-        raise
-    except Exception as error:
-        raise RunnerError(f"{name} is no {module.SUFFIX} file: {first_line(error)}. Export it again") from error
-
-
-def _open(
-    name: str,
-    module: Target,
-    path: Path,
-    contents: Contents,
-    threads: int,
-    isolated: bool,
-    time_limit_s: float,
-) -> Artifact:
-    runner: Runner
-    try:
-        if isolated and not getattr(module, "IN_PROCESS", False):
-            runner = Isolated(TARGETS[name], path, threads, time_limit_s)
-            load_ms = runner.load_ms
-        else:
-            import_runtime(module)
-            start = time.perf_counter()
-            runner = module.open(path, threads)
-            load_ms = (time.perf_counter() - start) * 1000
-    except EdgeError:
-        raise
-    except Exception as error:
-        raise RunnerError(f"{path.name} does not load: {first_line(error)}. Export it again") from error
-    return Artifact(name, path, size_bytes(path), compressed_bytes(path), contents, runner, load_ms)
 
 
 def _check_path(path: Path, name: str, module: Target) -> None:
@@ -383,10 +253,3 @@ def _check_path(path: Path, name: str, module: Target) -> None:
         raise ValueError(f"path={str(path)!r} has the suffix {path.suffix!r}; {name} writes {module.SUFFIX}")
     if path.is_dir() and name != "coreml":
         raise ExportError(f"cannot write {path}: a folder is there. Remove it or choose another name.")
-
-
-def _check_running(threads: int, time_limit_s: float) -> None:
-    if threads < 1:
-        raise ValueError(f"threads={threads!r} is not allowed; give 1 or more")
-    if not time_limit_s > 0:
-        raise ValueError(f"time_limit_s={time_limit_s!r} is not allowed; give more than 0 seconds")

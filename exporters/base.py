@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import EdgeError, ExportError, RunnerError, require
+from lightning_edge.measure import Agreement
 from lightning_edge.network import Deployable, Inputs, Precision
 
 _OPERATOR = re.compile(r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*")
@@ -40,6 +42,9 @@ class Contents:
         planned_memory_bytes: Memory the file plans for activations, ``None`` where it does not tell.
         palette_weight_bytes: Bytes of such weights stored as indices into a table of values, without the tables.
         sparse_weight_bytes: Bytes of such weights stored as their values that are not zero and one bit for each place.
+        inputs: What the file takes, in its own order and layout.
+        outputs: What it gives.
+        placements: Where its operations run, as far as the file tells; ``None`` where it does not.
     """
 
     int8_weight_bytes: int
@@ -54,6 +59,9 @@ class Contents:
     int4_weight_bytes: int = 0
     palette_weight_bytes: int = 0
     sparse_weight_bytes: int = 0
+    inputs: tuple[Endpoint, ...] = ()
+    outputs: tuple[Endpoint, ...] = ()
+    placements: Placements | None = None
 
     @property
     def precision(self) -> Precision:
@@ -104,6 +112,9 @@ class Artifact:
         contents: What the file says of itself.
         runner: Runs one sample.
         load_ms: Wall time from the path to a runner that is ready, milliseconds.
+        floor_bytes: Bytes that the values of the network it was written from need by themselves; ``None`` for a file
+            that was only loaded.
+        agreement: How far it lay from that network; ``None`` for a file that was not compared.
     """
 
     target: str
@@ -113,6 +124,8 @@ class Artifact:
     contents: Contents
     runner: Runner = field(repr=False)
     load_ms: float
+    floor_bytes: int | None = None
+    agreement: Agreement | None = None
 
     @property
     def precision(self) -> Precision:
@@ -157,6 +170,8 @@ class Target(Protocol):
 
     A target may also say ``RUNTIME``, the modules that running a file takes, so that importing them is no part of
     loading it, and ``IN_PROCESS = True`` if this package's own code runs its files, which needs no process of its own.
+    One whose runtime tells where it runs a file's operations may also offer ``placements(path)``, which gives
+    `Placements` or ``None``.
 
     Attributes:
         SUFFIX: Ending of its files.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lightning_edge.anatomy import Placements
 from lightning_edge.errors import AgreementError, ExportError
 from lightning_edge.exporters.base import Artifact, Contents, sort_keywords, stack
 from lightning_edge.measure import Agreement, Comparison, Tolerance
@@ -20,6 +21,12 @@ class ExportWarning(UserWarning):
     """A file runs, but not all of it the way an int8 file for this target should."""
 
 
+_TOLD = {
+    "the file": "the file says",
+    "the runtime": "the runtime says",
+    "compute plan": "the compute plan says",
+    "op support": "the runtime's list of supported operations says",
+}
 _DIVERGED = "Look at the loss for divergence, and take a checkpoint from before it."
 # How many matrix products one operation is, and the position of its first factor.
 _PRODUCTS = {
@@ -137,6 +144,50 @@ def check_contents(network: Deployable, contents: Contents, target: str) -> None
     if contents.float_compute_ops or contents.float_ops:
         names = _counted((*contents.float_compute_ops, *contents.float_ops))
         _warn(target, f"an int8 file, but these operations in it compute in float: {names}")
+
+
+def check_fallback(placements: Placements | None, limit: float | None, target: str) -> None:
+    """Make sure that no more of a file's work than allowed falls back to the runtime's own CPU kernels.
+
+    Args:
+        placements: Where its operations run; ``None`` where nothing tells.
+        limit: Largest share of the multiply-accumulates, 0 to 1; ``None`` for any.
+        target: Name of the target, for the message.
+
+    Raises:
+        ExportError: If more does; with the operations, the costliest first.
+    """
+    share = None if placements is None else placements.fallback_share
+    if placements is None or share is None:
+        if limit is not None:
+            _warn(
+                target,
+                f"max_fallback={limit} cannot be checked here: only the device's own runtime tells what it runs where",
+            )
+        return
+    if not placements.fallback:
+        return
+    ops = ", ".join(f"{entry.count} x {entry.op} ({entry.macs:,} MACs)" for entry in placements.fallback)
+    told = f"{share:.1%} of the multiply-accumulates run outside the delegate, as {_TOLD[placements.told_by]}"
+    if limit is not None and share > limit:
+        raise ExportError(
+            f"{target}: {told}, and max_fallback={limit} allows {limit:.1%}: {ops}. Replace these operations by ones "
+            "that the delegate has, leave the target out, or allow more."
+        )
+    if placements.told_by != "the file":  # check_contents has told of these
+        _warn(target, f"{told}: {ops}")
+
+
+def check_share(max_fallback: float | None) -> None:
+    """Refuse a share that is none.
+
+    Raises:
+        ValueError: If it is not between 0 and 1.
+    """
+    if max_fallback is not None and not 0 <= max_fallback <= 1:
+        raise ValueError(
+            f"max_fallback={max_fallback!r} is not allowed; give a share from 0 to 1, or None for no limit"
+        )
 
 
 def float_products(graph: torch.nn.Module) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.export.graph_signature import ConstantArgument
 
+from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import ExportError, RunnerError
+from lightning_edge.exporters import coreml_placement
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
 from lightning_edge.exporters.mil_ops import DTYPES, MOVES
@@ -48,6 +50,7 @@ _WEIGHTS: dict[str, tuple[str, ...]] = {
 _SPARSE_FROM = 0.1
 # An activation that clips is part of the operation before it: the quantizer behind it clips anyway.
 _CLIPS = frozenset({"relu", "relu6", "clip"})
+_DTYPE_NAMES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 # The converter knows where() with tensors, but not with a number on its right.
@@ -170,6 +173,11 @@ def inspect(path: Path) -> Contents:
     return contents(read(path))
 
 
+def placements(path: Path) -> Placements | None:
+    """Ask Core ML's compute plan where it would run the operations of a package; ``None`` away from macOS."""
+    return coreml_placement.by_plan(path, read(path))
+
+
 def contents(program: Program) -> Contents:
     """Count the weights and the float operations of a program; see `inspect`."""
     makers = {output: operation for operation in program.operations for output in operation.outputs}
@@ -199,6 +207,19 @@ def contents(program: Program) -> Contents:
         int4_weight_bytes=sum(weights["int4"].values()),
         palette_weight_bytes=sum(weights["palette"].values()),
         sparse_weight_bytes=sum(weights["sparse"].values()),
+        inputs=_endpoints(program.inputs),
+        outputs=_endpoints(program.outputs),
+        placements=coreml_placement.by_support(
+            program, {operation for operation in program.operations if _computes_float(operation, makers)}
+        ),
+    )
+
+
+def _endpoints(values: Iterable[Any]) -> tuple[Endpoint, ...]:
+    return tuple(
+        Endpoint(value.name, value.shape, _DTYPE_NAMES.get(value.dtype, value.dtype))
+        for value in values
+        if isinstance(value, Variable)
     )
 
 

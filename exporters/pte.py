@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_edge import macs
+from lightning_edge.anatomy import Endpoint, Place, Placements
 from lightning_edge.errors import require
 from lightning_edge.exporters.base import Contents
 
@@ -30,6 +32,17 @@ _MOVES = frozenset({"Convert", "Copy", "StaticTranspose", "StaticReshape", "Stat
 _FLOATS = frozenset({"fp32", "fp16", "bf16", "pfp32"})
 _INT8 = frozenset({"qint8", "quint8", "qcint8"})
 _INT4 = frozenset({"qcint4", "qbint4"})
+# ExecuTorch's names of types where PyTorch has others.
+_DTYPES = {
+    "BYTE": "uint8",
+    "CHAR": "int8",
+    "SHORT": "int16",
+    "INT": "int32",
+    "LONG": "int64",
+    "HALF": "float16",
+    "FLOAT": "float32",
+    "DOUBLE": "float64",
+}
 _KERNEL_PRODUCTS = re.compile(r"aten::(convolution|linear|addmm|mm|bmm|baddbmm|matmul)\b")
 _KERNEL_MOVES = re.compile(
     r"aten::(view|permute|transpose|t|clone|copy|slice|select|cat|expand|squeeze|unsqueeze|_to_copy|to|split|unbind|stack|"
@@ -50,6 +63,7 @@ class _Tally:
     float_other: list[str] = field(default_factory=list)
     delegated: int = 0
     undelegated: list[str] = field(default_factory=list)
+    places: list[tuple[str, Place, int]] = field(default_factory=list)
 
 
 def read(path: Path) -> Contents:
@@ -85,6 +99,19 @@ def read(path: Path) -> Contents:
         planned_memory_bytes=planned,
         half_weight_bytes=sum(tally.half_weights.values()),
         int4_weight_bytes=sum(tally.int4_weights.values()),
+        inputs=_endpoints(program.execution_plan[0], "inputs"),
+        outputs=_endpoints(program.execution_plan[0], "outputs"),
+        placements=Placements.of("the file", tally.places),
+    )
+
+
+def _endpoints(plan: Any, side: str) -> tuple[Endpoint, ...]:
+    """What the first method takes or gives: in float as written here, since XNNPACK quantizes inside its graphs."""
+    tensors = [plan.values[index].val for index in getattr(plan, side)]
+    return tuple(
+        Endpoint(None, tuple(tensor.sizes), _DTYPES.get(tensor.scalar_type.name, tensor.scalar_type.name.lower()))
+        for tensor in tensors
+        if type(tensor).__name__ == "Tensor"
     )
 
 
@@ -121,15 +148,18 @@ def _graph(payload: bytes) -> dict[str, Any]:
 
 def _count_graph(graph: dict[str, Any], name: str, tally: _Tally) -> None:
     values: dict[int, tuple[str, int]] = {}
+    shapes: dict[int, list[int]] = {}
     for value in graph["xvalues"]:
         tensor = value["xvalue_union"]
         tensor = tensor.get("tensor_value", tensor)
         values[tensor["id_out"]] = (tensor["datatype"].removeprefix("xnn_datatype_"), tensor["constant_buffer_idx"])
+        shapes[tensor["id_out"]] = tensor["dims"]
     for node in graph["xnodes"]:
         kind = node["xnode_union_type"].removeprefix(_NODE)
         fields = node["xnode_union"]
         tally.ops[kind] += 1
         tally.delegated += 1
+        tally.places.append((kind, "delegate", _node_macs(kind, fields, shapes)))
         if kind in _PRODUCTS:
             left, right = _PRODUCTS[kind]
             if values[fields[left]][0] in _FLOATS or values[fields[right]][0] in _FLOATS:
@@ -154,6 +184,7 @@ def _count_kernel(plan: Any, program: Any, call: Any, tally: _Tally) -> None:
     tally.ops[name] += 1
     tally.undelegated.append(name)
     tensors = [tensor for index in call.args for tensor in _tensors(plan, index)]
+    tally.places.append((name, "cpu", _kernel_macs(name, plan, call.args)))
     is_float = any(tensor.scalar_type.name in ("FLOAT", "HALF", "DOUBLE", "BFLOAT16") for tensor in tensors)
     if not is_float:
         return
@@ -174,3 +205,37 @@ def _tensors(plan: Any, index: int) -> Iterator[Any]:
     elif type(value).__name__ == "TensorList":
         for item in value.items:
             yield from _tensors(plan, item)
+
+
+def _node_macs(kind: str, fields: dict[str, Any], shapes: dict[int, list[int]]) -> int:
+    """Multiply-accumulates of one of XNNPACK's nodes."""
+    if kind not in _PRODUCTS:
+        return 0
+    left, right = (shapes[fields[name]] for name in _PRODUCTS[kind])
+    if kind == "ScaledDotProductAttention":
+        return macs.attention(left, right, shapes[fields["value_id"]])
+    output = shapes[fields["output_id"]]
+    if kind == "ConvTranspose2d":
+        channels = fields["groups"] * fields["group_input_channels"]
+        return macs.transposed_convolution(left, right, channels)
+    if kind.endswith("Conv2d"):
+        return macs.convolution(output, right, fields["groups"] * fields["group_output_channels"])
+    if kind == "FullyConnected":
+        return macs.convolution(output, right, output[-1])
+    return macs.product(output, left[-1])
+
+
+def _kernel_macs(name: str, plan: Any, arguments: Any) -> int:
+    """Multiply-accumulates of one call of ExecuTorch's own kernels; the last argument is the output."""
+    if not (found := _KERNEL_PRODUCTS.match(name)):
+        return 0
+    values = [plan.values[index].val for index in arguments]
+    shapes = [value.sizes if type(value).__name__ == "Tensor" else [] for value in values]
+    kind = found.group(1)
+    if kind == "convolution":
+        data, weight, output = shapes[0], shapes[1], shapes[-1]
+        if getattr(values[6], "bool_val", False):
+            return macs.transposed_convolution(data, weight, weight[0])
+        return macs.convolution(output, weight, weight[0])
+    factor = shapes[1] if kind in ("addmm", "baddbmm") else shapes[0]
+    return macs.product(shapes[-1], factor[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_edge.anatomy import Placements
 from lightning_edge.errors import ExportError, require
-from lightning_edge.exporters import float_layers, tflite_graph
+from lightning_edge.exporters import float_layers, tflite_graph, tflite_placement
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
 from lightning_edge.network import Deployable, Inputs
 
@@ -81,7 +83,12 @@ def inspect(path: Path) -> Contents:
     Raises:
         ValueError: If it is not a whole TensorFlow Lite file.
     """
-    return tflite_graph.contents(path)
+    return replace(tflite_graph.contents(path), placements=tflite_placement.by_support(path))
+
+
+def placements(path: Path) -> Placements | None:
+    """Ask LiteRT which operations of a file it hands to its XNNPACK delegate; ``None`` if it does not tell."""
+    return tflite_placement.by_runtime(path)
 
 
 def open(path: Path, threads: int) -> Runner:

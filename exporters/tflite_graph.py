@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_edge.anatomy import Endpoint
 from lightning_edge.errors import require
 from lightning_edge.exporters.base import Contents
 
 _EXTRA = "tflite"
 _IDENTIFIER = b"TFL3"
 # Operations that multiply by weights or matrices, with the positions of their two factors.
-_PRODUCTS = {
+PRODUCTS = {
     "CONV_2D": (0, 1),
     "DEPTHWISE_CONV_2D": (0, 1),
     "FULLY_CONNECTED": (0, 1),
@@ -118,10 +119,10 @@ def contents(path: Path) -> Contents:
             ops[name] += 1
             tensors = [graph.tensors[index] for index in (*op.inputs, *op.outputs) if index >= 0]
             is_float = any(tensor.type in floats for tensor in tensors)
-            if name in _PRODUCTS:
+            if name in PRODUCTS:
                 if is_float:
                     float_compute.append(name)
-                for position in _PRODUCTS[name]:
+                for position in PRODUCTS[name]:
                     weight = _stored(model, graph, produced, op.inputs[position])
                     if weight is not None:
                         kind = "float" if weight.type in floats else "int4" if weight.type in int4 else "int8"
@@ -137,7 +138,38 @@ def contents(path: Path) -> Contents:
         float_ops=tuple(float_other),
         half_weight_bytes=sum(bytes_of["half"].values()),
         int4_weight_bytes=sum(bytes_of["int4"].values()),
+        inputs=_endpoints(model, "inputs"),
+        outputs=_endpoints(model, "outputs"),
     )
+
+
+def _endpoints(model: Any, side: str) -> tuple[Endpoint, ...]:
+    """What the first graph takes or gives, by the names of its signature where it has one."""
+    graph = model.subgraphs[0]
+    entries = getattr(model.signatureDefs[0], side) if model.signatureDefs else []
+    names = {int(entry.tensorIndex): entry.name for entry in entries}
+    found = []
+    for index in getattr(graph, side):
+        tensor = graph.tensors[index]
+        name = names.get(int(index), tensor.name)
+        quantization = tensor.quantization
+        scaled = quantization is not None and quantization.scale is not None and len(quantization.scale) == 1
+        found.append(
+            Endpoint(
+                name.decode() if isinstance(name, bytes) else name,
+                tuple(int(size) for size in ([] if tensor.shape is None else tensor.shape)),
+                dtype_name(tensor.type),
+                float(quantization.scale[0]) if scaled else None,
+                int(quantization.zeroPoint[0]) if scaled else None,
+            )
+        )
+    return tuple(found)
+
+
+def dtype_name(number: int) -> str:
+    """Name a type of the schema as PyTorch does."""
+    types = vars(_schema().TensorType)
+    return next((str(name).lower() for name, value in types.items() if value == number), f"type {number}")
 
 
 def op_name(model: Any, op: Any) -> str:

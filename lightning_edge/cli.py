@@ -22,19 +22,20 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import nn
 
-from lightning_edge import exporters, record
+from lightning_edge import exporters, record, verification
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
-from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
+from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback, recipe_of
 from lightning_edge.errors import EdgeError
-from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures
+from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures, raise_over_budget
 from lightning_edge.exporters import Artifact, deployable
 from lightning_edge.exporters.base import first_line
-from lightning_edge.mistakes import explain
+from lightning_edge.mistakes import cause, explain
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import float_copy, is_quantized
 from lightning_edge.quantization.network import CHILD
 from lightning_edge.record import load_compressed
 from lightning_edge.report import Report
+from lightning_edge.rows import of_artifact, write_manifest
 from lightning_edge.surgery import find_network
 from lightning_edge.validation import Split, Validation, calibration_inputs
 
@@ -123,13 +124,16 @@ class EdgeTrainer(Trainer):
         loaders = _loader(datamodule or model, "val_dataloader")
         inputs = calibration_inputs(model, loaders, batches, name, datamodule)
         finished = deployable(network, None if is_quantized(network) else inputs[0])
-        artifacts = []
+        artifacts, rows = [], []
         for target in settings.targets:
             path = Path(settings.dirpath) / f"model-{finished.precision}{exporters.target(target).SUFFIX}"
             options = exporters.options_of(target, finished.precision, settings.options)
-            artifact = exporters.export(finished, target, path, batches=inputs, tolerance=settings.tolerance, **options)
+            given: dict[str, Any] = {"tolerance": settings.tolerance, "max_fallback": settings.max_fallback, **options}
+            artifact = exporters.export(finished, target, path, batches=inputs, **given)
             print(f"{path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
+            rows.append(of_artifact(artifact, options.get("scheme")))
             artifacts.append(artifact)
+        write_manifest(Report(type(model).__name__, "validate", rows), Path(settings.dirpath), recipe_of(self))
         return artifacts
 
     def evaluate(
@@ -154,7 +158,7 @@ class EdgeTrainer(Trainer):
             split: The loop that gives the metrics, ``validate`` without a callback.
 
         Raises:
-            EdgeError: If the checkpoint does not load or a file cannot be made; the report has the others.
+            EdgeError: If the checkpoint does not load, a file cannot be made or is over its budget; the report has all.
             ValueError: If a target is unknown.
         """
         settings = self._settings(targets, dirpath)
@@ -183,9 +187,13 @@ class EdgeTrainer(Trainer):
             fp32_files=settings.fp32_files,
             monitor=settings.monitor,
             tell=print,
+            budget=settings.budget,
+            max_fallback=settings.max_fallback,
+            recipe=recipe_of(self),
         )
         Console().print(report.table())
         raise_failures(report)
+        raise_over_budget(report)
         return report
 
     def _load(
@@ -247,6 +255,7 @@ class EdgeCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Build one parser, whose ``--config`` also takes ``recipe:<name>``."""
         kwargs.setdefault("dump_header", None)
+        kwargs.setdefault("epilog", "lightning-edge verify FOLDER checks exported files against their manifest.")
         parser = self.parser_class(**kwargs)
         help_text = "Configuration file in YAML or JSON, or recipe:<name>. May be given several times."
         parser.add_argument("-c", "--config", action=_ConfigFile, help=help_text)
@@ -269,7 +278,7 @@ class EdgeCLI(LightningCLI):
         except (TypeError, ValueError, MisconfigurationException) as error:
             if _debugging():
                 raise
-            sys.stderr.write(f"error: {_cause(error)}\n")
+            sys.stderr.write(f"error: {cause(error)}\n")
             sys.exit(2)
 
     def before_export(self) -> None:
@@ -312,6 +321,9 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 for a mistake in the arguments, 1 for a failure of our own making.
     """
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["verify"]:  # of files alone: no configuration, no Trainer
+        sys.exit(verification.main(given[1:]))
     try:
         EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)
     except Exception as error:
@@ -378,17 +390,3 @@ def _float_network(ckpt_path: str, network: nn.Module) -> nn.Module | None:
 def _debugging() -> bool:
     """Whether jsonargparse's own switch asks for tracebacks."""
     return os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true"
-
-
-def _cause(error: BaseException) -> str:
-    """Say what was raised first, and by the constructor of which class: jsonargparse wraps it once for every type."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    owner, traceback = "", error.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame
-        if frame.f_code.co_name == "__init__" and "self" in frame.f_locals:
-            name = type(frame.f_locals["self"]).__name__
-            owner = owner if name.startswith("_") or str(error).startswith(name) else f"{name}: "
-        traceback = traceback.tb_next
-    return f"{owner}{error}"

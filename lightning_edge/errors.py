@@ -6,6 +6,8 @@ EdgeError
 ├── ExportError           a target could not write the network, or wrote something else than was asked
 │   └── AgreementError    the exported file computes something else than the network it came from
 ├── RunnerError           an exported file does not load or does not run
+├── BudgetError           a file is larger, slower or less accurate than its budget allows
+├── ManifestError         the manifest of a folder cannot be read, or does not say what a manifest says
 └── MissingExtraError     an optional package is not installed (also an ImportError)
 
 Bad argument values stay ``ValueError`` and ``TypeError``. Every message says what was given, what is
@@ -41,6 +43,14 @@ class AgreementError(ExportError):
 
 class RunnerError(EdgeError):
     """An exported file does not load or does not run."""
+
+
+class BudgetError(EdgeError):
+    """A file is larger, slower or less accurate than its budget allows."""
+
+
+class ManifestError(EdgeError):
+    """The manifest of a folder cannot be read, or does not say what a manifest says."""
 
 
 class MissingExtraError(EdgeError, ImportError):

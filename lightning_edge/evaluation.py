@@ -14,7 +14,8 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from lightning_edge.errors import EdgeError, ExportError
+from lightning_edge.budget import Budget
+from lightning_edge.errors import BudgetError, EdgeError, ExportError
 from lightning_edge.exporters import (
     TARGETS,
     check_options,
@@ -42,7 +43,7 @@ from lightning_edge.quantization import check_calibration, convert, float_copy, 
 from lightning_edge.quantization.guard import in_words
 from lightning_edge.reference import Reference
 from lightning_edge.report import Report, Row, Source, digest, installed_versions
-from lightning_edge.rows import compared, described, recorded, timed
+from lightning_edge.rows import compared, described, judged, over_budget, recorded, timed, write
 from lightning_edge.surgery import find_network
 from lightning_edge.validation import Validation
 
@@ -67,8 +68,11 @@ def evaluate_module(
     watched: Sequence[Monitor] = (),
     tell: Callable[[str], None] = _log.info,
     name: str = "model",
+    budget: Budget | None = None,
+    max_fallback: float | None = None,
+    recipe: str | None = None,
 ) -> Report:
-    """Export a trained network to every target, validate and time each file, and write the report beside them.
+    """Export a trained network to every target, validate and time each file, and write report and manifest beside them.
 
     The int8 network is the one in the module if it was trained with quantizers; else the trained network is quantized
     after training, from ``calibration``. A target that fails is a row with an error and does not stop the others:
@@ -88,6 +92,9 @@ def evaluate_module(
         watched: What the training watched, the first choice where ``monitor`` is not given.
         tell: Is told what is done next.
         name: How the files are named.
+        budget: What each file may cost; see `raise_over_budget`.
+        max_fallback: Largest share of the multiply-accumulates that a file may leave to its runtime's own CPU kernels.
+        recipe: Text of the configuration, for the manifest.
 
     Raises:
         ValueError: If a target is unknown.
@@ -95,9 +102,10 @@ def evaluate_module(
             report cannot be written.
     """
     check_targets(targets, options)
-    return _Evaluation(
-        validation, Path(dirpath), tolerance or Tolerance(), options or {}, timing or Timing(), tell, name
-    ).run(targets, calibration, baseline, fp32_files, monitor, watched)
+    report = _Evaluation(
+        validation, Path(dirpath), tolerance or Tolerance(), options or {}, timing or Timing(), tell, name, max_fallback
+    ).run(targets, calibration, baseline, fp32_files, monitor, watched, budget)
+    return write(report, Path(dirpath), recipe)
 
 
 def check_targets(targets: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None) -> None:
@@ -131,6 +139,16 @@ def raise_failures(report: Report) -> None:
         raise ExportError(f"{len(report.failures)} of the files could not be made; the report has the others:\n{lines}")
 
 
+def raise_over_budget(report: Report) -> None:
+    """Raise one error that names every file to ship that exceeds its budget.
+
+    Raises:
+        BudgetError: If there is one.
+    """
+    if told := over_budget(report):
+        raise BudgetError("\n".join([*told, "Make the network smaller, or state another budget"]))
+
+
 @final
 class _Evaluation:
     """One evaluation: the rows so far and what each of them is timed by."""
@@ -144,6 +162,7 @@ class _Evaluation:
         timing: Timing,
         tell: Callable[[str], None],
         name: str,
+        max_fallback: float | None,
     ) -> None:
         self._validation = validation
         self._dirpath = dirpath
@@ -152,6 +171,7 @@ class _Evaluation:
         self._timing = timing
         self._tell = tell
         self._name = name
+        self._max_fallback = max_fallback
         self._rows: list[Row] = []
         self._timed: dict[int, Callable[[], int]] = {}
         self._warnings: list[str] = []
@@ -165,6 +185,7 @@ class _Evaluation:
         fp32_files: bool,
         monitor: Monitor | None,
         watched: Sequence[Monitor],
+        budget: Budget | None,
     ) -> Report:
         trained = find_network(self._validation.pl_module, self._validation.module)
         checks.check_numbers(trained)
@@ -191,10 +212,10 @@ class _Evaluation:
         self._time(float_reference.sample)
         monitor = self._compare_quantizations(monitor, watched)
         seed = os.environ.get("PL_GLOBAL_SEED")
-        report = Report(
+        return Report(
             model=type(self._validation.pl_module).__name__,
             split=self._validation.split,
-            rows=tuple(self._rows),
+            rows=tuple(judged(self._rows, budget, monitor)),
             parameters=parameter_count(float_network),
             monitor=monitor.metric if monitor else None,
             warmup=self._timing.warmup,
@@ -206,8 +227,6 @@ class _Evaluation:
             notes=tuple(self._notes),
             versions=installed_versions(),
         )
-        report.write(self._dirpath)
-        return report
 
     def _note_metrics(self) -> None:
         if self._validation.own_step:
@@ -273,9 +292,11 @@ class _Evaluation:
             with ExitStack() as stack:
                 with recorded() as caught:
                     options = options_of(target, network.precision, self._options)
+                    row = replace(row, scheme=options.get("scheme"))
                     running: dict[str, Any] = {
                         "threads": self._timing.threads,
                         "time_limit_s": self._timing.time_limit_s,
+                        "max_fallback": self._max_fallback,
                     }
                     staged = stack.enter_context(stage(network, target, path, **running, **options))
                 self._warnings += [f"{row.label}: {warning}" for warning in caught]

@@ -170,3 +170,17 @@ def _offered(module: str) -> list[str]:
 def _types(text: str) -> str:
     """Write types as a user of YAML does."""
     return re.sub(r"<class '([^']+)'>", r"\1", text).replace("NoneType", "null").replace("typing.", "")
+
+
+def cause(error: BaseException) -> str:
+    """Say what was raised first, and by the constructor of which class: jsonargparse wraps it once for every type."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    owner, traceback = "", error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_name == "__init__" and "self" in frame.f_locals:
+            name = type(frame.f_locals["self"]).__name__
+            owner = owner if name.startswith("_") or str(error).startswith(name) else f"{name}: "
+        traceback = traceback.tb_next
+    return f"{owner}{error}"

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_edge import rendering
+from lightning_edge.anatomy import Endpoint, Placements
+from lightning_edge.budget import Verdict
 from lightning_edge.errors import EdgeError
 
 if TYPE_CHECKING:
@@ -69,6 +71,13 @@ class Row:
         undelegated_ops: Names of operations left to the runtime's own kernels.
         runtime: What ran it.
         is_reference: Whether that is a reference interpreter, whose latency means nothing for the target.
+        scheme: How a float network's weights are stored, if in fewer bits.
+        floor_bytes: Bytes that the network's values need by themselves, whatever the format.
+        inputs: What the file takes, read from the file.
+        outputs: What it gives.
+        sample: What `load` takes for one sample, in the network's own layout.
+        placements: Where the file's operations run.
+        budget: Whether it keeps its budget, if there is one.
     """
 
     target: str
@@ -98,6 +107,13 @@ class Row:
     undelegated_ops: Sequence[str] | None = None
     runtime: str | None = None
     is_reference: bool = False
+    scheme: str | None = None
+    floor_bytes: int | None = None
+    inputs: Sequence[Endpoint] = ()
+    outputs: Sequence[Endpoint] = ()
+    sample: Sequence[Endpoint] = ()
+    placements: Placements | None = None
+    budget: Verdict | None = None
 
     @property
     def label(self) -> str:
@@ -105,6 +121,23 @@ class Row:
         if self.precision == "fp32":
             return f"{self.target} fp32"
         return f"{self.target} int8 ({self.source})"
+
+    @property
+    def floor_ratio(self) -> float | None:
+        """Bytes on disk over the floor."""
+        return self.size_bytes / self.floor_bytes if self.size_bytes and self.floor_bytes else None
+
+    @property
+    def fallback_share(self) -> float | None:
+        """Share of the multiply-accumulates that run outside the target's delegate or accelerator."""
+        return None if self.placements is None else self.placements.fallback_share
+
+    @property
+    def within_budget(self) -> bool | None:
+        """Whether it keeps its budget; ``None`` where there is none or it cannot be told."""
+        if self.budget is None or self.budget.status == "not measurable":
+            return None
+        return self.budget.status == "within"
 
 
 @dataclass(frozen=True)
@@ -146,6 +179,13 @@ class Report:
         """Rows of files that could not be made."""
         return [row for row in self.rows if row.error is not None]
 
+    @property
+    def over_budget(self) -> list[Row]:
+        """Rows of the files to ship that exceed their budget; a float file beside int8 ones is only their baseline."""
+        files = [row for row in self.rows if row.target != "torch" and row.error is None]
+        compressed = [row for row in files if row.precision == "int8" or row.scheme is not None]
+        return [row for row in compressed or files if row.within_budget is False]
+
     def metrics(self) -> dict[str, float]:
         """Flatten to ``edge/<target>/<name>`` for int8 and ``edge/<target>/fp32_<name>`` for fp32.
 
@@ -175,6 +215,10 @@ class Report:
                 "mean_steps": row.mean_steps,
                 "max_relative": row.max_relative,
                 "int8_weight_share": row.int8_weight_share,
+                "floor_bytes": row.floor_bytes,
+                "floor_ratio": row.floor_ratio,
+                "fallback_share": row.fallback_share,
+                "within_budget": row.within_budget,
                 **row.metrics,
             }
             for name, value in values.items():
@@ -184,7 +228,7 @@ class Report:
 
     def to_json(self) -> str:
         """Write as JSON; a number that is not finite becomes ``null``."""
-        return json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(without_infinities(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
         """Write as Markdown: what it costs and how well it does, how true it is to its network, how it was measured."""
@@ -219,26 +263,33 @@ class Report:
         Raises:
             EdgeError: If a file cannot be written.
         """
-        written = []
-        for name, text in (("report.json", self.to_json()), ("report.md", self.to_markdown())):
-            path = folder / name
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                _replace(path, text)
-            except OSError as error:
-                raise EdgeError(
-                    f"cannot write {path}: {error}. Give a folder that can be written to, with room on its disk"
-                ) from error
-            written.append(path)
-        return written
+        texts = (("report.json", self.to_json()), ("report.md", self.to_markdown()))
+        return [replace_text(folder / name, text) for name, text in texts]
 
 
-def _finite(value: Any) -> Any:
+def without_infinities(value: Any) -> Any:
+    """Give plain values in the form that JSON has: lists for tuples, ``None`` for a number that is not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
+        return {str(key): without_infinities(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [without_infinities(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace_text(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all, with the folders it needs.
+
+    Raises:
+        EdgeError: If it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text)
+    except OSError as error:
+        raise EdgeError(
+            f"cannot write {path}: {error}. Give a folder that can be written to, with room on its disk"
+        ) from error
+    return path
 
 
 def _replace(path: Path, text: str) -> None:

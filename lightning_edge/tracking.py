@@ -58,7 +58,9 @@ def table_of(report: Report) -> tuple[list[str], list[list[Any]]]:
     records = []
     for row in report.rows:
         values = asdict(row)
-        values.pop("metrics")
+        for nested in ("metrics", "inputs", "outputs", "sample", "placements", "budget"):  # in manifest.json
+            values.pop(nested)
+        values |= {"fallback_share": row.fallback_share, "within_budget": row.within_budget}
         records.append({"candidate": row.label, **{name: row.metrics.get(name) for name in names}, **values})
     columns = list(records[0]) if records else ["candidate"]
     return columns, [[_plain(record[column]) for column in columns] for record in records]
@@ -88,7 +90,11 @@ def _log_wandb(run: Any, report: Report, folder: Path) -> None:
 
 
 def _paths(report: Report, folder: Path) -> list[Path]:
-    names = ["report.json", *(row.path for row in report.rows if row.path is not None)]
+    names = [
+        "report.json",
+        *filter(lambda name: (folder / name).exists(), ["manifest.json"]),
+        *(row.path for row in report.rows if row.path is not None),
+    ]
     return [folder / name for name in names]
 
 

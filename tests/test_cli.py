@@ -13,6 +13,7 @@ import yaml
 
 from lightning_edge import CompressionError, exporters
 from lightning_edge.cli import main, recipe_names, recipe_path
+from lightning_edge.manifest import Manifest
 from lightning_edge.mistakes import explain
 from lightning_edge.zoo.digits import DigitsDataModule
 from lightning_edge.zoo.networks import DigitsCNN
@@ -106,6 +107,49 @@ def test_export_writes_int8_files(
     assert artifact.precision == "int8"
     assert artifact(torch.zeros(2, 1, 8, 8))[0].shape == (2, 10)
     assert "model-int8.pte: int8, " in capfd.readouterr().out
+    manifest = Manifest.read(tmp_path / "out")
+    assert [entry.path for entry in manifest.files] == ["model-int8.pte"]
+    assert manifest.files[0].agreement["samples"] == 16
+    assert "lightning_edge.zoo.networks.DigitsCNN" in str(yaml.safe_load(str(manifest.recipe))["model"])
+
+
+def test_verify_needs_no_configuration(tmp_path: Path, run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    Manifest("Net", ()).write(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        run("verify", str(tmp_path))
+    assert exit_info.value.code == 0
+    with pytest.raises(SystemExit) as exit_info:
+        run("verify", str(tmp_path / "nowhere"))
+    assert exit_info.value.code == 2
+    assert "Give a folder that lightning-edge export or evaluate has written to" in capfd.readouterr().err
+
+
+def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
+    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    given = {
+        "targets": ["executorch"],
+        "dirpath": str(tmp_path),
+        "budget": {"size_bytes": 1000, "accuracy_drop": 0.5},
+        "max_fallback": 0.0,
+        "calibration_batches": 0,
+        "fp32_files": False,
+        "timing": {"warmup": 0, "repeats": 1},
+    }
+    callback = {"class_path": "lightning_edge.DeviceEvaluationCallback", "init_args": given}
+    callbacks = [*SETTINGS["trainer"]["callbacks"], callback]  # type: ignore[index]
+    settings = {**SETTINGS, "trainer": {**SETTINGS["trainer"], "callbacks": callbacks}}  # type: ignore[dict-item]
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit) as exit_info:
+        run("evaluate", "--config", str(tmp_path / "settings.yaml"), "--ckpt_path", "checkpoints/trained.ckpt")
+    assert exit_info.value.code == 1
+    error = capfd.readouterr().err
+    assert "error: executorch int8 (trained) is over its budget: size_bytes " in error
+    assert "above 1,000" in error
+    (entry,) = Manifest.read(tmp_path).files  # the file is kept, and said of it
+    assert entry.budget is not None
+    assert [excess.name for excess in entry.budget.exceeded] == ["size_bytes"]
 
 
 def test_evaluate_writes_the_report(

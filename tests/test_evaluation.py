@@ -28,11 +28,13 @@ from lightning_edge.errors import EdgeError, ExportError, MissingExtraError
 from lightning_edge.evaluation import evaluate_module, raise_failures
 from lightning_edge.exporters import TARGETS, Contents, ExportWarning, TensorSpec, load, options_of
 from lightning_edge.exporters.base import Runner
+from lightning_edge.manifest import Manifest
 from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.monitor import Monitor
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 from lightning_edge.report import Report, digest
 from lightning_edge.validation import Validation
+from lightning_edge.verification import verify
 
 ISOLATED = True
 QUICK = Timing(warmup=1, repeats=3)
@@ -157,9 +159,30 @@ def test_files_are_described_and_hashed(fitted: Fitted) -> None:
             assert row.peak_memory_bytes is not None
             assert 0 < row.peak_memory_bytes < 32 * 2**20
         assert (row.max_steps is None) == (row.precision == "fp32")
-    assert sorted(path.name for path in fitted.folder.iterdir()) == sorted(
-        ["model-fp32.pte", "model-fp32.tflite", "model-int8.pte", "model-int8.tflite", "report.json", "report.md"]
-    )
+    files = ["model-fp32.pte", "model-fp32.tflite", "model-int8.pte", "model-int8.tflite"]
+    written = ["manifest.json", *files, "report.json", "report.md"]
+    assert sorted(path.name for path in fitted.folder.iterdir()) == written
+
+
+def test_manifest_holds_what_the_report_does_and_the_folder_keeps_to_it(fitted: Fitted) -> None:
+    manifest = Manifest.read(fitted.folder)
+    rows = {row.path: row for row in fitted.report.rows[3:]}
+    assert {entry.path for entry in manifest.files} == {*rows}
+    for entry in manifest.files:
+        row = rows[entry.path]
+        assert (entry.sha256, entry.metrics, entry.latency["p95_ms"]) == (row.sha256, row.metrics, row.p95_ms)
+        assert entry.agreement["samples"] == 72
+        # The network: one convolution of 8 filters with its folded BatchNorm, one linear layer.
+        assert entry.placements is not None
+        assert entry.placements.macs == 16 * 8 * 9 + 128 * 4
+        values = 8 * 9 + 128 * 4
+        biases, scales = 8 + 4, 8 + 4
+        assert entry.floor_bytes == (
+            values + 4 * (biases + scales) if entry.precision == "int8" else 4 * (values + 8 + 12)
+        )
+    assert manifest.versions["torch"] == torch.__version__
+    assert manifest.recipe is None
+    assert verify(fitted.folder) == []
 
 
 def test_simulated_int8_has_no_latency(fitted: Fitted) -> None:
@@ -296,7 +319,9 @@ def test_file_that_computes_something_else_is_not_kept_and_the_old_one_stays(stu
     assert failed.metrics
     assert (failed.path, failed.sha256, failed.p50_ms) == (None, None, None)
     assert {path.name: path.read_text() for path in tmp_path.glob("*.stub")} == {"model-fp32.stub": "old"}
-    assert not [path for path in tmp_path.iterdir() if path.name not in ("model-fp32.stub", "report.json", "report.md")]
+    kept = ["manifest.json", "model-fp32.stub", "report.json", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    assert Manifest.read(tmp_path).files == ()
     with pytest.raises(
         ExportError, match=r"1 of the files could not be made.*\n  stub fp32: .*computes something else"
     ):

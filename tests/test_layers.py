@@ -13,30 +13,31 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from rows below its own and from its own room.
 ROWS = [
     {"errors"},
-    {"schedule", "rendering", "monitor", "network", "mistakes"},
+    {"schedule", "rendering", "monitor", "network", "mistakes", "anatomy", "budget", "macs", "provenance"},
     {"report", "surgery", "measure", "succession"},
-    {"reference", "quantization", "pruning", "factorization", "sparsity"},
+    {"manifest", "reference", "quantization", "pruning", "factorization", "sparsity"},
     {"distillation"},
     {"exporters"},
     {"validation", "rows"},
-    {"evaluation"},
+    {"evaluation", "verification"},
     {"record"},
     {"tracking"},
     {"callbacks"},
     {"zoo"},
     {"cli"},
 ]
-WITHOUT_TORCH = {"errors", "schedule", "rendering", "monitor", "report", "mistakes"}
+WITHOUT_TORCH = {"errors", "schedule", "rendering", "monitor", "report", "mistakes", "anatomy", "budget", "macs"}
+WITHOUT_TORCH |= {"provenance", "manifest"}
 ROOMS = {
     "lightning": ("callbacks", "zoo", "tracking", "validation", "cli"),
     "jsonargparse": ("cli",),
-    "rich": ("rendering", "report", "callbacks", "cli"),
+    "rich": ("rendering", "report", "verification", "callbacks", "cli"),
     "sklearn": ("zoo",),
     "torchao": ("quantization", "exporters"),
     "torch_pruning": ("pruning",),
     "wandb": ("tracking",),
     "executorch": ("exporters.executorch", "exporters.pte"),
-    "coremltools": ("exporters.coreml", "exporters.mlpackage", "exporters.mil"),
+    "coremltools": ("exporters.coreml", "exporters.mlpackage", "exporters.mil", "exporters.coreml_placement"),
     "litert_torch": ("exporters.tflite", "exporters.tflite_graph"),
     "ai_edge_litert": ("exporters.tflite", "exporters.tflite_graph"),
     "ai_edge_quantizer": ("exporters.tflite", "exporters.tflite_graph"),

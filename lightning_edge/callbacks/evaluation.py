@@ -13,15 +13,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
+from lightning_edge.budget import Budget
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.errors import EdgeError, MissingExtraError
 from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures
 from lightning_edge.exporters import check_target_installed
+from lightning_edge.exporters.checks import check_share
 from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.monitor import Mode, Monitor, direction
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import is_quantized
 from lightning_edge.report import Report
+from lightning_edge.rows import over_budget
 from lightning_edge.surgery import find_network
 from lightning_edge.tracking import log_report
 from lightning_edge.validation import Split, Validation, calibration_inputs, check_data, check_split
@@ -33,9 +36,10 @@ class DeviceEvaluationCallback(Callback):
 
     Every file is run on the whole validation set, in the user's own validation loop, and compared there with the
     network it came from; a file that lies outside the tolerance is not kept. The report is written beside the files as
-    ``report.json`` and ``report.md``, printed as a table, and logged as ``edge/<target>/<name>``. With an
-    `EdgeCompressionCallback` in the Trainer the int8 files are those of the network it trained; otherwise the trained
-    network is quantized after training. ``Trainer(fast_dev_run=True)`` goes through all of it and keeps no file.
+    ``report.json`` and ``report.md``, with a ``manifest.json`` of the files, printed as a table, and logged as
+    ``edge/<target>/<name>``. With an `EdgeCompressionCallback` in the Trainer the int8 files are those of the network
+    it trained; otherwise the trained network is quantized after training. ``Trainer(fast_dev_run=True)`` goes through
+    all of it and keeps no file.
 
     Args:
         targets: Targets to export to: ``"executorch"``, ``"coreml"``, ``"tflite"``.
@@ -53,6 +57,9 @@ class DeviceEvaluationCallback(Callback):
         metrics: Metrics by name, updated with ``(outputs, target)`` of batches ``(inputs, target)``, in place of the
             module's own step.
         strict: Whether a target that fails is an error after the report is written, or only a warning.
+        budget: What a file may cost. One that costs more is kept, said to in the report, and warned of.
+        max_fallback: Largest share of the multiply-accumulates, 0 to 1, that a file may leave to its runtime's own CPU
+            kernels; a target with more fails. Any if not given.
 
     Attributes:
         report: The report of the last fit; ``None`` before, and on all processes but the first.
@@ -76,9 +83,12 @@ class DeviceEvaluationCallback(Callback):
         mode: Mode | None = None,
         metrics: dict[str, Metric] | None = None,
         strict: bool = True,
+        budget: Budget | None = None,
+        max_fallback: float | None = None,
     ) -> None:
         check_targets(targets, options)
         check_split(split)
+        check_share(max_fallback)
         if calibration_batches < 0:
             raise ValueError(f"calibration_batches={calibration_batches} is not allowed; give 0 or more")
         self.targets = targets
@@ -93,6 +103,8 @@ class DeviceEvaluationCallback(Callback):
         self.monitor = _monitor(metric, mode)
         self.metrics = metrics
         self.strict = strict
+        self.budget = budget
+        self.max_fallback = max_fallback
         self.report: Report | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,6 +161,8 @@ class DeviceEvaluationCallback(Callback):
             raise_failures(self.report)
         for row in self.report.failures:
             rank_zero_warn(f"{row.label} failed: {row.error}")
+        for message in over_budget(self.report):
+            rank_zero_warn(message)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> Report:
         name = self._module(trainer)
@@ -167,6 +181,9 @@ class DeviceEvaluationCallback(Callback):
             monitor=self.monitor,
             watched=_watched(trainer),
             tell=rank_zero_info,
+            budget=self.budget,
+            max_fallback=self.max_fallback,
+            recipe=recipe_of(trainer),
         )
 
     def _calibration(self, trainer: Trainer, pl_module: LightningModule) -> list[Inputs]:
@@ -199,6 +216,17 @@ def _monitor(metric: str | None, mode: Mode | None) -> Monitor | None:
     if told is None:
         raise ValueError(f"metric={metric!r} does not tell where it is better; give mode='max' or mode='min'")
     return Monitor(metric, told)
+
+
+def recipe_of(trainer: Trainer) -> str | None:
+    """Text of the configuration that a LightningCLI runs; ``None`` where the Trainer was made in Python."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        parser, config = getattr(callback, "parser", None), getattr(callback, "config", None)
+        # Lightning's SaveConfigCallback, told by what it has: its module needs jsonargparse.
+        if parser is not None and config is not None and hasattr(parser, "dump"):
+            return str(parser.dump(config, skip_none=False))
+    return None
 
 
 def _compression(trainer: Trainer) -> EdgeCompressionCallback | None:

@@ -1,0 +1,63 @@
+"""The bytes that a network's values need by themselves, whatever format they are written in."""
+
+from __future__ import annotations
+
+from math import prod
+from operator import attrgetter
+
+from torch import Tensor, fx, nn
+
+from lightning_edge.network import Deployable
+
+_FLOAT = 4
+# Bytes of a weight in each scheme.
+_WEIGHT = {"fp16": 2.0, "int8_weight_only": 1.0, "int8_dynamic": 1.0, "int4_weight_only": 0.5, "int4_dynamic": 0.5}
+
+
+def floor_bytes(network: Deployable, scheme: str | None = None) -> int:
+    """Count the bytes below which no file of a network can come without coding its values in fewer bits.
+
+    int8: a byte for each weight, four for each bias (an int32) and each scale; zero points of weights are 0 and need
+    none. Float: four bytes a parameter, one value a channel for a BatchNorm, which becomes the bias of its layer.
+    In a scheme, weights in its width with a scale for each output channel.
+
+    Args:
+        network: What is exported.
+        scheme: How a float network's weights are stored.
+    """
+    if isinstance(network.graph, fx.GraphModule):
+        return sum(_bytes_of(tensor) for tensor in _values(network.graph))
+    total = 0.0
+    seen: set[int] = set()
+    for module in network.graph.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            folded = isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight"
+            if id(parameter) not in seen and not folded:
+                total += _parameter_bytes(parameter.shape, scheme)
+            seen.add(id(parameter))
+    return round(total)
+
+
+def _parameter_bytes(shape: tuple[int, ...], scheme: str | None) -> float:
+    if scheme == "fp16":
+        return _WEIGHT[scheme] * prod(shape)
+    if scheme is None or len(shape) < 2:
+        return _FLOAT * prod(shape)
+    return _WEIGHT[scheme] * prod(shape) + _FLOAT * shape[0]
+
+
+def _values(graph: fx.GraphModule) -> list[Tensor]:
+    """The distinct constants of a converted graph, but for zero points."""
+    found: dict[str, Tensor] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and not all(_is_zero_point(node, reader) for reader in node.users):
+            found[node.target] = attrgetter(node.target)(graph)
+    return list(found.values())
+
+
+def _is_zero_point(node: fx.Node, reader: fx.Node) -> bool:
+    return "quantize_per_channel" in str(reader.target) and reader.args[2] is node
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * (_FLOAT if tensor.is_floating_point() else tensor.element_size())
