@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from operator import attrgetter
 
 from torch import Tensor, fx, nn
@@ -10,8 +9,8 @@ from torch import Tensor, fx, nn
 from lightning_edge.network import Deployable
 
 _FLOAT = 4
-# Bytes of a weight in each scheme.
-_WEIGHT = {"fp16": 2.0, "int8_weight_only": 1.0, "int8_dynamic": 1.0, "int4_weight_only": 0.5, "int4_dynamic": 0.5}
+# Bytes of a weight in each scheme that gives weights a scale for each output channel.
+_WEIGHT = {"int8_weight_only": 1.0, "int8_dynamic": 1.0, "int4_weight_only": 0.5, "int4_dynamic": 0.5}
 
 
 def floor_bytes(network: Deployable, scheme: str | None = None) -> int:
@@ -19,7 +18,8 @@ def floor_bytes(network: Deployable, scheme: str | None = None) -> int:
 
     int8: a byte for each weight, four for each bias (an int32) and each scale; zero points of weights are 0 and need
     none. Float: four bytes a parameter, one value a channel for a BatchNorm, which becomes the bias of its layer.
-    In a scheme, weights in its width with a scale for each output channel.
+    In a scheme, weights in its width with a scale for each output channel; of a palette the indices and the table; of
+    a sparse one the values that are not zero and one bit for each place.
 
     Args:
         network: What is exported.
@@ -33,17 +33,23 @@ def floor_bytes(network: Deployable, scheme: str | None = None) -> int:
         for name, parameter in module.named_parameters(recurse=False):
             folded = isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight"
             if id(parameter) not in seen and not folded:
-                total += _parameter_bytes(parameter.shape, scheme)
+                total += _parameter_bytes(parameter, scheme)
             seen.add(id(parameter))
     return round(total)
 
 
-def _parameter_bytes(shape: tuple[int, ...], scheme: str | None) -> float:
+def _parameter_bytes(parameter: Tensor, scheme: str | None) -> float:
+    count = parameter.numel()
     if scheme == "fp16":
-        return _WEIGHT[scheme] * prod(shape)
-    if scheme is None or len(shape) < 2:
-        return _FLOAT * prod(shape)
-    return _WEIGHT[scheme] * prod(shape) + _FLOAT * shape[0]
+        return 2 * count
+    if scheme is None or parameter.dim() < 2:
+        return _FLOAT * count
+    if scheme.startswith("palette"):
+        bits = int(scheme.removeprefix("palette"))
+        return count * bits / 8 + _FLOAT * min(2**bits, count)
+    if scheme == "sparse":
+        return min(_FLOAT * count, _FLOAT * int(parameter.count_nonzero()) + count / 8)
+    return _WEIGHT[scheme] * count + _FLOAT * parameter.shape[0]
 
 
 def _values(graph: fx.GraphModule) -> list[Tensor]:
