@@ -46,7 +46,7 @@ def _parameter_bytes(parameter: Tensor, scheme: str | None) -> float:
         return _FLOAT * count
     if scheme.startswith("palette"):
         bits = int(scheme.removeprefix("palette"))
-        return count * bits / 8 + _FLOAT * min(2**bits, count)
+        return count * bits / 8 + float(_FLOAT * min(1 << bits, count))
     if scheme == "sparse":
         return min(_FLOAT * count, _FLOAT * int(parameter.count_nonzero()) + count / 8)
     return _WEIGHT[scheme] * count + _FLOAT * parameter.shape[0]
