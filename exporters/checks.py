@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lightning_edge.comparison import Comparison
 from lightning_edge.errors import AgreementError, ExportError
 from lightning_edge.exporters.base import Artifact, Contents, sort_keywords, stack
-from lightning_edge.measure import Agreement, Comparison, Tolerance
+from lightning_edge.measure import Agreement, Tolerance
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 
 
@@ -210,7 +211,9 @@ def check_agreement(network: Deployable, artifact: Artifact, agreement: Agreemen
     Raises:
         AgreementError: If it lies outside the tolerance; the message holds the figures.
     """
-    violations = tolerance.violations(agreement, network.precision)
+    if not tolerance.violations(agreement, network.precision):
+        return
+    violations = tolerance.violations(agreement, network.precision, network.output_names())
     if violations:
         raise AgreementError(
             f"{artifact.target}: {artifact.path.name} computes something else than the network it came from: "

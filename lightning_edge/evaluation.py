@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from lightning_edge.comparison import Comparison
 from lightning_edge.errors import EdgeError, ExportError
 from lightning_edge.exporters import (
     TARGETS,
@@ -28,7 +29,6 @@ from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.exporters.isolated import peak_memory_bytes, timed_call
 from lightning_edge.measure import (
-    Comparison,
     Timing,
     Tolerance,
     interleaved_latency,

@@ -15,6 +15,7 @@ ROWS = [
     {"errors"},
     {"schedule", "rendering", "monitor", "network", "mistakes"},
     {"report", "surgery", "measure", "succession"},
+    {"comparison"},
     {"reference", "quantization", "pruning", "factorization", "sparsity"},
     {"distillation"},
     {"exporters"},
