@@ -18,10 +18,10 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_edge.comparison import Comparison
 from lightning_edge.errors import EdgeError
 from lightning_edge.exporters import TARGETS, export, target
 from lightning_edge.exporters.schemes import Scheme
-from lightning_edge.measure import Comparison
 
 SAMPLES = 32
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from lightning_edge.anatomy import Placements
+from lightning_edge.comparison import Comparison
 from lightning_edge.errors import AgreementError, ExportError
 from lightning_edge.exporters.base import Artifact, Contents, sort_keywords, stack
-from lightning_edge.measure import Agreement, Comparison, Tolerance
+from lightning_edge.exporters.divergence import explanation
+from lightning_edge.exporters.graphs import CLIPS, VIEWS, operation
+from lightning_edge.measure import Agreement, Tolerance
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 
 
@@ -47,27 +50,6 @@ _PRODUCTS = {
 }
 _LAYERS = frozenset({"conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "linear"})
 _ADDED_FIRST = frozenset({"addmm", "baddbmm"})
-# Activations that are part of the layer before them.
-_CLIPS = frozenset({"clamp", "clamp_min", "hardtanh", "relu", "relu6"})
-# Operations that hand their first argument's values on unchanged.
-_VIEWS = frozenset(
-    {
-        "alias",
-        "clone",
-        "contiguous",
-        "expand",
-        "flatten",
-        "permute",
-        "reshape",
-        "select",
-        "slice",
-        "squeeze",
-        "t",
-        "transpose",
-        "unsqueeze",
-        "view",
-    }
-)
 
 
 def check_numbers(network: torch.nn.Module) -> None:
@@ -200,7 +182,7 @@ def float_products(graph: torch.nn.Module) -> list[str]:
         return []
     found: list[str] = []
     for node in graph.graph.nodes:
-        name = _operation(node)
+        name = operation(node)
         if name in _PRODUCTS:
             first = 1 if name in _ADDED_FIRST else 0
             factors = node.args[first : first + 2]
@@ -214,7 +196,7 @@ def float_layers(graph: torch.nn.Module) -> list[fx.Node]:
     """Find the convolution and linear operations of a converted graph whose weights are float constants."""
     if not isinstance(graph, fx.GraphModule):
         return []
-    layers = [node for node in graph.graph.nodes if _operation(node) in _LAYERS]
+    layers = [node for node in graph.graph.nodes if operation(node) in _LAYERS]
     return [node for node in layers if _is_constant(node.args[1]) and not _is_dequantized(node.args[1])]
 
 
@@ -222,7 +204,7 @@ def activation_bits(graph: torch.nn.Module) -> set[int]:
     """Give the widths of the quantized activations in a converted graph."""
     if not isinstance(graph, fx.GraphModule):
         return set()
-    nodes = [node for node in graph.graph.nodes if _operation(node) == "quantize_per_tensor"]
+    nodes = [node for node in graph.graph.nodes if operation(node) == "quantize_per_tensor"]
     return {torch.iinfo(node.args[5]).bits for node in nodes}
 
 
@@ -261,28 +243,24 @@ def check_agreement(network: Deployable, artifact: Artifact, agreement: Agreemen
     Raises:
         AgreementError: If it lies outside the tolerance; the message holds the figures.
     """
-    violations = tolerance.violations(agreement, network.precision)
+    if not tolerance.violations(agreement, network.precision):
+        return
+    violations = tolerance.violations(agreement, network.precision, network.output_names())
     if violations:
         raise AgreementError(
             f"{artifact.target}: {artifact.path.name} computes something else than the network it came from: "
-            f"{'; '.join(violations)} (over {agreement.samples} samples). Nothing was written. Look for the "
-            "operation that differs, or state a wider tolerance=Tolerance(...)."
+            f"{'; '.join(violations)} (over {agreement.samples} samples). Nothing was written. "
+            f"{explanation(network, artifact)}. Keep the layer that differs in float (skip=[...] of Quantize or "
+            "quantize) or leave the target out; if you accept the differences, state a wider tolerance=Tolerance(...)."
         )
-
-
-def _operation(node: fx.Node) -> str:
-    """The plain name of an aten operation, without namespace, overload and in-place mark."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return ""
-    return node.target._schema.name.split("::")[-1].rstrip("_")
 
 
 def _is_dequantized(value: Any) -> bool:
     while isinstance(value, fx.Node):
-        name = _operation(value)
+        name = operation(value)
         if name.startswith("dequantize_"):
             return True
-        if name not in _VIEWS:
+        if name not in VIEWS:
             return False
         value = value.args[0]
     return False
@@ -290,17 +268,17 @@ def _is_dequantized(value: Any) -> bool:
 
 def _is_quantized(node: fx.Node) -> bool:
     """Whether all that reads a value reads it quantized, the activation that a layer ends with included."""
-    names = [(reader, _operation(reader)) for reader in node.users]
+    names = [(reader, operation(reader)) for reader in node.users]
     return bool(names) and all(
-        name.startswith("quantize_") or ((name in _VIEWS or name in _CLIPS) and _is_quantized(reader))
+        name.startswith("quantize_") or ((name in VIEWS or name in CLIPS) and _is_quantized(reader))
         for reader, name in names
     )
 
 
 def _is_constant(value: Any) -> bool:
     while isinstance(value, fx.Node) and value.op != "get_attr":
-        name = _operation(value)
-        if name not in _VIEWS and not name.startswith(("quantize_", "dequantize_")):
+        name = operation(value)
+        if name not in VIEWS and not name.startswith(("quantize_", "dequantize_")):
             return False
         value = value.args[0]
     return isinstance(value, fx.Node)

@@ -21,6 +21,7 @@ from lightning_edge import errors
 from lightning_edge.errors import RunnerError
 from lightning_edge.exporters import messages
 from lightning_edge.exporters.base import Artifact, TensorSpec, conform
+from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.measure import stopwatch
 
 DEFAULT_TIME_LIMIT_S = 60.0
@@ -104,6 +105,16 @@ class Isolated:
         """Hand a sample over, and give a function that runs it there and tells the nanoseconds that the runner took."""
         self._ask("while it took a sample", {"do": "keep"}, tensors)
         return lambda: int(self._ask("while it ran a sample", {"do": "time"})[0]["ns"])
+
+    def intermediates(self, tensors: list[Tensor]) -> list[Intermediate] | None:
+        """Run on one sample and give the quantized values inside the file; ``None`` if the runtime does not tell."""
+        reply, values = self._ask("while it ran a sample", {"do": "intermediates"}, tensors)
+        if reply["found"] is None:
+            return None
+        return [
+            Intermediate(operation, scale, zero_point, value)
+            for (operation, scale, zero_point), value in zip(reply["found"], values, strict=True)
+        ]
 
     def peak_memory_bytes(self) -> int | None:
         """Ask by how much the resident memory of the process has grown at its peak since before the file was loaded.

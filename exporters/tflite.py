@@ -18,6 +18,7 @@ from lightning_edge.anatomy import Placements
 from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters import float_layers, tflite_graph, tflite_placement
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
+from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.network import Deployable, Inputs
 
 SUFFIX = ".tflite"
@@ -202,10 +203,10 @@ class _Runner:
 
     def __init__(self, path: Path, threads: int) -> None:
         interpreter = require("ai_edge_litert.interpreter", EXTRA)
-        data = path.read_bytes()
-        self._interpreter = interpreter.Interpreter(model_content=data, num_threads=threads)
+        self._data = path.read_bytes()
+        self._interpreter = interpreter.Interpreter(model_content=self._data, num_threads=threads)
         self._interpreter.allocate_tensors()
-        self._channels_last = tflite_graph.notes(data).get(_LAYOUT_NOTE) == "nhwc"
+        self._channels_last = tflite_graph.notes(self._data).get(_LAYOUT_NOTE) == "nhwc"
         self._ins = self._interpreter.get_input_details()
         self._outs = self._interpreter.get_output_details()
         self.inputs = tuple(self._spec(details) for details in self._ins)
@@ -214,12 +215,37 @@ class _Runner:
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one sample."""
+        self._feed(self._interpreter, tensors)
+        self._interpreter.invoke()
+        return [_dequantize(self._interpreter.get_tensor(details["index"]), details) for details in self._outs]
+
+    def intermediates(self, tensors: list[Tensor]) -> list[Intermediate]:
+        """Run on one sample and give the quantized values inside the file.
+
+        The delegate does not keep them: they come from LiteRT's own kernels, which round a little otherwise.
+        """
+        interpreter = require("ai_edge_litert.interpreter", EXTRA)
+        kept = interpreter.Interpreter(
+            model_content=self._data,
+            experimental_op_resolver_type=interpreter.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+            experimental_preserve_all_tensors=True,
+        )
+        kept.allocate_tensors()
+        self._feed(kept, tensors)
+        kept.invoke()
+        names = tflite_graph.makers(tflite_graph.parse(self._data))
+        return [
+            Intermediate(names[index], _scale(details), int(details["quantization"][1]), torch.as_tensor(values))
+            for details in kept.get_tensor_details()
+            if (index := details["index"]) in names and _scale(details)
+            for values in [kept.get_tensor(index).copy()]
+        ]
+
+    def _feed(self, interpreter: Any, tensors: list[Tensor]) -> None:
         for tensor, details in zip(tensors, self._ins, strict=True):
             if self._channels_last and tensor.dim() == 4:
                 tensor = tensor.permute(0, 2, 3, 1)
-            self._interpreter.set_tensor(details["index"], _quantize(tensor, details).contiguous().numpy())
-        self._interpreter.invoke()
-        return [_dequantize(self._interpreter.get_tensor(details["index"]), details) for details in self._outs]
+            interpreter.set_tensor(details["index"], _quantize(tensor, details).contiguous().numpy())
 
     def _spec(self, details: Any) -> TensorSpec:
         shape = tuple(int(size) for size in details["shape"])

@@ -182,6 +182,12 @@ def op_name(model: Any, op: Any) -> str:
     return next((str(name) for name, value in operators.items() if value == number), f"BUILTIN_{number}")
 
 
+def makers(model: Any) -> dict[int, str]:
+    """Name what computes each tensor of the first graph: the kind of the operation and its place among all."""
+    operators = enumerate(model.subgraphs[0].operators)
+    return {int(index): f"{op_name(model, op)} {place}" for place, op in operators for index in op.outputs}
+
+
 def shorten_names(model: Any) -> None:
     """Name tensors by their number: the converter writes the whole module path into each, for debugging only."""
     for graph in model.subgraphs:

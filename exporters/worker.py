@@ -70,6 +70,15 @@ class _Worker:
         self._run(self._sample)
         return {"ns": time.perf_counter_ns() - start}, []
 
+    def intermediates(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
+        """Run on one sample and say what the values inside the file were, if the runtime tells."""
+        look = getattr(self._runner, "intermediates", None)
+        if look is None:
+            return {"found": None}, []
+        found = look(tensors)
+        told = [[entry.operation, entry.scale, entry.zero_point] for entry in found]
+        return {"found": told}, [entry.values for entry in found]
+
     def memory(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Say by how much the file made the memory of this process grow at its peak."""
         return {"peak_memory_bytes": self._memory.growth_bytes() if self._memory else None}, []

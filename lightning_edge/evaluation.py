@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_edge.budget import Budget
+from lightning_edge.comparison import Comparison
 from lightning_edge.errors import BudgetError, EdgeError, ExportError
 from lightning_edge.exporters import (
     TARGETS,
@@ -29,7 +30,6 @@ from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.exporters.isolated import peak_memory_bytes, timed_call
 from lightning_edge.measure import (
-    Comparison,
     Timing,
     Tolerance,
     interleaved_latency,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_edge.measure import Comparison
+from lightning_edge.comparison import Comparison
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 
 # Outputs of a whole validation set are small for classes and large for images; beyond this they are computed again.

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 _LEFT_OUT = "-"
 # A terminal is narrow: the other metrics are in report.md.
 _METRICS_IN_TERMINAL = 2
-_FIDELITY_IN_TERMINAL = 5
+_FIDELITY_IN_TERMINAL = 6
 _SPEED_IN_TERMINAL = 6
 _SPEED_HEADERS = ("p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Peak", "Planned")
 _COST_HEADERS = ("Size", "Zipped", *_SPEED_HEADERS)
 _FIDELITY_HEADERS = (
     "Same top class",
     "Max steps",
+    "99.9 %",
     "Mean steps",
     "Max relative",
     "int8 weights",
@@ -138,6 +139,7 @@ def _fidelity_cells(row: Row) -> list[str]:
     return [
         _percent(row.top1),
         _number(row.max_steps, 2),
+        _number(row.most_steps, 2),
         _number(row.mean_steps, 4),
         _LEFT_OUT if row.max_relative is None else f"{row.max_relative:.1e}",
         _percent(row.int8_weight_share),

@@ -63,7 +63,8 @@ class Row:
         samples: Samples compared with the network it came from.
         top1: Share of them with the same largest output.
         max_steps: Largest difference in quantization steps.
-        mean_steps: Mean difference in quantization steps.
+        mean_steps: Mean difference in quantization steps, of the output that lies furthest off.
+        most_steps: Difference that 99.9 % of the values stay within, in quantization steps, of that output.
         max_relative: Largest difference over the largest absolute output.
         int8_weight_share: Share of the weight bytes that are int8.
         float_ops: Operations of an int8 file that compute in float.
@@ -100,6 +101,7 @@ class Row:
     top1: float | None = None
     max_steps: float | None = None
     mean_steps: float | None = None
+    most_steps: float | None = None
     max_relative: float | None = None
     int8_weight_share: float | None = None
     float_ops: Sequence[str] | None = None
@@ -213,6 +215,7 @@ class Report:
                 "top1_agreement": row.top1,
                 "max_steps": row.max_steps,
                 "mean_steps": row.mean_steps,
+                "most_steps": row.most_steps,
                 "max_relative": row.max_relative,
                 "int8_weight_share": row.int8_weight_share,
                 "floor_bytes": row.floor_bytes,

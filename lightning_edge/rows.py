@@ -82,6 +82,7 @@ def compared(row: Row, agreement: Agreement) -> Row:
         top1=agreement.top1,
         max_steps=agreement.max_steps,
         mean_steps=agreement.mean_steps,
+        most_steps=agreement.most_steps,
         max_relative=agreement.max_relative,
     )
 

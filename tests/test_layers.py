@@ -15,6 +15,7 @@ ROWS = [
     {"errors"},
     {"schedule", "rendering", "monitor", "network", "mistakes", "anatomy", "budget", "macs", "provenance"},
     {"report", "surgery", "measure", "succession"},
+    {"comparison"},
     {"manifest", "reference", "quantization", "pruning", "factorization", "sparsity"},
     {"distillation"},
     {"exporters"},

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_edge.comparison import Comparison
 from lightning_edge.errors import AgreementError, EdgeError, RunnerError
 from lightning_edge.measure import (
     Agreement,
-    Comparison,
+    OutputAgreement,
     Timing,
     Tolerance,
     interleaved_latency,
@@ -30,9 +31,15 @@ def agreement_of(reference: Tensor, candidate: Tensor, *scales: float | None) ->
     return comparison.result()
 
 
+def agreed(top1: float | None = 1.0, **output: float) -> Agreement:
+    return Agreement(9, top1, (OutputAgreement(**output),))
+
+
 def test_difference_is_counted_in_steps_of_the_output() -> None:
     found = agreement_of(torch.tensor([[0.0, 2.0], [4.0, 1.0]]), torch.tensor([[0.5, 2.0], [3.0, 1.0]]), 0.5)
-    assert found == Agreement(samples=2, top1=1.0, max_steps=2.0, mean_steps=0.75, max_abs=1.0, max_relative=0.25)
+    (output,) = found.outputs
+    assert (found.samples, found.top1) == (2, 1.0)
+    assert output == OutputAgreement(max_abs=1.0, max_relative=0.25, max_steps=2.0, mean_steps=0.75, most_steps=2.0)
 
 
 def test_batches_of_different_size_count_by_sample() -> None:
@@ -78,7 +85,7 @@ def test_top1_can_be_left_out() -> None:
 def test_value_that_is_not_finite_is_a_violation_and_no_agreement(broken: float) -> None:
     found = agreement_of(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, broken]]), 1.0)
     assert (found.max_steps, found.max_relative, found.top1) == (math.inf, math.inf, 0.0)
-    assert len(Tolerance().violations(found, "int8")) == 3
+    assert len(Tolerance().violations(found, "int8")) == 4
     assert len(Tolerance().violations(found, "fp32")) == 2
 
 
@@ -107,7 +114,7 @@ def test_nothing_compared_is_an_error() -> None:
 
 
 def test_agreement_at_the_limits_is_no_violation() -> None:
-    limit = Agreement(100, top1=0.98, max_steps=8.0, mean_steps=1.0, max_abs=1.0, max_relative=1e-3)
+    limit = agreed(0.98, max_steps=8.0, mean_steps=0.6, most_steps=3.0000007, max_relative=1e-3)
     assert Tolerance().violations(limit, "int8") == []
     assert Tolerance().violations(limit, "fp32") == []
 
@@ -115,11 +122,16 @@ def test_agreement_at_the_limits_is_no_violation() -> None:
 @pytest.mark.parametrize(
     ("precision", "found", "says"),
     [
-        ("int8", Agreement(9, 1.0, 8.5, 0.1, 1.0, 0.0), "8.5 quantization steps, allowed 8"),
-        ("int8", Agreement(9, 1.0, 4.0, 1.5, 1.0, 0.0), "mean difference 1.5"),
-        ("int8", Agreement(9, 0.5, 4.0, 0.1, 1.0, 0.0), "50.00% of 9 samples, allowed from 98.00%"),
-        ("int8", Agreement(9, None, None, None, 1.0, 0.1), "0.1 of the largest output"),
-        ("fp32", Agreement(9, 1.0, None, None, 1.0, 0.002), "0.002 of the largest output, allowed 0.001"),
+        ("int8", agreed(max_steps=8.5, mean_steps=0.1, most_steps=2.0), "8.5 quantization steps, allowed 8"),
+        ("int8", agreed(max_steps=4.0, mean_steps=0.7, most_steps=2.0), "mean difference 0.7"),
+        ("int8", agreed(max_steps=8.0, mean_steps=0.1, most_steps=4.0), "all but 0.1 % of the values 4 quantization"),
+        (
+            "int8",
+            agreed(0.5, max_steps=4.0, mean_steps=0.1, most_steps=2.0),
+            "50.00% of 9 samples, allowed from 98.00%",
+        ),
+        ("int8", agreed(None, max_relative=0.1), "0.1 of the largest output"),
+        ("fp32", agreed(max_relative=0.002), "0.002 of the largest output, allowed 0.001"),
     ],
 )
 def test_each_limit_is_held(precision: str, found: Agreement, says: str) -> None:
@@ -128,12 +140,42 @@ def test_each_limit_is_held(precision: str, found: Agreement, says: str) -> None
     assert says in violations[0]
 
 
+def test_the_output_that_is_off_is_named() -> None:
+    # Over both outputs the mean would be 0.5: a large output that is right hid a small one that is not.
+    comparison = Comparison([0.5, 10.0])
+    comparison.update([torch.zeros(1, 700), torch.zeros(1, 70)], [torch.zeros(1, 700), torch.full((1, 70), 50.0)])
+    found = comparison.result()
+    assert [output.mean_steps for output in found.outputs] == [0.0, 5.0]
+    assert (found.max_steps, found.mean_steps, found.most_steps) == (5.0, 5.0, 5.0)
+    violations = Tolerance().violations(found, "int8", ["scores", "boxes"])
+    assert len(violations) == 2
+    assert all(violation.startswith("output 'boxes': ") for violation in violations)
+    assert Tolerance().violations(found, "int8")[0].startswith("output '1': ")
+
+
+@pytest.mark.parametrize(
+    ("values", "far", "most"),
+    [(90, 0, 0.0), (90, 1, 5.0), (640, 3, 0.0), (640, 4, 5.0), (100_000, 130, 0.0), (100_000, 131, 5.0)],
+)
+def test_few_values_may_lie_further_off_and_more_only_of_many(values: int, far: int, most: float) -> None:
+    comparison = Comparison([0.1])
+    reference, candidate = torch.zeros(values, 1), torch.zeros(values, 1)
+    candidate[:far] = 0.5
+    for part, other in zip(reference.split(70), candidate.split(70), strict=True):  # however they are batched
+        comparison.update([part], [other])
+    (output,) = comparison.result().outputs
+    assert output.most_steps == pytest.approx(most)
+    assert output.max_steps == pytest.approx(5.0 if far else 0.0)
+
+
 def test_relative_difference_is_not_held_against_int8_and_top1_can_be_switched_off() -> None:
-    found = Agreement(9, 0.1, 2.0, 0.5, 1.0, max_relative=0.5)
+    found = agreed(0.1, max_steps=2.0, mean_steps=0.5, most_steps=2.0, max_relative=0.5)
     assert Tolerance(top1=None).violations(found, "int8") == []
 
 
-@pytest.mark.parametrize("values", [{"max_steps": -1}, {"mean_steps": math.nan}, {"max_relative": -0.1}, {"top1": 1.1}])
+@pytest.mark.parametrize(
+    "values", [{"max_steps": -1}, {"mean_steps": math.nan}, {"most_steps": -1}, {"max_relative": -0.1}, {"top1": 1.1}]
+)
 def test_tolerance_refuses_what_is_no_limit(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         Tolerance(**values)

@@ -1,0 +1,160 @@
+"""A file with a fault in one layer: the error names that layer, as the user knows it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from deployables import batches, network
+from torch import Tensor, nn
+
+from lightning_edge.errors import AgreementError
+from lightning_edge.exporters import Artifact, checks, deployable, export, load, tflite_graph
+from lightning_edge.exporters.base import sort_keywords
+from lightning_edge.exporters.divergence import Divergence, Intermediate, explanation, first_divergence
+from lightning_edge.measure import Tolerance
+from lightning_edge.network import Deployable, Inputs
+from lightning_edge.quantization import quantize
+
+pytest.importorskip("ai_edge_litert")
+pytest.importorskip("litert_torch")
+
+
+class Layers(nn.Module):
+    """Three layers with names of their own, the second of which is looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.relu(self.body(torch.relu(self.stem(images))))
+        scores: Tensor = self.head(hidden.mean((2, 3)))
+        return scores
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Tensor]:
+    return list(torch.randn(2, 8, 3, 6, 6, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(scope="module")
+def layers(images: list[Tensor]) -> Deployable:
+    torch.manual_seed(0)
+    return deployable(quantize(Layers().eval(), images))
+
+
+@pytest.fixture(scope="module")
+def good(layers: Deployable, images: list[Tensor], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return export(layers, "tflite", tmp_path_factory.mktemp("good") / "net.tflite", batches=images)
+
+
+def damaged(good: Artifact, path: Path, what: str, layer: int) -> Artifact:
+    """The file with weights or their scales of one convolution or linear layer changed."""
+    model = tflite_graph.parse(good.path.read_bytes())
+    graph = model.subgraphs[0]
+    products = [op for op in graph.operators if tflite_graph.op_name(model, op) in ("CONV_2D", "FULLY_CONNECTED")]
+    weight = graph.tensors[products[layer].inputs[1]]
+    if what == "weights":
+        data = numpy.array(model.buffers[weight.buffer].data)
+        model.buffers[weight.buffer].data = numpy.roll(data, len(data) // 2)
+    else:
+        weight.quantization.scale = [scale * 3 for scale in weight.quantization.scale]
+    path.write_bytes(tflite_graph.pack(model))
+    return load(path)
+
+
+@pytest.mark.parametrize("what", ["weights", "scales"])
+@pytest.mark.parametrize(("layer", "name"), [(0, "stem"), (1, "body"), (2, "head")])
+def test_the_layer_with_the_fault_is_named(
+    good: Artifact, layers: Deployable, images: list[Tensor], tmp_path: Path, what: str, layer: int, name: str
+) -> None:
+    artifact = damaged(good, tmp_path / "bad.tflite", what, layer)
+    agreement = checks.agreement_of(layers, artifact, images)
+    says = (
+        rf"tflite: bad\.tflite computes something else .* quantization steps, allowed .* The first layer that differs "
+        rf"is '{name}' \((CONV_2D|FULLY_CONNECTED) \d+ in the file\): .* Keep the layer that differs in float .*toler"
+    )
+    with pytest.raises(AgreementError, match=says):
+        checks.check_agreement(layers, artifact, agreement, Tolerance())
+
+
+def test_a_good_file_diverges_nowhere(good: Artifact, layers: Deployable) -> None:
+    assert explanation(layers, good) == "On the network's own sample no single layer lies far off"
+
+
+def test_every_layer_of_the_network_is_found_in_the_file(good: Artifact, layers: Deployable) -> None:
+    found = good.runner.intermediates(layers.inputs.tensors)  # type: ignore[attr-defined]
+    places = {"stem": "CONV_2D", "body": "CONV_2D", "mean": "MEAN", "head": "FULLY_CONNECTED"}
+    for name, place in places.items():
+        # With all values wrong, each layer in turn is the first that is looked at and differs.
+        wrong = [Intermediate(one.operation, one.scale, one.zero_point, one.values.int() + 50) for one in found]
+        first = first_divergence(layers, layers.inputs, wrong)
+        assert first is not None
+        assert first.layer == name
+        assert first.mean_steps == pytest.approx(50, abs=1)
+        assert first.operation.startswith(place)
+        scale = next(one.scale for one in found if one.operation == first.operation)
+        found = [one for one in found if one.scale != scale]
+
+
+def test_what_the_file_does_not_have_is_passed_over() -> None:
+    deployed = network("difference", "int8")
+    unknown = Intermediate("RELU 0", 1.0, 0, torch.zeros(1, 4))
+    assert first_divergence(deployed, deployed.inputs, [unknown]) is None
+    assert first_divergence(deployed, deployed.inputs, []) is None
+
+
+def test_the_message_says_why_there_is_no_layer_to_name(good: Artifact, layers: Deployable) -> None:
+    class Closed:
+        runtime, is_reference, inputs = "Closed 1.0", False, good.runner.inputs
+
+        def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+            raise AssertionError("not called")
+
+    class Broken(Closed):
+        def intermediates(self, tensors: list[Tensor]) -> list[Intermediate]:
+            raise RuntimeError("no such tensor")
+
+    def with_runner(runner: Any) -> Artifact:
+        changed = copy.copy(good)
+        object.__setattr__(changed, "runner", runner)
+        return changed
+
+    assert explanation(layers, with_runner(Closed())) == "Closed 1.0 does not give the values inside a file"
+    assert explanation(layers, with_runner(Broken())) == (
+        "Values inside the file could not be looked at (RuntimeError: no such tensor)"
+    )
+    fp32 = network("difference", "fp32")
+    assert explanation(fp32, good) == "Values inside are compared for int8 networks only"
+
+
+def test_divergence_is_told_in_words() -> None:
+    assert str(Divergence("body.0", "CONV_2D 3", 12.345, 40.0)) == (
+        "The first layer that differs is 'body.0' (CONV_2D 3 in the file): 12.3 steps of its output on average and 40 "
+        "at most, on one sample"
+    )
+
+
+def test_a_file_in_a_process_of_its_own_is_looked_into(
+    good: Artifact, layers: Deployable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_edge.exporters.tflite.IN_PROCESS", False)
+    artifact = damaged(good, tmp_path / "bad.tflite", "weights", 1)
+    assert "'body' (CONV_2D" in explanation(layers, artifact)
+
+
+def test_keywords_and_inputs_in_any_order_are_the_networks_own(tmp_path: Path) -> None:
+    deployed = network("difference", "int8")
+    artifact = export(deployed, "tflite", tmp_path / "net.tflite", batches=batches("difference"))
+    assert explanation(deployed, artifact) == "On the network's own sample no single layer lies far off"
+    swapped = Inputs(kwargs=dict(reversed(deployed.inputs.kwargs.items())))
+    found = artifact.runner.intermediates(sort_keywords(swapped).tensors)  # type: ignore[attr-defined]
+    assert len(found) > 3
+    assert first_divergence(deployed, swapped, found) is None
