@@ -73,6 +73,7 @@ def write(
         tflite_graph.float_ends(model)
     if layout == "nhwc":
         tflite_graph.set_note(model, _LAYOUT_NOTE, layout)
+    tflite_graph.share_empty_buffers(model)
     path.write_bytes(tflite_graph.pack(model))
 
 

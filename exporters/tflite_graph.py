@@ -191,6 +191,22 @@ def shorten_names(model: Any) -> None:
                 tensor.name = str(index).encode()
 
 
+def share_empty_buffers(model: Any) -> None:
+    """Let all tensors without data have the schema's one empty buffer: the converter gives each activation its own."""
+    kept, places = [model.buffers[0]], {}
+    holders = [tensor for graph in model.subgraphs for tensor in graph.tensors] + (model.metadata or [])
+    for holder in holders:
+        buffer = model.buffers[holder.buffer]
+        if buffer.data is None or not len(buffer.data):
+            holder.buffer = 0
+            continue
+        if holder.buffer not in places:
+            places[holder.buffer] = len(kept)
+            kept.append(buffer)
+        holder.buffer = places[holder.buffer]
+    model.buffers = kept
+
+
 def float_ends(model: Any) -> None:
     """Let the graph take and give float: quantize at its int8 inputs, dequantize at its int8 outputs.
 
