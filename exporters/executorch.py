@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, final
@@ -27,6 +30,7 @@ ACTIVATION_BITS = frozenset({8})
 Scheme = Literal["fp16", "int8_dynamic", "int4_dynamic"]
 
 _METHOD = "forward"
+_KEY_DIGITS = 16
 
 
 def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> None:
@@ -53,7 +57,8 @@ def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> N
             network.graph = float_layers.apart_for_xnnpack(network.graph)
             program = averages.keep_dimensions(network.program())
             delegate = [partitioner.XnnpackPartitioner()]
-            lowered = exir.to_edge_transform_and_lower(program, partitioner=delegate).to_executorch()
+            with _short_keys():
+                lowered = exir.to_edge_transform_and_lower(program, partitioner=delegate).to_executorch()
     except Exception as error:
         raise explain(
             "executorch",
@@ -62,6 +67,41 @@ def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> N
         ) from error
     with path.open("wb") as file:
         lowered.write_to_file(file)
+
+
+@final
+class _ShortHash:
+    """What the lowering calls ``hashlib`` for, with digests of 16 digits."""
+
+    @staticmethod
+    def sha256(data: bytes) -> _ShortHash:
+        """Take the data."""
+        made = _ShortHash()
+        made.digits = hashlib.sha256(data).hexdigest()[:_KEY_DIGITS]
+        return made
+
+    def hexdigest(self) -> str:
+        """Give the digits."""
+        return self.digits
+
+    digits = ""
+
+
+@contextmanager
+def _short_keys() -> Iterator[None]:
+    """Have XNNPACK's constants named by the first 16 digits of their SHA-256.
+
+    The file holds every name twice, three names a layer: with all 64 digits an int8 DS-CNN is 9 % larger. Programs of
+    one process may share constants by name, which 64 bits keep apart; within a file ExecuTorch itself refuses a name
+    that stands for two.
+    """
+    visitor: Any = require("executorch.backends.xnnpack.operators.node_visitor", EXTRA)
+    before = visitor.hashlib
+    visitor.hashlib = _ShortHash
+    try:
+        yield
+    finally:
+        visitor.hashlib = before
 
 
 def _in_scheme(network: Deployable, scheme: Scheme) -> Deployable:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_edge.anatomy import Placements
 from lightning_edge.errors import ExportError, require
-from lightning_edge.exporters import float_layers, tflite_graph, tflite_placement
+from lightning_edge.exporters import float_layers, tflite_contents, tflite_graph, tflite_placement
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
 from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.network import Deployable, Inputs
@@ -75,6 +75,7 @@ def write(
         tflite_graph.float_ends(model)
     if layout == "nhwc":
         tflite_graph.set_note(model, _LAYOUT_NOTE, layout)
+    tflite_graph.share_empty_buffers(model)
     path.write_bytes(tflite_graph.pack(model))
 
 
@@ -84,7 +85,7 @@ def inspect(path: Path) -> Contents:
     Raises:
         ValueError: If it is not a whole TensorFlow Lite file.
     """
-    return replace(tflite_graph.contents(path), placements=tflite_placement.by_support(path))
+    return replace(tflite_contents.contents(path), placements=tflite_placement.by_support(path))
 
 
 def placements(path: Path) -> Placements | None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from lightning_edge.anatomy import Endpoint
 from lightning_edge.errors import require
-from lightning_edge.exporters.base import Contents
 
 _EXTRA = "tflite"
 _IDENTIFIER = b"TFL3"
@@ -30,42 +26,6 @@ _PRODUCTS_WITH_BIAS = {
     "FULLY_CONNECTED": (0, 2),
     "TRANSPOSE_CONV": (2, 3),
 }
-# Operations that only move or convert values: not computation, whatever type the values have.
-_MOVES = frozenset(
-    {
-        "BATCH_TO_SPACE_ND",
-        "BROADCAST_TO",
-        "CAST",
-        "CONCATENATION",
-        "DEPTH_TO_SPACE",
-        "DEQUANTIZE",
-        "EMBEDDING_LOOKUP",
-        "EXPAND_DIMS",
-        "FILL",
-        "GATHER",
-        "GATHER_ND",
-        "MIRROR_PAD",
-        "PACK",
-        "PAD",
-        "PADV2",
-        "QUANTIZE",
-        "RESHAPE",
-        "REVERSE_V2",
-        "SELECT",
-        "SELECT_V2",
-        "SHAPE",
-        "SLICE",
-        "SPACE_TO_BATCH_ND",
-        "SPACE_TO_DEPTH",
-        "SPLIT",
-        "SPLIT_V",
-        "SQUEEZE",
-        "STRIDED_SLICE",
-        "TILE",
-        "TRANSPOSE",
-        "UNPACK",
-    }
-)
 # Constants must lie at multiples of this, or a runtime that maps the file reads unaligned words.
 _ALIGNMENT = 16
 
@@ -76,7 +36,7 @@ def parse(data: bytes) -> Any:
     Raises:
         ValueError: If it is cut short or no TensorFlow Lite file.
     """
-    schema = _schema()
+    schema = schema_module()
     if data[4:8] != _IDENTIFIER:
         raise ValueError("it does not start as a TensorFlow Lite file does")
     try:
@@ -99,76 +59,9 @@ def pack(model: Any) -> bytes:
     return bytes(builder.Output())
 
 
-def contents(path: Path) -> Contents:
-    """Read what a file holds.
-
-    Raises:
-        ValueError: If it is cut short or no TensorFlow Lite file.
-    """
-    model = parse(path.read_bytes())
-    floats = {_schema().TensorType.FLOAT32, _schema().TensorType.FLOAT16}
-    halves, int4 = {_schema().TensorType.FLOAT16}, {_schema().TensorType.INT4}
-    bytes_of: dict[str, dict[int, int]] = {"int8": {}, "int4": {}, "float": {}, "half": {}}
-    ops: Counter[str] = Counter()
-    float_compute: list[str] = []
-    float_other: list[str] = []
-    for graph in model.subgraphs:
-        produced = {index: op for op in graph.operators for index in op.outputs}
-        for op in graph.operators:
-            name = op_name(model, op)
-            ops[name] += 1
-            tensors = [graph.tensors[index] for index in (*op.inputs, *op.outputs) if index >= 0]
-            is_float = any(tensor.type in floats for tensor in tensors)
-            if name in PRODUCTS:
-                if is_float:
-                    float_compute.append(name)
-                for position in PRODUCTS[name]:
-                    weight = _stored(model, graph, produced, op.inputs[position])
-                    if weight is not None:
-                        kind = "float" if weight.type in floats else "int4" if weight.type in int4 else "int8"
-                        for found in (kind, "half") if weight.type in halves else (kind,):
-                            bytes_of[found][weight.buffer] = _length(model, weight)
-            elif is_float and name not in _MOVES:
-                float_other.append(name)
-    return Contents(
-        int8_weight_bytes=sum(bytes_of["int8"].values()),
-        float_weight_bytes=sum(bytes_of["float"].values()),
-        ops=dict(sorted(ops.items())),
-        float_compute_ops=tuple(float_compute),
-        float_ops=tuple(float_other),
-        half_weight_bytes=sum(bytes_of["half"].values()),
-        int4_weight_bytes=sum(bytes_of["int4"].values()),
-        inputs=_endpoints(model, "inputs"),
-        outputs=_endpoints(model, "outputs"),
-    )
-
-
-def _endpoints(model: Any, side: str) -> tuple[Endpoint, ...]:
-    """What the first graph takes or gives, by the names of its signature where it has one."""
-    graph = model.subgraphs[0]
-    entries = getattr(model.signatureDefs[0], side) if model.signatureDefs else []
-    names = {int(entry.tensorIndex): entry.name for entry in entries}
-    found = []
-    for index in getattr(graph, side):
-        tensor = graph.tensors[index]
-        name = names.get(int(index), tensor.name)
-        quantization = tensor.quantization
-        scaled = quantization is not None and quantization.scale is not None and len(quantization.scale) == 1
-        found.append(
-            Endpoint(
-                name.decode() if isinstance(name, bytes) else name,
-                tuple(int(size) for size in ([] if tensor.shape is None else tensor.shape)),
-                dtype_name(tensor.type),
-                float(quantization.scale[0]) if scaled else None,
-                int(quantization.zeroPoint[0]) if scaled else None,
-            )
-        )
-    return tuple(found)
-
-
 def dtype_name(number: int) -> str:
     """Name a type of the schema as PyTorch does."""
-    types = vars(_schema().TensorType)
+    types = vars(schema_module().TensorType)
     return next((str(name).lower() for name, value in types.items() if value == number), f"type {number}")
 
 
@@ -178,7 +71,7 @@ def op_name(model: Any, op: Any) -> str:
     if code.customCode:
         return str(code.customCode.decode() if isinstance(code.customCode, bytes) else code.customCode)
     number = max(code.builtinCode, code.deprecatedBuiltinCode)
-    operators = vars(_schema().BuiltinOperator)
+    operators = vars(schema_module().BuiltinOperator)
     return next((str(name) for name, value in operators.items() if value == number), f"BUILTIN_{number}")
 
 
@@ -195,6 +88,22 @@ def shorten_names(model: Any) -> None:
         for index, tensor in enumerate(graph.tensors):
             if index not in ends:
                 tensor.name = str(index).encode()
+
+
+def share_empty_buffers(model: Any) -> None:
+    """Let all tensors without data have the schema's one empty buffer: the converter gives each activation its own."""
+    kept, places = [model.buffers[0]], {}
+    holders = [tensor for graph in model.subgraphs for tensor in graph.tensors] + (model.metadata or [])
+    for holder in holders:
+        buffer = model.buffers[holder.buffer]
+        if buffer.data is None or not len(buffer.data):
+            holder.buffer = 0
+            continue
+        if holder.buffer not in places:
+            places[holder.buffer] = len(kept)
+            kept.append(buffer)
+        holder.buffer = places[holder.buffer]
+    model.buffers = kept
 
 
 def float_ends(model: Any) -> None:
@@ -217,7 +126,7 @@ def widen_biases(model: Any) -> None:
     """
     import numpy
 
-    schema = _schema()
+    schema = schema_module()
     for graph in model.subgraphs:
         for op in graph.operators:
             data, position = _PRODUCTS_WITH_BIAS.get(op_name(model, op), (0, -1))
@@ -260,7 +169,7 @@ def join_signs(model: Any) -> None:
 
 def set_note(model: Any, name: str, value: str) -> None:
     """Keep a short text in the file's metadata."""
-    schema = _schema()
+    schema = schema_module()
     import numpy
 
     model.buffers.append(schema.BufferT(data=numpy.frombuffer(value.encode(), dtype=numpy.uint8)))
@@ -270,7 +179,7 @@ def set_note(model: Any, name: str, value: str) -> None:
 
 def notes(data: bytes) -> Mapping[str, str]:
     """Read the texts of `set_note` (and what else the metadata holds) by name, and nothing else of a whole file."""
-    model = _schema().Model.GetRootAs(data, 0)
+    model = schema_module().Model.GetRootAs(data, 0)
     found = {}
     for index in range(model.MetadataLength()):
         entry = model.Metadata(index)
@@ -285,7 +194,8 @@ def _read(graph: Any) -> set[int]:
     return {int(index) for op in graph.operators for index in op.inputs} | {int(index) for index in graph.outputs}
 
 
-def _schema() -> Any:
+def schema_module() -> Any:
+    """Import the schema's generated classes."""
     return require("ai_edge_litert.schema_py_generated", _EXTRA)
 
 
@@ -305,7 +215,7 @@ def _sharing(flatbuffers: Any) -> Any:
 
 def _aligned(buffer: Any) -> Any:
     """Make a buffer's own packing: the generated one ignores the schema's alignment of constants."""
-    schema = _schema()
+    schema = schema_module()
 
     def pack_buffer(builder: Any) -> Any:
         vector = None
@@ -326,31 +236,21 @@ def _aligned(buffer: Any) -> Any:
 def _check_constants(model: Any) -> None:
     for graph in model.subgraphs:
         for tensor in graph.tensors:
-            _length(model, tensor)
+            length_bytes(model, tensor)
         for op in graph.operators:
             for index in (*op.inputs, *op.outputs):
                 graph.tensors[index]
 
 
-def _length(model: Any, tensor: Any) -> int:
+def length_bytes(model: Any, tensor: Any) -> int:
+    """Count the bytes of a tensor's constant; 0 if it has none."""
     data = model.buffers[tensor.buffer].data
     return 0 if data is None else len(data)
 
 
-def _stored(model: Any, graph: Any, produced: Mapping[int, Any], index: int) -> Any:
-    """The constant behind an operand, through the DEQUANTIZE of a weight that is only stored as int8."""
-    tensor = graph.tensors[index]
-    if _length(model, tensor):
-        return tensor
-    maker = produced.get(index)
-    if maker is not None and op_name(model, maker) == "DEQUANTIZE":
-        return _stored(model, graph, produced, maker.inputs[0])
-    return None
-
-
 def _convert_ends(model: Any, graph: Any, ends: list[int], operator: str) -> list[Any]:
     """Put a float tensor and the operation to it at each int8 end of the graph; returns the operations."""
-    schema = _schema()
+    schema = schema_module()
     signatures = model.signatureDefs or []
     maps = [signature.inputs if operator == "QUANTIZE" else signature.outputs for signature in signatures]
     added: dict[int, int] = {}
@@ -375,7 +275,7 @@ def _convert_ends(model: Any, graph: Any, ends: list[int], operator: str) -> lis
 
 
 def _op_code(model: Any, operator: str) -> int:
-    schema = _schema()
+    schema = schema_module()
     number = getattr(schema.BuiltinOperator, operator)
     for index, code in enumerate(model.operatorCodes):
         if max(code.builtinCode, code.deprecatedBuiltinCode) == number and not code.customCode:

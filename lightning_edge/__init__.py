@@ -9,44 +9,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_edge.budget import Budget
     from lightning_edge.callbacks.compression import EdgeCompressionCallback
     from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
     from lightning_edge.distillation.phase import Distill
     from lightning_edge.errors import (
         AgreementError,
+        BudgetError,
         CompressionError,
         EdgeError,
         ExportError,
+        ManifestError,
         MissingExtraError,
         RecordError,
         RunnerError,
     )
     from lightning_edge.exporters import export, load
     from lightning_edge.factorization import Factorize
+    from lightning_edge.manifest import Manifest
     from lightning_edge.measure import Timing, Tolerance
     from lightning_edge.pruning import Prune
     from lightning_edge.quantization import Quantize, check_calibration, convert, mixed_plan, quantize, sensitivity
     from lightning_edge.record import load_compressed
     from lightning_edge.sparsity import Sparsify
     from lightning_edge.tracking import OfflineFallbackWandbLogger
+    from lightning_edge.verification import verify
 
     __version__: str
 
 _HOMES = {
+    "lightning_edge.budget": ("Budget",),
     "lightning_edge.callbacks.compression": ("EdgeCompressionCallback",),
     "lightning_edge.callbacks.evaluation": ("DeviceEvaluationCallback",),
     "lightning_edge.distillation.phase": ("Distill",),
     "lightning_edge.errors": (
         "AgreementError",
+        "BudgetError",
         "CompressionError",
         "EdgeError",
         "ExportError",
+        "ManifestError",
         "MissingExtraError",
         "RecordError",
         "RunnerError",
     ),
     "lightning_edge.exporters": ("export", "load"),
     "lightning_edge.factorization": ("Factorize",),
+    "lightning_edge.manifest": ("Manifest",),
     "lightning_edge.measure": ("Timing", "Tolerance"),
     "lightning_edge.pruning": ("Prune",),
     "lightning_edge.quantization": (
@@ -60,11 +69,14 @@ _HOMES = {
     "lightning_edge.record": ("load_compressed",),
     "lightning_edge.sparsity": ("Sparsify",),
     "lightning_edge.tracking": ("OfflineFallbackWandbLogger",),
+    "lightning_edge.verification": ("verify",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AgreementError",
+    "Budget",
+    "BudgetError",
     "CompressionError",
     "DeviceEvaluationCallback",
     "Distill",
@@ -72,6 +84,8 @@ __all__ = [
     "EdgeError",
     "ExportError",
     "Factorize",
+    "Manifest",
+    "ManifestError",
     "MissingExtraError",
     "OfflineFallbackWandbLogger",
     "Prune",
@@ -90,6 +104,7 @@ __all__ = [
     "mixed_plan",
     "quantize",
     "sensitivity",
+    "verify",
 ]
 
 

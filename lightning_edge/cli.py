@@ -101,6 +101,7 @@ class EdgeTrainer(Trainer):
         targets: list[str] | None = None,
         dirpath: str | None = None,
         batches: int = 8,
+        max_fallback: float | None = None,
     ) -> list[Artifact]:
         """Write the network of a checkpoint for each target, int8 if it was trained so, and prove each file.
 
@@ -111,12 +112,13 @@ class EdgeTrainer(Trainer):
             targets: Targets to export to: those of the DeviceEvaluationCallback, or all.
             dirpath: Folder for the files: that of the DeviceEvaluationCallback, or ``artifacts``.
             batches: Validation batches on which each file is compared with the network.
+            max_fallback: Share of the multiply-accumulates that may run outside the target's delegate.
 
         Raises:
             EdgeError: If the checkpoint does not load or a file cannot be made.
             ValueError: If a target is unknown.
         """
-        settings = self._settings(targets, dirpath)
+        settings = self._settings(targets, dirpath, max_fallback)
         if batches < 1:
             raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
         name = self._network_name(settings)
@@ -144,6 +146,7 @@ class EdgeTrainer(Trainer):
         targets: list[str] | None = None,
         dirpath: str | None = None,
         split: Split | None = None,
+        max_fallback: float | None = None,
     ) -> Report:
         """Export the network of a checkpoint, validate and time every file, and write the report.
 
@@ -156,12 +159,13 @@ class EdgeTrainer(Trainer):
             targets: Targets to export to, all of them without a callback.
             dirpath: Folder for the files and the report, ``artifacts`` without a callback.
             split: The loop that gives the metrics, ``validate`` without a callback.
+            max_fallback: Share of the multiply-accumulates that may run outside the target's delegate.
 
         Raises:
             EdgeError: If the checkpoint does not load, a file cannot be made or is over its budget; the report has all.
             ValueError: If a target is unknown.
         """
-        settings = self._settings(targets, dirpath)
+        settings = self._settings(targets, dirpath, max_fallback)
         name = self._network_name(settings)
         split = split or settings.split
         self._load(model, ckpt_path, name, split, datamodule)
@@ -216,7 +220,9 @@ class EdgeTrainer(Trainer):
         model.configure_model()
         return load_compressed(ckpt_path, model, name)
 
-    def _settings(self, targets: list[str] | None, dirpath: str | None) -> DeviceEvaluationCallback:
+    def _settings(
+        self, targets: list[str] | None, dirpath: str | None, max_fallback: float | None
+    ) -> DeviceEvaluationCallback:
         """The configuration's callback with what was given in place of its own, or one of its own."""
         settings = _first(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
         settings = copy.copy(settings)
@@ -225,6 +231,7 @@ class EdgeTrainer(Trainer):
             settings.options = {name: value for name, value in settings.options.items() if name in targets}
             check_targets(targets, settings.options)
         settings.dirpath = dirpath or settings.dirpath
+        settings.max_fallback = settings.max_fallback if max_fallback is None else max_fallback
         return settings
 
     def _network_name(self, settings: DeviceEvaluationCallback) -> str | None:

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 _LEFT_OUT = "-"
 # A terminal is narrow: the other metrics are in report.md.
 _METRICS_IN_TERMINAL = 2
-_FIDELITY_IN_TERMINAL = 6
+_FIDELITY_IN_TERMINAL = 4
 _SPEED_IN_TERMINAL = 6
 _SPEED_HEADERS = ("p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Peak", "Planned")
-_COST_HEADERS = ("Size", "Zipped", *_SPEED_HEADERS)
+_SIZE_HEADERS = ("Size", "Zipped", "Over floor")
+_COST_HEADERS = (*_SIZE_HEADERS, *_SPEED_HEADERS)
+_PLACE_HEADERS = ("MACs", "Off the delegate", "Operations in it", "Operations off it", "As told by")
 _FIDELITY_HEADERS = (
     "Same top class",
     "Max steps",
@@ -50,7 +52,12 @@ def markdown(report: Report) -> str:
             ["File", *_FIDELITY_HEADERS, "Float operations", "Runs on"],
             [[row.label, *_fidelity_cells(row), _listed(row.float_ops), row.runtime or _LEFT_OUT] for row in files],
         )
+    placed = [row for row in files if row.placements is not None]
+    if placed:
+        lines += ["", "## Where its operations run", ""]
+        lines += _markdown_table(["File", *_PLACE_HEADERS], [[row.label, *_place_cells(row)] for row in placed])
     for title, entries in (
+        ("Budget", [f"{row.label}: {row.budget}" for row in files if row.budget is not None]),
         ("Failed", [f"{row.label}: {row.error}" for row in report.failures]),
         ("Warnings", report.warnings),
         ("Notes", report.notes),
@@ -71,12 +78,14 @@ def terminal_table(report: Report) -> Group:
     notes += report.settings()
     failures = [Text(f"{row.label} FAILED: {row.error}", style="red") for row in report.failures]
     files = [row for row in report.rows if row.target != "torch"]
+    budget = ["In budget"] if any(row.budget is not None for row in files) else []
+    sizes = [*names, *_SIZE_HEADERS, *budget]
     return Group(
         _terminal_part(
             f"{report.model} on the device",
-            [*names, "Size", "Zipped"],
+            sizes,
             [
-                (row, [*_metric_cells(row, names), _bytes(row.size_bytes), _bytes(row.compressed_bytes)])
+                (row, [*_metric_cells(row, names), *_size_cells(row), _in_budget(row)][: len(sizes)])
                 for row in report.rows
             ],
         ),
@@ -87,8 +96,11 @@ def terminal_table(report: Report) -> Group:
         ),
         _terminal_part(
             "Agreement with the network it came from",
-            _FIDELITY_HEADERS[:_FIDELITY_IN_TERMINAL],
-            [(row, _fidelity_cells(row)[:_FIDELITY_IN_TERMINAL]) for row in files],
+            [*_FIDELITY_HEADERS[:_FIDELITY_IN_TERMINAL], "int8 weights", "Off the delegate"],
+            [
+                (row, [*_fidelity_cells(row)[:_FIDELITY_IN_TERMINAL], _percent(row.int8_weight_share), _fallback(row)])
+                for row in files
+            ],
         ),
         *failures,
         Text("\n".join(notes), style="dim"),
@@ -120,7 +132,32 @@ def _metric_cells(row: Row, names: Sequence[str]) -> list[str]:
 
 
 def _cost_cells(row: Row) -> list[str]:
-    return [_bytes(row.size_bytes), _bytes(row.compressed_bytes), *_speed_cells(row, reference="-\\*")]
+    return [*_size_cells(row), *_speed_cells(row, reference="-\\*")]
+
+
+def _size_cells(row: Row) -> list[str]:
+    ratio = row.floor_ratio
+    return [_bytes(row.size_bytes), _bytes(row.compressed_bytes), _LEFT_OUT if ratio is None else f"{ratio:.2f}x"]
+
+
+def _in_budget(row: Row) -> str:
+    return _LEFT_OUT if row.budget is None else {True: "yes", False: "no", None: "?"}[row.within_budget]
+
+
+def _fallback(row: Row) -> str:
+    return _percent(row.fallback_share)
+
+
+def _place_cells(row: Row) -> list[str]:
+    placements = row.placements
+    assert placements is not None, row.label
+    inside = [f"{entry.count} x {entry.op}" for entry in placements.ops if entry.place not in ("cpu", "cpu or gpu")]
+    outside = [
+        f"{entry.count} x {entry.op}" + (f" ({entry.macs:,} MACs)" if entry.macs else "")
+        for entry in placements.ops
+        if entry.place in ("cpu", "cpu or gpu")
+    ]
+    return [f"{placements.macs:,}", _fallback(row), _listed(inside), _listed(outside), placements.told_by]
 
 
 def _speed_cells(row: Row, reference: str = "-*") -> list[str]:

@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, MeanSquaredError
 
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Quantize
-from lightning_edge.errors import EdgeError, ExportError, MissingExtraError
-from lightning_edge.evaluation import evaluate_module, raise_failures
+from lightning_edge.anatomy import Placements
+from lightning_edge.budget import Budget
+from lightning_edge.errors import BudgetError, EdgeError, ExportError, MissingExtraError
+from lightning_edge.evaluation import evaluate_module, raise_failures, raise_over_budget
 from lightning_edge.exporters import TARGETS, Contents, ExportWarning, TensorSpec, load, options_of
 from lightning_edge.exporters.base import Runner
 from lightning_edge.manifest import Manifest
@@ -450,6 +452,36 @@ def test_failure_is_raised_after_the_report_is_written(stub: Stub, tmp_path: Pat
     lenient = DeviceEvaluationCallback(["stub"], str(tmp_path), timing=QUICK, calibration_batches=0, strict=False)
     with pytest.warns(UserWarning, match="stub fp32 failed: no such operation"):
         trainer(lenient, max_epochs=1).fit(Classifier(), TRAINING, VALIDATION)
+
+
+def test_a_file_over_its_budget_is_kept_told_and_no_failure(stub: Stub, tmp_path: Path) -> None:
+    budget = Budget(size_bytes=0, accuracy_drop=1.0)
+    evaluation = DeviceEvaluationCallback(["stub"], str(tmp_path), timing=QUICK, calibration_batches=0, budget=budget)
+    with pytest.warns(UserWarning, match=r"stub fp32 is over its budget: size_bytes 1 is 1 above 0"):
+        trainer(evaluation, max_epochs=1).fit(Classifier(), TRAINING, VALIDATION)
+    assert evaluation.report is not None
+    assert evaluation.report.failures == []
+    assert "stub fp32 is over its budget: size_bytes 1 is 1 above 0" in evaluation.report.warnings
+    assert evaluation.report.metrics()["edge/stub/fp32_within_budget"] == 0.0
+    (entry,) = Manifest.read(tmp_path).files
+    assert entry.budget == evaluation.report.rows[-1].budget
+    with pytest.raises(BudgetError, match="Make the network smaller, or state another budget"):
+        raise_over_budget(evaluation.report)
+
+
+def test_a_target_that_falls_back_more_than_allowed_is_a_row_with_the_error(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Placements.of("the runtime", [("conv", "cpu", 9), ("linear", "delegate", 1)])
+    monkeypatch.setattr(sys.modules["stub_target"], "placements", lambda path: told, raising=False)
+    (failed,) = evaluate(tmp_path, max_fallback=0.5).failures
+    assert "90.0% of the multiply-accumulates run outside the delegate" in str(failed.error)
+    assert "1 x conv (9 MACs)" in str(failed.error)
+    with pytest.warns(ExportWarning, match="90.0%"):
+        report = evaluate(tmp_path, max_fallback=0.95)
+    assert report.metrics()["edge/stub/fp32_fallback_share"] == 0.9
+    with pytest.raises(ValueError, match="max_fallback=2 is not allowed"):
+        DeviceEvaluationCallback(["stub"], max_fallback=2)
 
 
 def test_training_that_fails_is_not_evaluated(stub: Stub, tmp_path: Path) -> None:

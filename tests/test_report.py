@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lightning_edge.anatomy import Placement, Placements
+from lightning_edge.budget import Excess, Verdict
 from lightning_edge.errors import EdgeError
 from lightning_edge.monitor import Monitor, choose, direction
 from lightning_edge.report import Report, Row, digest, installed_versions
@@ -42,6 +44,12 @@ ROWS = (
         int8_weight_share=1.0,
         float_ops=("softmax", "softmax"),
         runtime="LiteRT",
+        floor_bytes=82_080,
+        placements=Placements(
+            "the runtime",
+            (Placement("CONV_2D", "delegate", 9, 12_000), Placement("SOFTMAX", "cpu", 1, 0)),
+        ),
+        budget=Verdict("exceeded", (Excess("size_bytes", 98_000, 98_496),), ("peak_memory_bytes",)),
     ),
     Row("coreml", "int8", "trained", error="coreml: no such | operation", metrics={"val_acc": 0.1}),
 )
@@ -67,6 +75,9 @@ def test_metrics_are_flat_by_target() -> None:
     assert found["edge/tflite/latency_p99_ms"] == 1.0
     assert found["edge/tflite/top1_agreement"] == 0.995
     assert found["edge/tflite/peak_memory_bytes"] == 856_064
+    assert found["edge/tflite/floor_ratio"] == 1.2
+    assert found["edge/tflite/fallback_share"] == 0.0
+    assert found["edge/tflite/within_budget"] == 0.0
     assert found["edge/torch/fp32_val_acc"] == 0.9
     assert found["edge/torch/post_training_val_acc"] == 0.8
     assert found["edge/torch/val_acc"] == 0.89
@@ -103,7 +114,20 @@ def test_markdown_is_a_table_with_a_cell_for_every_column() -> None:
     first = table[: len(ROWS) + 2]
     assert {line.replace("\\|", "").count("|") for line in first} == {first[0].count("|")}
     assert first[0].startswith("| Candidate | val_acc | val_loss | Size |")
-    cells = ("0.8800", "0.5000", "98,496", "70,000", "0.500", "0.750", "1.000", "1800.0", "3.5", "856,064", "-")
+    cells = (
+        "0.8800",
+        "0.5000",
+        "98,496",
+        "70,000",
+        "1.20x",
+        "0.500",
+        "0.750",
+        "1.000",
+        "1800.0",
+        "3.5",
+        "856,064",
+        "-",
+    )
     assert f"| tflite int8 (trained) | {' | '.join(cells)} |" in first
 
 
@@ -128,12 +152,36 @@ def test_markdown_says_what_failed_and_how_it_was_measured() -> None:
     assert "agreement over 1000 samples" in text
 
 
+def test_markdown_says_what_runs_where_and_which_limit_is_not_kept() -> None:
+    text = REPORT.to_markdown()
+    assert "| tflite int8 (trained) | 12,000 | 0.00% | 9 x CONV_2D | 1 x SOFTMAX | the runtime |" in text, text
+    assert (
+        "tflite int8 (trained): size_bytes 98,496 is 496 above 98,000; not measurable here: peak_memory_bytes" in text
+    )
+
+
+def test_over_budget_are_the_files_to_ship() -> None:
+    exceeded = Verdict("exceeded", (Excess("size_bytes", 1, 2),))
+    float_file = Row("tflite", "fp32", "float", budget=exceeded)
+    assert [row.label for row in REPORT.over_budget] == ["tflite int8 (trained)"]
+    assert replace(REPORT, rows=(*ROWS, float_file)).over_budget == [ROWS[3]]
+    assert replace(REPORT, rows=(ROWS[0], float_file)).over_budget == [float_file]
+    scheme = replace(float_file, scheme="int8_dynamic")
+    assert replace(REPORT, rows=(ROWS[0], float_file, scheme)).over_budget == [scheme]
+    assert replace(REPORT, rows=(replace(ROWS[3], error="no"),)).over_budget == []
+    assert (
+        "edge/tflite/within_budget"
+        not in replace(REPORT, rows=(replace(ROWS[3], budget=Verdict("not measurable", (), ("load_ms",))),)).metrics()
+    )
+
+
 def test_terminal_table_fits_80_columns() -> None:
     console = Console(width=80)
     with console.capture() as captured:
         console.print(REPORT.table())
     text = captured.get()
-    for part in ("0.8800", "98,496", "99.50%", "0.500", "1.000", "1800.0", "856,064", "FAILED: coreml: no such", "-*"):
+    parts = ("0.8800", "98,496", "1.20x", " no ", "99.50%", "0.500", "1.000", "1800.0", "856,064", "-*")
+    for part in (*parts, "FAILED: coreml: no such"):
         assert part in text, part
     assert "…" not in text
 

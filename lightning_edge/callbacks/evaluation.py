@@ -157,12 +157,12 @@ class DeviceEvaluationCallback(Callback):
                 self.report = self._evaluate(trainer, pl_module, folder)
             _print(self.report)
             log_report(trainer.loggers, self.report, folder, trainer.global_step)
+        for message in over_budget(self.report):
+            rank_zero_warn(message)
         if self.strict:
             raise_failures(self.report)
         for row in self.report.failures:
             rank_zero_warn(f"{row.label} failed: {row.error}")
-        for message in over_budget(self.report):
-            rank_zero_warn(message)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> Report:
         name = self._module(trainer)
