@@ -20,7 +20,7 @@ from deployables import batches, network
 from faulty_target import Doubled
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_edge.errors import RunnerError
+from lightning_edge.errors import MissingExtraError, RunnerError
 from lightning_edge.evaluation import evaluate_module
 from lightning_edge.exporters import TARGETS, Artifact, export, isolated, load, target
 from lightning_edge.exporters.isolated import Isolated, peak_memory_bytes, timed_call
@@ -238,6 +238,21 @@ def test_a_process_that_cannot_be_started_is_one_error(tmp_path: Path, monkeypat
     with pytest.raises(RunnerError, match=r"cannot start a process to run net\.faulty in: .*Give isolated=False"):
         load(file(tmp_path))
     assert torch.equal(load(file(tmp_path), isolated=False)(sample())[0], 2 * sample())
+
+
+_BARE_TARGET = """
+from faulty_target import *
+from faulty_target import open
+RUNTIME = ("no_such_runtime",)
+"""
+
+
+def test_a_missing_runtime_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bare_target.py").write_text(_BARE_TARGET)
+    monkeypatch.syspath_prepend(tmp_path)  # the process looks where this one does
+    monkeypatch.setitem(TARGETS, "faulty", "bare_target")
+    with pytest.raises(MissingExtraError, match=r"'no_such_runtime' .*pip install 'lightning-edge\[faulty\]'"):
+        load(file(tmp_path))
 
 
 def test_a_process_that_does_not_start_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
