@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import errno
 import os
-import resource
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deployables import batches, module, network
+from disk import files_of_at_most
 from torch import Tensor, nn
 
 from lightning_edge.errors import AgreementError, ExportError, MissingExtraError, RunnerError
@@ -189,17 +187,6 @@ def test_full_disk_is_one_error_and_the_old_file_stays(tmp_path: Path, monkeypat
     with pytest.raises(ExportError, match=r"the disk is full; free some space or choose another folder\.$"):
         export(network(SMALL, "fp32"), "tflite", tmp_path / "new" / "net.tflite")
     assert left(tmp_path) == ["net.tflite"]
-
-
-@contextlib.contextmanager
-def files_of_at_most(limit: int) -> Iterator[None]:
-    """Let the system refuse to write more to any file, as a full disk does, in the middle of one."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_the_system_refuses_in_the_middle_of_a_file_leaves_nothing(

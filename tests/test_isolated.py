@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,26 @@ def test_process_and_files_are_gone_with_the_artifact(tmp_path: Path) -> None:
     gc.collect()
     assert not is_running(number)
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@LINUX
+def test_a_process_ends_with_one_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys\nfrom lightning_edge.exporters import TARGETS, load\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\nTARGETS['faulty'] = 'faulty_target'\n"
+        f"artifact = load({str(file(tmp_path))!r})\nprint(artifact.runner._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == -signal.SIGKILL, found.stderr
+    status = Path(f"/proc/{int(found.stdout)}/status")
+    for _ in range(100):
+        # Where nobody waits for orphans it stays as a zombie.
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {found.stdout.strip()} is still there")
 
 
 # All of these on one process.
