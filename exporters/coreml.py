@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, Literal, final, get_args
 
 import numpy
@@ -19,7 +20,7 @@ from torch.export.graph_signature import ConstantArgument
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import ExportError, RunnerError
 from lightning_edge.exporters import coreml_placement
-from lightning_edge.exporters.base import Contents, Runner, TensorSpec
+from lightning_edge.exporters.base import Contents, Runner, TensorSpec, first_line
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
 from lightning_edge.exporters.mil_ops import DTYPES, MOVES
 from lightning_edge.exporters.mlpackage import compact, coremltools, quiet, read
@@ -37,6 +38,8 @@ ACTIVATION_BITS = frozenset({8})
 ComputePrecision = Literal["float16", "float32"]
 Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "palette8", "palette6", "palette4", "sparse"]
 
+# How it says that the file it writes weights to, before it has a package, took no more.
+_TEMPORARY = "[MIL FileWriter]"
 _PRODUCTS = {"conv": "weight", "conv_transpose": "weight", "linear": "weight", "matmul": "y"}
 _COMPUTE = frozenset({*_PRODUCTS, "einsum", "scaled_dot_product_attention"})
 # What makes a weight of what is stored of it, and the inputs that are stored.
@@ -114,6 +117,11 @@ def write(
     except OSError:
         raise
     except Exception as error:  # the converter raises whatever an operation leads it to
+        if _TEMPORARY in str(error):
+            raise ExportError(
+                f"coremltools could not write the weights to its temporary folder {gettempdir()}: {first_line(error)} "
+                "Free some space there, or set TMPDIR to a folder that has it."
+            ) from error
         raise ExportError(
             f"Core ML's converter (coremltools {tools.__version__}) cannot take this network: "
             f"{type(error).__name__}: {error}. Replace the operation named there with one it converts, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from lightning_edge.errors import ExportError
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "it is larger than a file may be here (ulimit -f); raise the limit or choose another folder",
     errno.EROFS: "the folder is read-only; choose another one",
     errno.EACCES: "the folder is not yours to write; choose another one",
     errno.EPERM: "the folder is not yours to write; choose another one",
@@ -109,9 +111,15 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cause = _CAUSES.get(error.errno or 0, f"{error.strerror or error}; choose another folder")
+        cause = _CAUSES.get(_number(error), f"{error.strerror or error}; choose another folder")
         kept = f" The old {path.name} is as it was." if os.path.lexists(path) else ""
         raise ExportError(f"cannot write {path}: {cause}.{kept}") from error
+
+
+def _number(error: OSError) -> int:
+    """The system's number for what went wrong; shutil has it in the text of a list only, of all files that failed."""
+    found = re.search(r"\[Errno (\d+)\]", str(error))
+    return error.errno or (int(found.group(1)) if found else 0)
 
 
 def _flush(path: Path) -> None:

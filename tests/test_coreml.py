@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disk import files_of_at_most
 from models import MODELS, Model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -325,6 +326,15 @@ def test_a_folder_that_is_no_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.mlpackage").mkdir()
     with pytest.raises(RunnerError, match=r"not a Core ML package: it has no .*model\.mlmodel"):
         coreml.open(tmp_path / "x.mlpackage", 1)
+
+
+def test_a_full_temporary_folder_is_told_as_such(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 4)).eval()
+    with (
+        files_of_at_most(20_000),
+        pytest.raises(ExportError, match=r"coremltools could not write .* temporary folder .*Free some space there"),
+    ):
+        coreml.write(Deployable(network, Inputs((torch.randn(1, 64),)), "fp32"), tmp_path / "net.mlpackage")
 
 
 @pytest.mark.parametrize("file", [GRAPH, WEIGHTS], ids=["graph", "weights"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from deployables import batches, module, network
+from disk import files_of_at_most
 from torch import Tensor, nn
 
 from lightning_edge.errors import AgreementError, ExportError, MissingExtraError, RunnerError
@@ -187,6 +189,37 @@ def test_full_disk_is_one_error_and_the_old_file_stays(tmp_path: Path, monkeypat
     assert left(tmp_path) == ["net.tflite"]
 
 
+def test_what_the_system_refuses_in_the_middle_of_a_file_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_by_the_system = []
+
+    def write_file(network: Deployable, path: Path) -> None:
+        with files_of_at_most(4096):
+            try:
+                path.write_bytes(bytes(100_000))
+            finally:
+                left_by_the_system.append(path.stat().st_size)
+
+    writes(monkeypatch, write_file)
+    with pytest.raises(ExportError, match=r"cannot write .*: it is larger than a file may be here \(ulimit -f\)"):
+        export(network(SMALL, "fp32"), "tflite", tmp_path / "new" / "net.tflite")
+    assert left_by_the_system == [4096]
+
+    package = tmp_path / "package"
+    folder(package, "x" * 100_000)
+
+    def copy_package(network: Deployable, path: Path) -> None:
+        with files_of_at_most(4096):
+            shutil.copytree(package, path)
+
+    # Many files at once fail with a list of errors in the place of a number.
+    writes(monkeypatch, copy_package)
+    with pytest.raises(ExportError, match=r"cannot write .*net\.tflite: it is larger than a file may be here"):
+        export(network(SMALL, "fp32"), "tflite", tmp_path / "new" / "net.tflite")
+    assert left(tmp_path) == ["package", "package/part"]
+
+
 def test_disk_full_at_the_last_step_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.tflite"
     path.write_bytes(b"old")
@@ -352,6 +385,20 @@ def test_outputs_without_a_batch_are_compared_sample_by_sample(tmp_path: Path) -
 
     artifact = export(Score(), "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 3), batches=[torch.randn(5, 3)])
     assert artifact(torch.randn(4, 3))[0].shape == (4,)
+
+
+@pytest.mark.parametrize("name", ["tflite", "executorch"])
+@pytest.mark.parametrize("bias", [0.0, 1.5])
+def test_a_network_that_always_gives_the_same_is_exact(name: str, bias: float, tmp_path: Path) -> None:
+    pytest.importorskip({"tflite": "ai_edge_litert"}.get(name, name))
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    for layer in (model[0], model[2]):
+        nn.init.zeros_(layer.weight)
+        nn.init.constant_(layer.bias, bias)
+    samples = torch.randn(8, 3)
+    path = tmp_path / f"net{target(name).SUFFIX}"
+    artifact = export(quantize(model.eval(), [samples]), name, path, batches=[samples])
+    torch.testing.assert_close(artifact(samples)[0], torch.full((8, 2), bias), rtol=0, atol=0.02)
 
 
 # Loading and running

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from deployables import batches, network
 from faulty_target import Doubled
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_edge.errors import RunnerError
+from lightning_edge.errors import MissingExtraError, RunnerError
 from lightning_edge.evaluation import evaluate_module
 from lightning_edge.exporters import TARGETS, Artifact, export, isolated, load, target
 from lightning_edge.exporters.isolated import Isolated, peak_memory_bytes, timed_call
@@ -161,6 +162,26 @@ def test_process_and_files_are_gone_with_the_artifact(tmp_path: Path) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
+@LINUX
+def test_a_process_ends_with_one_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys\nfrom lightning_edge.exporters import TARGETS, load\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\nTARGETS['faulty'] = 'faulty_target'\n"
+        f"artifact = load({str(file(tmp_path))!r})\nprint(artifact.runner._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == -signal.SIGKILL, found.stderr
+    status = Path(f"/proc/{int(found.stdout)}/status")
+    for _ in range(100):
+        # Where nobody waits for orphans it stays as a zombie.
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {found.stdout.strip()} is still there")
+
+
 # All of these on one process.
 
 
@@ -238,6 +259,21 @@ def test_a_process_that_cannot_be_started_is_one_error(tmp_path: Path, monkeypat
     with pytest.raises(RunnerError, match=r"cannot start a process to run net\.faulty in: .*Give isolated=False"):
         load(file(tmp_path))
     assert torch.equal(load(file(tmp_path), isolated=False)(sample())[0], 2 * sample())
+
+
+_BARE_TARGET = """
+from faulty_target import *
+from faulty_target import open
+RUNTIME = ("no_such_runtime",)
+"""
+
+
+def test_a_missing_runtime_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bare_target.py").write_text(_BARE_TARGET)
+    monkeypatch.syspath_prepend(tmp_path)  # the process looks where this one does
+    monkeypatch.setitem(TARGETS, "faulty", "bare_target")
+    with pytest.raises(MissingExtraError, match=r"'no_such_runtime' .*pip install 'lightning-edge\[faulty\]'"):
+        load(file(tmp_path))
 
 
 def test_a_process_that_does_not_start_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

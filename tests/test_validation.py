@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, Metric, MetricCollection
 
 from lightning_edge import reference as reference_module
+from lightning_edge.comparison import Comparison
 from lightning_edge.errors import EdgeError
-from lightning_edge.measure import Comparison
 from lightning_edge.network import Inputs
 from lightning_edge.reference import Reference, checksum
 from lightning_edge.surgery import find_network

@@ -48,7 +48,7 @@ class DeviceEvaluationCallback(Callback):
         split: ``"validate"`` or ``"test"``: which of the user's loops gives the metrics.
         tolerance: How far a file may lie from the network it came from.
         options: A target's own options, by target: ``{"tflite": {"io": "float"}}``.
-        timing: Warm-up, repeats and threads of the latency measurement.
+        timing: Warm-up, repeats and threads of the latency measurement, and the time limit of a call.
         calibration_batches: Batches of training data for post-training quantization; 0 for none.
         fp32_files: Whether to export the float network as well, as the baseline.
         metric: The metric by which trained and post-training quantization are compared. If not given: what the
