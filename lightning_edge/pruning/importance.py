@@ -78,9 +78,7 @@ class _Elements:
     common, the elements of a kernel and their sums over its positions, is computed once.
     """
 
-    def __init__(
-        self, criterion: Criterion, tensors: Mapping[str, Tensor], sensitivity: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, criterion: Criterion, tensors: Mapping[str, Tensor], sensitivity: Mapping[str, Tensor]) -> None:
         self._criterion = criterion
         self._tensors = tensors
         self._sensitivity = sensitivity

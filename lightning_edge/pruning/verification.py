@@ -81,30 +81,21 @@ def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
 
 
 def _randomize(network: nn.Module) -> None:
-    fills: list[tuple[Tensor, float, float]] = []  # what is filled, around what, and how wide
+    generator = torch.Generator(next(network.parameters()).device).manual_seed(0)
     for module in network.modules():
         for parameter in module._parameters.values():
             if parameter is None or not parameter.is_floating_point():
                 continue
             if parameter.dim() >= 2:
-                # This width keeps the variance through ReLUs.
-                fills.append((parameter, 0.0, 2 * (6 * parameter.shape[0] / max(1, parameter.numel())) ** 0.5))
+                reach = (6 * parameter.shape[0] / parameter.numel()) ** 0.5  # keeps the variance through ReLUs
+                parameter.uniform_(-reach, reach, generator=generator)
             else:
-                fills.append((parameter, 1.0, 1.0))
+                parameter.uniform_(0.5, 1.5, generator=generator)
         for name, buffer in module._buffers.items():
-            if buffer is not None and name.endswith(("running_mean", "running_var")):
-                fills.append((buffer, float(name.endswith("running_var")), 1.0))
-    # All numbers at once, as 16 bits each: drawing floats tensor by tensor takes ten times as long.
-    count = sum(tensor.numel() for tensor, _, _ in fills)
-    drawn = np.random.SFC64(0).random_raw(count // 4 + 1).view(np.int16) * np.float32(2**-16)
-    noise = torch.from_numpy(drawn)
-    end = 0
-    for tensor, middle, width in fills:
-        start, end = end, end + tensor.numel()
-        drawn[start:end] *= width
-        if middle:
-            drawn[start:end] += middle
-        tensor.data = noise[start:end].view(tensor.shape).to(tensor.device, tensor.dtype)
+            if buffer is not None and name.endswith("running_mean"):
+                buffer.uniform_(-0.5, 0.5, generator=generator)
+            elif buffer is not None and name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5, generator=generator)
 
 
 def _zero(
