@@ -99,6 +99,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; that of a list of plain values, which every convolution holds, without deepcopy's detours."""
     if type(value) is list and id(value) not in memo and _PLAIN.issuperset(map(type, value)):
         memo[id(value)] = list(value)
     return copy.deepcopy(value, memo)

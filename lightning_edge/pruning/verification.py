@@ -5,7 +5,7 @@ Tried with random weights: with the trained ones, a channel that matters little 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ _TOLERANCE = 1e-3
 
 @torch.no_grad()
 def find_fault(
-    network: nn.Module, calls: Iterable[Inputs], change: Change, groups: Sequence[Group], kept: Sequence[Integers]
+    network: nn.Module, calls: Sequence[Inputs], change: Change, groups: Sequence[Group], kept: Sequence[Integers]
 ) -> str:
     """Make a cut and compare.
 
