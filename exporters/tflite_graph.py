@@ -150,6 +150,12 @@ def op_name(model: Any, op: Any) -> str:
     return next((str(name) for name, value in operators.items() if value == number), f"BUILTIN_{number}")
 
 
+def type_name(tensor: Any) -> str:
+    """Name the type of a tensor's values as the schema does."""
+    types = vars(_schema().TensorType)
+    return next((str(name) for name, value in types.items() if value == tensor.type), f"TYPE_{tensor.type}")
+
+
 def shorten_names(model: Any) -> None:
     """Name tensors by their number: the converter writes the whole module path into each, for debugging only."""
     for graph in model.subgraphs:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import nn
 
-from lightning_edge import exporters, record
+from lightning_edge import commands, exporters, record
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
 from lightning_edge.errors import EdgeError
@@ -313,6 +313,8 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: With status 2 for a mistake in the arguments, 1 for a failure of our own making.
     """
     try:
+        if commands.run(sys.argv[1:] if args is None else args):
+            return
         EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)
     except Exception as error:
         if _debugging() or not _is_told(error):

@@ -24,13 +24,14 @@ ROWS = [
     {"tracking"},
     {"callbacks"},
     {"zoo"},
+    {"commands"},
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "rendering", "monitor", "report", "mistakes"}
 ROOMS = {
     "lightning": ("callbacks", "zoo", "tracking", "validation", "cli"),
     "jsonargparse": ("cli",),
-    "rich": ("rendering", "report", "callbacks", "cli"),
+    "rich": ("rendering", "report", "callbacks", "commands", "cli"),
     "sklearn": ("zoo",),
     "torchao": ("quantization", "exporters"),
     "torch_pruning": ("pruning",),
@@ -41,6 +42,7 @@ ROOMS = {
     "ai_edge_litert": ("exporters.tflite", "exporters.tflite_graph"),
     "ai_edge_quantizer": ("exporters.tflite", "exporters.tflite_graph"),
     "flatbuffers": ("exporters.tflite", "exporters.tflite_graph"),
+    "ethosu": ("exporters.vela",),
     "transformers": (),
     "matplotlib": (),
 }
