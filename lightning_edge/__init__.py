@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RunnerError,
     )
     from lightning_edge.exporters import export, load
+    from lightning_edge.exporters.microcontroller import export_microcontroller
     from lightning_edge.factorization import Factorize
     from lightning_edge.manifest import Manifest
     from lightning_edge.measure import Timing, Tolerance
@@ -54,6 +55,7 @@ _HOMES = {
         "RunnerError",
     ),
     "lightning_edge.exporters": ("export", "load"),
+    "lightning_edge.exporters.microcontroller": ("export_microcontroller",),
     "lightning_edge.factorization": ("Factorize",),
     "lightning_edge.manifest": ("Manifest",),
     "lightning_edge.measure": ("Timing", "Tolerance"),
@@ -99,6 +101,7 @@ __all__ = [
     "check_calibration",
     "convert",
     "export",
+    "export_microcontroller",
     "load",
     "load_compressed",
     "mixed_plan",

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import nn
 
-from lightning_edge import exporters, record, verification
+from lightning_edge import commands, exporters, record
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback, recipe_of
 from lightning_edge.errors import EdgeError
@@ -328,10 +328,9 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 for a mistake in the arguments, 1 for a failure of our own making.
     """
-    given = sys.argv[1:] if args is None else args
-    if given[:1] == ["verify"]:  # of files alone: no configuration, no Trainer
-        sys.exit(verification.main(given[1:]))
     try:
+        if commands.run(sys.argv[1:] if args is None else args):
+            return
         EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)
     except Exception as error:
         if _debugging() or not _is_told(error):

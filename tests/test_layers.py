@@ -25,6 +25,7 @@ ROWS = [
     {"tracking"},
     {"callbacks"},
     {"zoo"},
+    {"commands"},
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "rendering", "monitor", "report", "mistakes", "anatomy", "budget", "macs"}
@@ -32,7 +33,7 @@ WITHOUT_TORCH |= {"provenance", "manifest"}
 ROOMS = {
     "lightning": ("callbacks", "zoo", "tracking", "validation", "cli"),
     "jsonargparse": ("cli",),
-    "rich": ("rendering", "report", "verification", "callbacks", "cli"),
+    "rich": ("rendering", "report", "verification", "callbacks", "commands", "cli"),
     "sklearn": ("zoo",),
     "torchao": ("quantization", "exporters"),
     "torch_pruning": ("pruning",),
@@ -43,6 +44,7 @@ ROOMS = {
     "ai_edge_litert": ("exporters.tflite", "exporters.tflite_graph"),
     "ai_edge_quantizer": ("exporters.tflite", "exporters.tflite_graph"),
     "flatbuffers": ("exporters.tflite", "exporters.tflite_graph"),
+    "ethosu": ("exporters.vela",),
     "transformers": (),
     "matplotlib": (),
 }

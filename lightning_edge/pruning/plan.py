@@ -17,8 +17,9 @@ from lightning_edge.pruning.channels import Integers
 from lightning_edge.pruning.copies import aside, bare_copy, sample_of
 from lightning_edge.pruning.cost import MEASURES, Cost, Measure, coefficients
 from lightning_edge.pruning.cutting import read_attribute, undo_cut
-from lightning_edge.pruning.groups import Group, Structure, ignore, matching, trace
+from lightning_edge.pruning.groups import Group, Structure, trace
 from lightning_edge.pruning.importance import Criterion, Floats, score
+from lightning_edge.pruning.patterns import ignore, matching
 from lightning_edge.pruning.selection import TOLERANCE, Choices, Scope, allowed_counts, choose
 from lightning_edge.pruning.verification import find_fault
 from lightning_edge.schedule import Batch, Change
