@@ -32,6 +32,8 @@ _PACKAGES = (
     "coremltools",
     "litert-torch",
     "ai-edge-litert",
+    "onnx",
+    "onnxruntime",
 )
 
 

@@ -41,6 +41,10 @@ ROOMS = {
     "ai_edge_litert": ("exporters.tflite", "exporters.tflite_graph"),
     "ai_edge_quantizer": ("exporters.tflite", "exporters.tflite_graph"),
     "flatbuffers": ("exporters.tflite", "exporters.tflite_graph"),
+    "onnx": ("exporters.onnx", "exporters.onnx_graph", "exporters.onnx_file", "exporters.onnx_int8"),
+    "onnxscript": ("exporters.onnx",),
+    "onnxruntime": ("exporters.onnx",),
+    "openvino": ("exporters.onnx",),
     "transformers": (),
     "matplotlib": (),
 }

@@ -38,7 +38,7 @@ class DeviceEvaluationCallback(Callback):
     network is quantized after training. ``Trainer(fast_dev_run=True)`` goes through all of it and keeps no file.
 
     Args:
-        targets: Targets to export to: ``"executorch"``, ``"coreml"``, ``"tflite"``.
+        targets: Targets to export to: ``"executorch"``, ``"coreml"``, ``"tflite"``, ``"onnx"``.
         dirpath: Folder for the files and the report.
         module: Name of the network, as for `EdgeCompressionCallback`; found by itself, or taken from there.
         split: ``"validate"`` or ``"test"``: which of the user's loops gives the metrics.
