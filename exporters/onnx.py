@@ -23,7 +23,7 @@ SUFFIX = ".onnx"
 EXTRA = "onnx"
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 INT8_OPTIONS: frozenset[str] = frozenset()
-# ONNX can say 16 bits from opset 21 on, and ONNX Runtime has kernels of that width for nothing but the conversion.
+# ONNX can say 16 bits from opset 21 on; ONNX Runtime converts to them and back, and computes in float between.
 ACTIVATION_BITS = frozenset({8})
 
 Scheme = Literal["fp16", "int8_weight_only", "int8_dynamic"]
@@ -123,11 +123,11 @@ def _in_half(network: Deployable) -> Deployable:
 
 def _convert(network: Deployable) -> Any:
     require("onnxscript", EXTRA)
-    require("onnx", EXTRA)
+    inliner = require("onnx.inliner", EXTRA)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(network.program(), dynamo=True, opset_version=_OPSET, verbose=False)
     assert program is not None
-    return program.model_proto
+    return inliner.inline_local_functions(program.model_proto)
 
 
 @contextmanager
@@ -177,7 +177,8 @@ def _session(data: bytes, threads: int) -> Any:
         try:
             return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            # It copies the weights under another name for that, and cannot for a weight that two layers share.
+            # It copies int8 weights under another name for that, and fails in files where two layers share one; those
+            # that `write` makes have none.
             if exact == "0" or "replace the existing tensor" not in str(error):
                 raise
     raise AssertionError("unreachable")

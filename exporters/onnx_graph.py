@@ -48,6 +48,8 @@ class Graph:
         self._model = model
         self.int8 = self._onnx.TensorProto.INT8
         self._added = 0
+        self._names = {name for node in self.nodes for name in node.output}
+        self._names.update(value.name for value in model.graph.initializer)
         self.settle()
 
     @property
@@ -104,8 +106,10 @@ class Graph:
 
     def new_name(self) -> str:
         """A name that no value has yet."""
-        self._added += 1
-        return f"lightning_edge.{self._added}"
+        while (name := f"lightning_edge.{self._added}") in self._names:
+            self._added += 1
+        self._names.add(name)
+        return name
 
     def make(self, kind: str, inputs: Sequence[str], outputs: Sequence[str] | None = None, **attributes: Any) -> Any:
         """Make an operation, which is not in the graph yet; its output gets a new name unless one is given."""
@@ -151,20 +155,29 @@ def set_attribute(node: Any, name: str, value: Any) -> None:
 def name_outputs(model: Any, names: Sequence[str]) -> None:
     """Name the outputs of the graph; one that is an input, a constant or given twice gets an operation of its own."""
     graph = Graph(model)
-    taken = {value.name for value in graph.proto.input}
+    ends = list(graph.proto.output)
+    given = {value.name for value in graph.proto.input}
+    # Everything inside makes room first: a value may have the name that an output shall have.
+    inside = {name: f"#{name}" for name in (*graph.makers, *graph.initializers) if name not in given}
+    for value in graph.proto.initializer:
+        value.name = inside.get(value.name, value.name)
     nodes = graph.nodes
-    renamed: dict[str, str] = {}
-    for value, wanted in zip(graph.proto.output, names, strict=True):
-        name = _free(wanted, taken)
-        taken.add(name)
-        if value.name in renamed or value.name not in graph.makers:
-            nodes.append(graph.make("Identity", [value.name], [name]))
-        else:
-            renamed[value.name] = name
-        value.name = name
     for node in nodes:
-        # A value inside that happens to have the name of an output makes room for it.
-        _rename(node, {name: f"{name}." for name in taken - set(renamed) if name in graph.makers} | renamed)
+        _rename(node, inside)
+    renamed: dict[str, str] = {}
+    copies = []
+    taken = set(given)
+    for value, wanted in zip(ends, names, strict=True):
+        source = inside.get(value.name, value.name)
+        value.name = _free(wanted, taken)
+        taken.add(value.name)
+        if source in renamed or source in given or source[1:] in graph.initializers:
+            copies.append((source, value.name))
+        else:
+            renamed[source] = value.name
+    for node in nodes:
+        _rename(node, renamed)
+    nodes += [graph.make("Identity", [renamed.get(source, source)], [name]) for source, name in copies]
     graph.settle(nodes)
 
 
@@ -179,12 +192,12 @@ def tidy(model: Any) -> None:
     for value in graph.proto.initializer:
         array = graph.constant(value.name)
         assert array is not None
-        if value.data_type == graph.int8 and not array.any():
-            continue  # zero points of weights: ONNX Runtime, asked for exact sums, renames each and stumbles over one
+        if value.data_type == graph.int8:
+            continue  # weights, and their zero points: `onnx_int8.zero_points` says why two layers must not share one
         same[value.name] = first.setdefault((value.data_type, array.shape, array.tobytes()), value.name)
     for node in graph.nodes:
         _rename(node, same)
-    graph.settle(_numbered(graph, model))
+    graph.settle(_numbered(graph))
     for part in (model, graph.proto):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
@@ -206,17 +219,17 @@ def tidy(model: Any) -> None:
     model.producer_name, model.producer_version = "lightning-edge", ""
 
 
-def _numbered(graph: Graph, model: Any) -> list[Any]:
+def _numbered(graph: Graph) -> list[Any]:
     """Number the values between the ends, in the order in which they are read and made."""
     ends = {value.name for value in (*graph.proto.input, *graph.proto.output)}
     numbers: dict[str, str] = {}
+    prefix = ""
+    while any(name.removeprefix(prefix).isdigit() for name in ends):
+        prefix += "v"
     for node in graph.nodes:
         for name in (*_reads(node), *node.output, *_made_inside(node)):
             if name and name not in ends and name not in numbers:
-                number = len(numbers)
-                while str(number) in ends:
-                    number += len(ends)
-                numbers[name] = str(number)
+                numbers[name] = f"{prefix}{len(numbers)}"
     nodes = graph.nodes
     for node in nodes:
         _rename(node, numbers)

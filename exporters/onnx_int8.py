@@ -118,7 +118,7 @@ def integer_biases(graph: Graph) -> None:
             if step is None or scale is None or stored is None or bias is None:
                 nodes.append(node)
                 continue
-            if step.size == 1 and bias.dtype == numpy.float32:
+            if step.size == 1 and scale.size in (1, bias.size) and bias.dtype == numpy.float32:
                 nodes += _integer_bias(graph, node, weight, step, scale, stored, bias)
         nodes.append(node)
     graph.settle(nodes)
@@ -152,19 +152,29 @@ def unsigned(graph: Graph) -> None:
 
 
 def zero_points(graph: Graph) -> None:
-    """Leave out the zero points of convolutions' weights, which are zero, and give other weights one each.
+    """Write a weight that two layers share as uint8, and a zero point of its own for each that needs one.
 
-    QGemm's kernel is found only where they are written. Two weights must not share one: asked for exact sums, ONNX
-    Runtime on x86 renames the zero point of each, and fails at the second of the same name.
+    On x86, asked for exact sums, ONNX Runtime copies int8 weights and zero points into uint8 under a name made of
+    theirs, and fails at the second layer that has the same. QGemm's kernel is found only where a zero point is written;
+    convolutions do without.
     """
+    shared: dict[str, tuple[str, str]] = {}
     for node in graph.nodes:
         zero = graph.constant(node.input[2]) if node.op_type == _DEQUANTIZE and len(node.input) > 2 else None
-        if zero is not None and zero.dtype == numpy.int8 and graph.constant(node.input[0]) is not None:
-            readers = {reader.op_type for reader in graph.readers[node.output[0]]}
-            if readers <= {"Conv", "ConvTranspose"} and not zero.any():
-                del node.input[2]
-            else:
-                node.input[2] = graph.add_constant(zero)
+        stored = None if zero is None else graph.constant(node.input[0])
+        if zero is None or stored is None or zero.dtype != numpy.int8:
+            continue
+        dequantized = [reader.output[0] for reader in graph.readers[node.input[0]]]
+        readers = [reader.op_type for name in dequantized for reader in graph.readers[name]]
+        if len(readers) > 1:
+            if node.input[0] not in shared:
+                lifted = [(array.astype(numpy.int16) + 128).astype(numpy.uint8) for array in (stored, zero)]
+                shared[node.input[0]] = (graph.add_constant(lifted[0]), graph.add_constant(lifted[1]))
+            node.input[0], node.input[2] = shared[node.input[0]]
+        elif readers[0] in ("Conv", "ConvTranspose") and not zero.any():
+            del node.input[2]
+        else:
+            node.input[2] = graph.add_constant(zero)
 
 
 def repeats(graph: Graph) -> None:
