@@ -15,6 +15,7 @@ TARGETS = {
     "executorch": "lightning_edge.exporters.executorch",
     "coreml": "lightning_edge.exporters.coreml",
     "tflite": "lightning_edge.exporters.tflite",
+    "onnx": "lightning_edge.exporters.onnx",
 }
 
 

@@ -34,6 +34,8 @@ _PACKAGES = (
     "coremltools",
     "litert-torch",
     "ai-edge-litert",
+    "onnx",
+    "onnxruntime",
 )
 
 

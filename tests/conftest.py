@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lightning_edge.exporters import executorch, tflite
+from lightning_edge.exporters import executorch, onnx, tflite
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -17,6 +17,6 @@ def in_process(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         if not getattr(request.module, "ISOLATED", False):
-            for target in (executorch, tflite):
+            for target in (executorch, tflite, onnx):
                 patch.setattr(target, "IN_PROCESS", True, raising=False)
         yield

@@ -45,6 +45,10 @@ ROOMS = {
     "ai_edge_quantizer": ("exporters.tflite", "exporters.tflite_graph"),
     "flatbuffers": ("exporters.tflite", "exporters.tflite_graph"),
     "ethosu": ("exporters.vela",),
+    "onnx": ("exporters.onnx", "exporters.onnx_graph", "exporters.onnx_file", "exporters.onnx_int8"),
+    "onnxscript": ("exporters.onnx",),
+    "onnxruntime": ("exporters.onnx",),
+    "openvino": ("exporters.onnx",),
     "transformers": (),
     "matplotlib": (),
 }

@@ -25,8 +25,10 @@ EPOCHS, BATCH = 4, 4
 REFUSED = {
     ("recurrent", "coreml"): r"Unsupported fx node gru.*export to another target",
     ("recurrent", "executorch"): r"computes in float: 7 x FullyConnected",
+    ("recurrent", "onnx"): r"computes in float: GRU",
     ("recurrent", "tflite"): r"computes in float: 6 x FULLY_CONNECTED",
     ("shared", "tflite"): r"computes in float: FULLY_CONNECTED",
+    ("transposed", "onnx"): r"computes in float: ConvTranspose",
     ("transposed", "tflite"): r"computes in float: TRANSPOSE_CONV",
 }
 

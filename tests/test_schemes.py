@@ -18,11 +18,12 @@ from lightning_edge.exporters.base import Contents
 from lightning_edge.measure import Tolerance
 from lightning_edge.quantization import quantize
 
-SUFFIXES = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite"}
+SUFFIXES = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite", "onnx": ".onnx"}
 TAKEN = {
     "executorch": ("fp16", "int8_dynamic", "int4_dynamic"),
     "coreml": ("fp16", "int8_weight_only", "int4_weight_only", "palette8", "palette6", "palette4", "sparse"),
     "tflite": ("fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"),
+    "onnx": ("fp16", "int8_weight_only", "int8_dynamic"),
 }
 REFUSED = [
     (name, scheme) for name, taken in TAKEN.items() for scheme in get_args(schemes.Scheme) if scheme not in taken

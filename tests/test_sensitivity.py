@@ -122,10 +122,10 @@ class TestSkip:
         assert [name for name in operations[:first] if "conv2d" in name or "relu" in name or "hardtanh" in name]
         assert not [name for name in operations[first:] if "conv2d" in name]
 
-    @pytest.mark.parametrize("target", ["executorch", "coreml", "tflite"])
+    @pytest.mark.parametrize("target", ["executorch", "coreml", "tflite", "onnx"])
     @pytest.mark.parametrize("skip", [["shortcut"], ["branch", "head"]], ids=str)
     def test_it_rides_through_every_exporter(self, target: str, skip: list[str], tmp_path: Path) -> None:
-        suffix = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite"}[target]
+        suffix = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite", "onnx": ".onnx"}[target]
         model = MODELS["residual"]
         network, inputs = model.build(), model.inputs(8)
         quantized = quantize(network, [inputs], skip=skip)
@@ -223,9 +223,9 @@ class TestWideActivations:
         narrow = plan_increase(network, {}, [inputs], [inputs])
         assert plan_increase(network, {"*": "int8_a16"}, [inputs], [inputs]) < narrow / 3
 
-    @pytest.mark.parametrize("target", ["executorch", "coreml"])
+    @pytest.mark.parametrize("target", ["executorch", "coreml", "onnx"])
     def test_other_targets_refuse_them_before_writing(self, target: str, tmp_path: Path) -> None:
-        suffix = {"executorch": ".pte", "coreml": ".mlpackage"}[target]
+        suffix = {"executorch": ".pte", "coreml": ".mlpackage", "onnx": ".onnx"}[target]
         quantized = quantize(Outlier(), batches(), precisions={"first": "int8_a16"})
         with pytest.raises(ExportError, match=rf"{target}: layers of the network have 16-bit activations.*tflite"):
             export(quantized, target, tmp_path / f"net{suffix}")

@@ -42,7 +42,7 @@ class DeviceEvaluationCallback(Callback):
     all of it and keeps no file.
 
     Args:
-        targets: Targets to export to: ``"executorch"``, ``"coreml"``, ``"tflite"``.
+        targets: Targets to export to: ``"executorch"``, ``"coreml"``, ``"tflite"``, ``"onnx"``.
         dirpath: Folder for the files and the report.
         module: Name of the network, as for `EdgeCompressionCallback`; found by itself, or taken from there.
         split: ``"validate"`` or ``"test"``: which of the user's loops gives the metrics.
