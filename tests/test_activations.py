@@ -226,3 +226,10 @@ def test_state_goes_on_under_the_same_keys() -> None:
     x = images(4)
     assert torch.equal(first.eval()(x), second.eval()(x))
     assert quantized_forward(second)[1].frozen is False
+
+
+def test_with_16_bit_activations_nothing_is_written_out() -> None:
+    x = Inputs.of(images(4))
+    child = attach(copy.deepcopy(network("gated")), x, plan={"head": "int8_a16"})
+    operations = {str(node.target) for node in child.bind().graph.nodes}
+    assert {"aten.hardswish.default", "aten.hardsigmoid.default"} <= operations

@@ -30,7 +30,7 @@ _STEPS = 255
 _LEVELS = 127
 _ROOT = math.sqrt(6.0)
 
-# Layers whose weights may be scaled; all but one of the transposed have their bias in the same place.
+# Layers whose weights may be scaled.
 _LAYERS = {
     aten.conv1d.default,
     aten.conv1d.padding,
@@ -61,12 +61,12 @@ def decompose(graph: GraphModule) -> None:
 
 
 def _hard_sigmoid(graph: GraphModule, node: Node) -> Node:
-    x = _scaled(graph, node, 1 / 6, 0.5)
+    x = _scaled(graph, node, node.args[0], 1 / 6, 0.5)
     return _saturated(graph, node, x, 1.0)
 
 
 def _hard_swish(graph: GraphModule, node: Node) -> Node:
-    u = _scaled(graph, node, 1 / _ROOT, 0.0)
+    u = _scaled(graph, node, node.args[0], 1 / _ROOT)
     shifted = _with_number(graph, node, aten.add.Tensor, u, 3 / _ROOT, "shift")
     return call(graph, aten.mul.Tensor, u, _saturated(graph, node, shifted, _ROOT), instead_of=node)
 
@@ -146,40 +146,34 @@ def _with_number(graph: GraphModule, node: Node, target: Any, x: Node, number: f
     return call(graph, target, x, operand, instead_of=node)
 
 
-def _scaled(graph: GraphModule, node: Node, factor: float, shift: float) -> Node:
-    """Give ``factor`` * x + ``shift`` of a node's operand x, by the weights of the layer before it if it can."""
-    x = node.args[0]
+def _scaled(graph: GraphModule, node: Node, x: Any, factor: float, shift: float = 0.0) -> Node:
+    """Give ``factor`` * x + ``shift``: by the weights of the layer that x comes from if ``node`` alone reads it."""
     assert isinstance(x, Node)
-    if len(x.users) == 1 and x.target is aten.batch_norm.default:
-        _, gamma, beta, mean, *_ = x.args
-        if isinstance(mean, Node):
-            channels = mean.meta["val"]
-            _scale(graph, x, 1, gamma, 2, beta, channels, factor, shift)
-            return x
-    if len(x.users) == 1 and x.target in _LAYERS and _is_constant(x.args[1]):
-        weight = x.args[1]
-        assert isinstance(weight, Node)
-        bias = x.args[2] if len(x.args) > 2 else None
-        size = weight.meta["val"].shape
-        groups = x.args[6] if x.target in _CHANNELS_FIRST and len(x.args) > 6 else 1
-        channels = size[1] * groups if x.target in _CHANNELS_FIRST else size[0]
-        _scale(graph, x, 1, weight, 2, bias, weight.meta["val"].new_empty(channels), factor, shift)
+    if len(x.users) == 1 and _scale_layer(graph, x, factor, shift):
         return x
     x = _with_number(graph, node, aten.mul.Tensor, x, factor, "factor")
     return _with_number(graph, node, aten.add.Tensor, x, shift, "shift") if shift else x
 
 
-def _scale(
-    graph: GraphModule,
-    layer: Node,
-    at: int,
-    weight: Any,
-    bias_at: int,
-    bias: Any,
-    channels: Any,
-    factor: float,
-    shift: float,
-) -> None:
+def _scale_layer(graph: GraphModule, layer: Node, factor: float, shift: float) -> bool:
+    """Let a layer give ``factor`` times what it gave, plus ``shift``; False if it is none with weights of its own."""
+    if layer.target is aten.batch_norm.default:
+        _, gamma, beta, mean, *_ = layer.args
+        if isinstance(mean, Node):
+            _scale(graph, layer, gamma, beta, mean.meta["val"], factor, shift)
+        return isinstance(mean, Node)
+    if layer.target not in _LAYERS or not _is_constant(layer.args[1]):
+        return False
+    weight: Any = layer.args[1]
+    bias = layer.args[2] if len(layer.args) > 2 else None
+    size = weight.meta["val"].shape
+    groups: Any = layer.args[6] if layer.target in _CHANNELS_FIRST and len(layer.args) > 6 else 1
+    channels = size[1] * groups if layer.target in _CHANNELS_FIRST else size[0]
+    _scale(graph, layer, weight, bias, weight.meta["val"].new_empty(channels), factor, shift)
+    return True
+
+
+def _scale(graph: GraphModule, layer: Node, weight: Any, bias: Any, channels: Any, factor: float, shift: float) -> None:
     """Scale the weight of a layer or BatchNorm by ``factor``, its bias too, and add ``shift`` to that."""
     # BatchNorm's own are read where it is folded, which is in front of the layer before it.
     first = layer.args[0] if layer.target is aten.batch_norm.default else layer
@@ -193,9 +187,7 @@ def _scale(
             bias = call(graph, aten.add.Tensor, bias, shift) if shift else bias
         elif shift:
             bias = constant(graph, f"bias_of_{layer.name}", torch.full(channels.shape, shift), channels)
-    args = [*layer.args, None][: max(len(layer.args), bias_at + 1)]
-    args[at], args[bias_at] = weight, bias
-    layer.args = tuple(args)
+    layer.args = (layer.args[0], weight, bias, *layer.args[3:])
     layer.meta[SCALED] = (factor, shift)
 
 
