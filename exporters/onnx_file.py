@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning_edge.anatomy import Endpoint
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.base import Contents
 from lightning_edge.exporters.onnx_graph import VIEWS, Graph, all_nodes
@@ -139,7 +141,19 @@ def contents(path: Path) -> Contents:
         float_ops=tuple(float_other),
         half_weight_bytes=sum(bytes_of["half"].values()),
         int4_weight_bytes=sum(bytes_of["int4"].values()),
+        inputs=_endpoints(onnx, [value for value in model.graph.input if value.name not in graph.initializers]),
+        outputs=_endpoints(onnx, model.graph.output),
     )
+
+
+def _endpoints(onnx: Any, values: Iterable[Any]) -> tuple[Endpoint, ...]:
+    found = []
+    for value in values:
+        kind = value.type.tensor_type
+        shape = tuple(int(size.dim_value) if size.HasField("dim_value") else -1 for size in kind.shape.dim)
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        found.append(Endpoint(value.name, shape, dtype))
+    return tuple(found)
 
 
 def _runs_in_int8(graph: Graph, node: Any) -> bool:

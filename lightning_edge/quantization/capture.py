@@ -1,7 +1,7 @@
 """The network as one graph of ATen operations, in eval mode, ready for quantizers.
 
 What is taken out and kept beside the graph: dropout, which goes back in behind the quantizers, and BatchNorm, which
-becomes part of the weights of the layer before it. Knows torch only.
+becomes part of the weights of the layer before it. Activations are written out, see `decompose`. Knows torch only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
+from lightning_edge.quantization.decompose import decompose
 from lightning_edge.quantization.in_place import functional, inline_gradient_modes, make_functional
 from lightning_edge.quantization.masks import drop_idle_masks
+from lightning_edge.quantization.nodes import SCALED, call, constant
 from lightning_edge.surgery import in_mode, redirected
 
 aten = torch.ops.aten
@@ -109,7 +111,7 @@ class Captured:
     batch_norms: tuple[FoldedBatchNorm, ...]
 
 
-def capture(network: nn.Module, inputs: Inputs) -> Captured:
+def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True) -> Captured:
     """Capture ``network`` as it is in eval mode, for batches of any size.
 
     The network itself is left as it was, and the graph's parameters and buffers are the network's own.
@@ -117,6 +119,7 @@ def capture(network: nn.Module, inputs: Inputs) -> Captured:
     Args:
         network: Any module that torch.export takes.
         inputs: One call of it; only shapes and types matter, and only two samples are used.
+        written_out: Whether activations are written in the operations that every target has in int8.
 
     Raises:
         CompressionError: If torch.export refuses the network, or if it computes something else in training
@@ -130,6 +133,8 @@ def capture(network: nn.Module, inputs: Inputs) -> Captured:
     _refuse_other_path(network, _operations(graph), trained)
     make_functional(graph, type(network).__name__)
     drop_idle_masks(graph)
+    if written_out:
+        decompose(graph)
     batch_norms = tuple(_fold_batch_norms(graph))
     taken_out = tuple(_take_out(graph, network))
     graph.graph.lint()
@@ -306,24 +311,26 @@ def _fold_batch_norms(graph: GraphModule) -> Iterator[FoldedBatchNorm]:
         else:
             layer = _depthwise_identity(graph, node, x)
         with graph.graph.inserting_before(layer):
-            scale = _call(graph, aten.rsqrt.default, _call(graph, aten.add.Tensor, variance, eps))
+            scale = call(graph, aten.rsqrt.default, call(graph, aten.add.Tensor, variance, eps))
             if gamma is not None:
-                scale = _call(graph, aten.mul.Tensor, scale, gamma)
+                scale = call(graph, aten.mul.Tensor, scale, gamma)
             layer_bias = layer.args[2] if len(layer.args) > 2 else None
             if layer_bias is None:
-                centered = _call(graph, aten.neg.default, mean)
+                centered = call(graph, aten.neg.default, mean)
             else:
-                centered = _call(graph, aten.sub.Tensor, layer_bias, mean)
-            bias = _call(graph, aten.mul.Tensor, centered, scale)
+                centered = call(graph, aten.sub.Tensor, layer_bias, mean)
+            bias = call(graph, aten.mul.Tensor, centered, scale)
             if beta is not None:
-                bias = _call(graph, aten.add.Tensor, bias, beta)
+                bias = call(graph, aten.add.Tensor, bias, beta)
             shape = [1] * layer.args[1].meta["val"].dim()
             shape[_FOLDABLE[layer.target]] = -1
-            weight = _call(graph, aten.mul.Tensor, layer.args[1], _call(graph, aten.view.default, scale, shape))
+            weight = call(graph, aten.mul.Tensor, layer.args[1], call(graph, aten.view.default, scale, shape))
         layer.args = (layer.args[0], weight, bias, *layer.args[3:])
         with graph.graph.inserting_after(layer):
             squeezes = layer is not x and x.meta["val"].dim() == 2
-            result = _call(graph, aten.squeeze.dim, layer, 2) if squeezes else layer
+            result = call(graph, aten.squeeze.dim, layer, 2) if squeezes else layer
+        if SCALED in node.meta:
+            result.meta[SCALED] = node.meta[SCALED]
         node.replace_all_uses_with(result)
         graph.graph.erase_node(node)
         yield FoldedBatchNorm(
@@ -349,28 +356,15 @@ def _depthwise_identity(graph: GraphModule, node: Node, x: Node) -> Node:
     value = x.meta["val"]
     channels, spatial = value.shape[1], max(1, value.dim() - 2)
     convolution = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[spatial]
-    name = f"identity_of_{node.name}"
-    ones = torch.ones(channels, *[1] * (spatial + 1), dtype=value.dtype, device=value.device)
-    graph.register_buffer(name, ones)
     with graph.graph.inserting_before(node):
-        weight = graph.graph.get_attr(name)
-        with value.fake_mode:
-            weight.meta["val"] = torch.ones(ones.shape, dtype=value.dtype, device=value.device)
+        weight = constant(graph, f"identity_of_{node.name}", torch.ones(channels, *[1] * (spatial + 1)), value)
         if value.dim() == 2:
-            x = _call(graph, aten.unsqueeze.default, x, 2)
-        return _call(graph, convolution, x, weight, None, [1] * spatial, [0] * spatial, [1] * spatial, channels)
+            x = call(graph, aten.unsqueeze.default, x, 2)
+        return call(graph, convolution, x, weight, None, [1] * spatial, [0] * spatial, [1] * spatial, channels)
 
 
 def _is_grouped_transpose(layer: Node) -> bool:
     return bool(_FOLDABLE[layer.target] == 1 and len(layer.args) > 6 and layer.args[6] != 1)
-
-
-def _call(graph: GraphModule, target: Any, *args: Any) -> Node:
-    """Insert an operation with the shape and type of its result, which torchao reads when it places quantizers."""
-    node = graph.graph.call_function(target, args)
-    values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
-    node.meta["val"] = target(*values)
-    return node
 
 
 def _name(node: Node | None) -> str | None:

@@ -15,6 +15,8 @@ from lightning_edge.network import Deployable
 from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 from lightning_edge.quantization.network import quantized_forward, quiet_torchao
 
+aten = torch.ops.aten
+
 
 def convert(module: nn.Module) -> Deployable:
     """Convert the quantized network in ``module`` to an int8 graph, as a copy on the CPU.
@@ -34,6 +36,7 @@ def convert(module: nn.Module) -> Deployable:
     _refuse_unobserved(prepared)
     _refuse_not_finite(prepared)
     _take_out(prepared)
+    _drop_idle_clips(prepared)
     _compute_constants(prepared)
     with quiet_torchao():
         folded = convert_pt2e(copy.deepcopy(prepared), fold_quantize=True)
@@ -73,6 +76,30 @@ def _take_out(graph: GraphModule) -> None:
             graph.graph.erase_node(node)
             graph.delete_submodule(str(node.target))
     graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _drop_idle_clips(graph: GraphModule) -> None:
+    """Remove clips that the quantizer behind them does by saturating, where a kernel would not do both in one.
+
+    What follows a layer, a sum or a difference as ReLU or ReLU6 is part of that operation on every target.
+    """
+    from lightning_edge.quantization.fused import clips_anyway
+    from lightning_edge.quantization.quantizer import WEIGHTED
+
+    joining = {*WEIGHTED, aten.add.Tensor, aten.sub.Tensor}
+    for node in list(graph.graph.nodes):
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        clip = node.args[0] if hasattr(module, "observing") else None
+        if not isinstance(clip, Node) or len(clip.users) > 1 or not clips_anyway(clip, module):  # type: ignore[arg-type]
+            continue
+        source: Any = clip.args[0]
+        if clip.target in (aten.relu.default, aten.relu6.default) and source.target in joining:
+            continue
+        if source.op == "call_module":  # a clip by itself, of values that are quantized already
+            continue
+        node.replace_input_with(clip, source)
+        graph.graph.erase_node(clip)
     graph.recompile()
 
 

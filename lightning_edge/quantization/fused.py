@@ -153,8 +153,13 @@ def _pads_with_zeros(node: Any) -> bool:
 def _fuse_activation(node: Node, module: FakeQuantize) -> None:
     """Let a fake-quantizer clip what the activation in front of it would."""
     activation: Any = node.args[0]
+    if len(activation.users) > 1 or module.is_per_channel:
+        return
+    if type(module.activation_post_process) is FixedQParamsObserver and clips_anyway(activation, module):
+        node.args = (activation.args[0],)
+        return
     clipping = _clipping(activation)
-    if clipping is None or len(activation.users) > 1 or module.is_per_channel:
+    if clipping is None:
         return
     if isinstance(module.activation_post_process, MovingAverageMinMaxObserver | FixedQParamsObserver):
         node.args = (activation.args[0], *clipping)
@@ -162,15 +167,35 @@ def _fuse_activation(node: Node, module: FakeQuantize) -> None:
 
 def _clipping(node: Node) -> tuple[float, float] | None:
     """Between which values an activation clips, if that is all it does, and to the same numbers in every float type."""
-    low, high = 0.0, HIGHEST
-    if node.target is aten.relu6.default:
-        high = 6.0
-    elif node.target is aten.hardtanh.default:
-        low, high = (float(value) for value in (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]))  # type: ignore[arg-type]
-    elif node.target is not aten.relu.default:
+    limits = clip_limits(node)
+    if limits is None:
         return None
+    low, high = limits
     exact = all(float(torch.tensor(value).bfloat16()) == value for value in (low, high) if value != HIGHEST)
     return (low, high) if exact and low < high else None
+
+
+def clips_anyway(activation: Node, module: FakeQuantize) -> bool:
+    """Whether a quantizer behind an activation that clips saturates within what is left: the clip changes nothing."""
+    limits = clip_limits(activation)
+    if limits is None or module.is_per_channel:
+        return False
+    scale, zero_point = (float(value) for value in module.calculate_qparams())
+    lowest, highest = (scale * (level - zero_point) for level in (module.quant_min, module.quant_max))
+    # Half a step would be enough, were it not for the gradient at the edge.
+    return lowest >= limits[0] - 1e-3 * scale and highest <= limits[1] + 1e-3 * scale
+
+
+def clip_limits(node: Node) -> tuple[float, float] | None:
+    """Between which values an activation clips, if that is all it does."""
+    if node.target is aten.relu.default:
+        return 0.0, HIGHEST
+    if node.target is aten.relu6.default:
+        return 0.0, 6.0
+    if node.target is aten.hardtanh.default:
+        low, high = (float(value) for value in (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]))  # type: ignore[arg-type]
+        return low, high
+    return None
 
 
 def _look_up(

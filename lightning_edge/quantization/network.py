@@ -172,6 +172,7 @@ def attach(
     averaging: float | None = 0.01,
     live_batch_norm: bool = False,
     plan: Plan | None = None,
+    written_out: bool = True,
 ) -> QuantizedForward:
     """Quantize ``network`` in place: from here on its calls go through fake-quantizers.
 
@@ -182,6 +183,9 @@ def attach(
             quantization, which searches the range of least error over all batches.
         live_batch_norm: Let BatchNorm's statistics learn on, until `QuantizedForward.fold_batch_norms`.
         plan: Which layers become something else than int8; see `lightning_edge.quantization.plan`.
+        written_out: Whether activations are written in operations that every target has in int8, where the plan has
+            no 16-bit activations; False for a checkpoint from before that was done, whose quantizers are those of the
+            whole operations.
 
     Returns:
         The child that was added; its ranges are empty until the network runs in training mode.
@@ -196,7 +200,9 @@ def attach(
     if is_quantized(network):
         raise CompressionError(f"{type(network).__name__} is quantized already; detach() gives the float network back.")
     _tell_of_hooks(network)
-    captured = capture(network, inputs)
+    # LiteRT's converter has no 16-bit constants in sums and products.
+    narrow = "int8_a16" not in (plan or {}).values()
+    captured = capture(network, inputs, written_out=written_out and narrow)
     quantizer = EdgeQuantizer(averaging, plan)
     with quiet_torchao(), torch.random.fork_rng(devices=[]):  # torchao draws random numbers
         graph = prepare_qat_pt2e(captured.graph, quantizer)

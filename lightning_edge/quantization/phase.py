@@ -95,8 +95,15 @@ class Quantize(Phase):
         if change["kind"] == "attach":
             device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
             inputs = Inputs(tuple(change["args"]), change["kwargs"]).map(lambda tensor: tensor.to(device))
-            live, plan = change["live_batch_norm"], change.get("layers", {})
-            attach(network, inputs, averaging=change["averaging"], live_batch_norm=live, plan=plan)
+            attach(
+                network,
+                inputs,
+                averaging=change["averaging"],
+                live_batch_norm=change["live_batch_norm"],
+                plan=change.get("layers", {}),
+                # Not in checkpoints of earlier versions, whose ranges are those of the operations as they were.
+                written_out=change.get("written_out", False),
+            )
             return Succession()
         _, child = quantized_forward(network)
         if change["kind"] == "fold_batch_norm":
@@ -140,6 +147,7 @@ class Quantize(Phase):
             "epoch": clock.epoch,
             "progress": clock.progress,
             "averaging": self.averaging,
+            "written_out": True,
             "layers": dict(self._layers),
             "live_batch_norm": self.fold_batch_norm is not None and not clock.reached(self.fold_batch_norm),
             "args": list(shapes.args),

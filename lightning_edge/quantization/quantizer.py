@@ -32,6 +32,7 @@ from torchao.quantization.pt2e.quantizer import (
 from lightning_edge.errors import CompressionError
 from lightning_edge.quantization.fake_quantize import FakeQuantize
 from lightning_edge.quantization.masks import masked_scores
+from lightning_edge.quantization.nodes import FIXED_RANGE as KNOWN_RANGE
 from lightning_edge.quantization.plan import Plan, check_patterns, node_names, precision_of
 
 aten = torch.ops.aten
@@ -233,9 +234,9 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         self._annotate(node, inputs, self._activation)
 
     def _annotate_op(self, node: Node, operands: list[Any], output: QuantizationSpec | None = None) -> None:
-        inputs = {operand: self._activation for operand in operands if _is_float(operand)}
+        inputs = {operand: self._spec(operand) for operand in operands if _is_float(operand)}
         if inputs:
-            self._annotate(node, inputs, output or self._activation)
+            self._annotate(node, inputs, output or self._spec(node))
 
     def _annotate(self, node: Node, inputs: dict[Any, Any], output: QuantizationSpec) -> None:
         """Quantize a node's inputs, and its output: behind the activation that is its only reader, if there is one."""
@@ -251,8 +252,14 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
             input_qspec_map=inputs, output_qspec=None if fused else output, _annotated=True
         )
         if fused and activation is not None:
+            output = self._spec(activation) if KNOWN_RANGE in activation.meta else output
             self.quantized.append(activation.name)
             activation.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=output, _annotated=True)
+
+    def _spec(self, node: Node) -> QuantizationSpec:
+        """How a value is quantized: by the range it is known to have, or by what is observed."""
+        known = node.meta.get(KNOWN_RANGE)
+        return self._activation if known is None or self._activation is self._wide_activation else _fixed_spec(*known)
 
     def _annotate_shared(self, node: Node, operands: list[Node]) -> None:
         first, *rest = operands

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from lightning_edge.errors import CompressionError
 from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm
 from lightning_edge.quantization.network import QuantizedForward
+from lightning_edge.quantization.nodes import SCALED
 
 aten = torch.ops.aten
 
@@ -32,12 +33,20 @@ class Tap(nn.Module):
         name: Name of the layer whose output this is.
         sink: Who takes it; ``None``: nobody.
         batch_norm: The BatchNorm behind the layer whose statistics may still learn, if there is one.
+        scaled: (factor, shift) that `decompose` gave the layer's weights, to be taken off again.
     """
 
-    def __init__(self, name: str, sink: Sink | None, batch_norm: LiveBatchNorm | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        sink: Sink | None,
+        batch_norm: LiveBatchNorm | None = None,
+        scaled: tuple[float, float] = (1.0, 0.0),
+    ) -> None:
         super().__init__()
         self.name = name
         self.sink = sink
+        self._scaled = scaled
         # A tuple, so that it is read and not owned: it is a module of the graph already.
         self._batch_norm = (batch_norm,)
 
@@ -51,8 +60,12 @@ class Tap(nn.Module):
                 before that bias, where the statistics may still learn.
         """
         if self.sink is not None:
-            self.sink(self.name, self._without_batch_norm(y, *parts) if parts else y)
+            self.sink(self.name, self._without_batch_norm(y, *parts) if parts else self._unscaled(y))
         return y
+
+    def _unscaled(self, y: Tensor) -> Tensor:
+        factor, shift = self._scaled
+        return y if (factor, shift) == (1.0, 0.0) else (y - shift) / factor
 
     def _without_batch_norm(
         self, y: Tensor, scale: Tensor, bias: Tensor, before: Tensor | None, unbiased: Tensor | None = None
@@ -91,7 +104,7 @@ def add_taps(child: QuantizedForward, names: Sequence[str], sink: Sink) -> None:
     found = [(name, arguments) for name in names for arguments in outputs.of(name)]
     for index, (name, arguments) in enumerate(found):
         norm = outputs.module(arguments[0]) if len(arguments) > 1 else None
-        tap = Tap(name, sink, norm if isinstance(norm, LiveBatchNorm) else None)
+        tap = Tap(name, sink, norm if isinstance(norm, LiveBatchNorm) else None, outputs.scaled(arguments))
         graph.add_module(f"{_PREFIX}{index}", tap)
         last = max((a for a in arguments if a is not None), key=outputs.order.__getitem__)
         with graph.graph.inserting_after(last):
@@ -149,6 +162,15 @@ class _Outputs:
                 yield parts
             else:
                 yield [self._passed_on(node, names)]
+
+    def scaled(self, arguments: list[Node | None]) -> tuple[float, float]:
+        """What the weights of the layer that a tap reads were scaled by, if the tap reads it behind its BatchNorm."""
+        node = arguments[0] if len(arguments) == 1 else None
+        while node is not None and node.op == "call_module":  # its fake-quantizer, dropout or live BatchNorm
+            node = cast(Node, node.args[0])
+        # A layer with ReLU or the like behind it is not scaled, and of a clip the output is the user's own.
+        factor, shift = node.meta.get(SCALED, (1.0, 0.0)) if node is not None else (1.0, 0.0)
+        return factor, shift
 
     def _names(self, name: str) -> list[str]:
         """Every name of the same submodule."""

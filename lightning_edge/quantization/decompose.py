@@ -1,0 +1,201 @@
+"""Activations written out in the operations that every target has in int8. Knows torch only.
+
+Hard-swish and hard-sigmoid (Howard et al. 2019, arXiv:1905.02244) are whole operations on no target but some, and then
+mostly in float. Written out before quantizers are placed they are additions, products and clips, which are int8
+everywhere, and what is trained is what ships:
+
+- hard-sigmoid(x) = clip(x / 6 + 1/2, 0, 1). Behind a layer the division and the sum go into its weights, and the clip
+  is the layer's quantizer, which saturates at 0 and 1: it costs nothing.
+- hard-swish(x) = u * clip(u + 3 / sqrt(6), 0, sqrt(6)) with u = x / sqrt(6). Behind a layer u comes from its weights:
+  an addition that saturates, and a product.
+- SiLU(x) = x * sigmoid(x), so that the sigmoid has its own, known range.
+- A number in a sum or product is a constant with a quantizer of its own.
+- A mean over height and width keeps them, and a reshape behind it drops them: the form that has kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lightning_edge.quantization.nodes import FIXED_RANGE, SCALED, call, constant
+
+aten = torch.ops.aten
+
+_STEPS = 255
+_LEVELS = 127
+_ROOT = math.sqrt(6.0)
+
+# Layers whose weights may be scaled.
+_LAYERS = {
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.linear.default,
+}
+_CHANNELS_FIRST = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
+
+
+def decompose(graph: GraphModule) -> None:
+    """Write activations, and sums and products with numbers, in operations that every target has in int8.
+
+    Args:
+        graph: A captured graph, BatchNorm still in it; changed in place.
+    """
+    for node in list(graph.graph.nodes):
+        rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
+        if rewrite is None or not node.meta["val"].is_floating_point():
+            continue
+        with graph.graph.inserting_before(node):
+            result = rewrite(graph, node)
+        if result is not node:
+            node.replace_all_uses_with(result)
+            graph.graph.erase_node(node)
+
+
+def _hard_sigmoid(graph: GraphModule, node: Node) -> Node:
+    x = _scaled(graph, node, node.args[0], 1 / 6, 0.5)
+    return _saturated(graph, node, x, 1.0)
+
+
+def _hard_swish(graph: GraphModule, node: Node) -> Node:
+    u = _scaled(graph, node, node.args[0], 1 / _ROOT)
+    shifted = _with_number(graph, node, aten.add.Tensor, u, 3 / _ROOT, "shift")
+    return call(graph, aten.mul.Tensor, u, _saturated(graph, node, shifted, _ROOT), instead_of=node)
+
+
+def _silu(graph: GraphModule, node: Node) -> Node:
+    x = node.args[0]
+    weight = call(graph, aten.sigmoid.default, x, instead_of=node)
+    return call(graph, aten.mul.Tensor, x, weight, instead_of=node)
+
+
+def _sum_or_product(graph: GraphModule, node: Node) -> Node:
+    """A number as an operand becomes a constant, and a division a product."""
+    x, number = node.args[:2]
+    if isinstance(number, bool) or not isinstance(number, int | float) or not isinstance(x, Node):
+        return node
+    if not number or not math.isfinite(number) or _is_constant(x) or not _is_tensor_like(x, node):
+        return node
+    alpha = node.kwargs.get("alpha", 1)
+    assert isinstance(alpha, int | float)
+    number = float(number) * alpha
+    target, number = (aten.mul.Tensor, 1 / number) if node.target is aten.div.Tensor else (node.target, number)
+    return _with_number(graph, node, target, x, number, "number")
+
+
+def _mean(graph: GraphModule, node: Node) -> Node:
+    """An average over height and width that drops them becomes one that keeps them, and a reshape behind it."""
+    x, dims = node.args[:2]
+    assert isinstance(x, Node)
+    value = x.meta["val"]
+    keeps = len(node.args) > 2 and node.args[2]
+    if keeps or node.kwargs or value.dim() != 4 or not isinstance(dims, list | tuple):
+        return node
+    if sorted(int(str(dim)) % 4 for dim in dims) != [2, 3]:
+        return node
+    kept = call(graph, aten.mean.dim, x, [2, 3], True, instead_of=node)
+    return call(graph, aten.flatten.using_ints, kept, 1, instead_of=node)
+
+
+def _pool(graph: GraphModule, node: Node) -> Node:
+    """An average over one value is that value."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    return x if x.meta["val"].shape == node.meta["val"].shape and tuple(x.meta["val"].shape[2:]) == (1, 1) else node
+
+
+def _is_tensor_like(x: Node, node: Node) -> bool:
+    value = x.meta["val"]
+    return isinstance(value, torch.Tensor) and value.dtype == node.meta["val"].dtype
+
+
+_REWRITES: dict[Any, Callable[[GraphModule, Node], Node]] = {
+    aten.hardsigmoid.default: _hard_sigmoid,
+    aten.hardswish.default: _hard_swish,
+    aten.silu.default: _silu,
+    aten.mean.dim: _mean,
+    aten.adaptive_avg_pool2d.default: _pool,
+    aten.add.Tensor: _sum_or_product,
+    aten.sub.Tensor: _sum_or_product,
+    aten.mul.Tensor: _sum_or_product,
+    aten.div.Tensor: _sum_or_product,
+}
+
+
+def _saturated(graph: GraphModule, node: Node, x: Node, top: float) -> Node:
+    """Clip to [0, ``top``], which is the range of the quantizer behind it."""
+    clipped = call(graph, aten.hardtanh.default, x, 0.0, top, instead_of=node)
+    clipped.meta[FIXED_RANGE] = (top / _STEPS, -128)
+    return clipped
+
+
+def _with_number(graph: GraphModule, node: Node, target: Any, x: Node, number: float, role: str) -> Node:
+    """Write a sum or product of a value and a number, the number as a constant with an exact level."""
+    value = x.meta["val"]
+    # Of as many dimensions: LiteRT's converter transposes around any other to bring channels last.
+    operand = constant(graph, f"{role}_of_{node.name}", torch.full([1] * value.dim(), number), value)
+    operand.meta[FIXED_RANGE] = (abs(number) / _LEVELS, 0)
+    return call(graph, target, x, operand, instead_of=node)
+
+
+def _scaled(graph: GraphModule, node: Node, x: Any, factor: float, shift: float = 0.0) -> Node:
+    """Give ``factor`` * x + ``shift``: by the weights of the layer that x comes from if ``node`` alone reads it."""
+    assert isinstance(x, Node)
+    if len(x.users) == 1 and _scale_layer(graph, x, factor, shift):
+        return x
+    x = _with_number(graph, node, aten.mul.Tensor, x, factor, "factor")
+    return _with_number(graph, node, aten.add.Tensor, x, shift, "shift") if shift else x
+
+
+def _scale_layer(graph: GraphModule, layer: Node, factor: float, shift: float) -> bool:
+    """Let a layer give ``factor`` times what it gave, plus ``shift``; False if it is none with weights of its own."""
+    if layer.target is aten.batch_norm.default:
+        _, gamma, beta, mean, *_ = layer.args
+        if isinstance(mean, Node):
+            _scale(graph, layer, gamma, beta, mean.meta["val"], factor, shift)
+        return isinstance(mean, Node)
+    if layer.target not in _LAYERS or not _is_constant(layer.args[1]):
+        return False
+    weight: Any = layer.args[1]
+    bias = layer.args[2] if len(layer.args) > 2 else None
+    size = weight.meta["val"].shape
+    groups: Any = layer.args[6] if layer.target in _CHANNELS_FIRST and len(layer.args) > 6 else 1
+    channels = size[1] * groups if layer.target in _CHANNELS_FIRST else size[0]
+    _scale(graph, layer, weight, bias, weight.meta["val"].new_empty(channels), factor, shift)
+    return True
+
+
+def _scale(graph: GraphModule, layer: Node, weight: Any, bias: Any, channels: Any, factor: float, shift: float) -> None:
+    """Scale the weight of a layer or BatchNorm by ``factor``, its bias too, and add ``shift`` to that."""
+    # BatchNorm's own are read where it is folded, which is in front of the layer before it.
+    first = layer.args[0] if layer.target is aten.batch_norm.default else layer
+    with graph.graph.inserting_before(first):  # type: ignore[arg-type]
+        if weight is None:
+            weight = constant(graph, f"weight_of_{layer.name}", torch.full(channels.shape, factor), channels)
+        else:
+            weight = call(graph, aten.mul.Tensor, weight, factor)
+        if bias is not None:
+            bias = call(graph, aten.mul.Tensor, bias, factor)
+            bias = call(graph, aten.add.Tensor, bias, shift) if shift else bias
+        elif shift:
+            bias = constant(graph, f"bias_of_{layer.name}", torch.full(channels.shape, shift), channels)
+    layer.args = (layer.args[0], weight, bias, *layer.args[3:])
+    layer.meta[SCALED] = (factor, shift)
+
+
+def _is_constant(node: Any) -> bool:
+    """Whether a value depends on parameters alone, and not on what the network is fed."""
+    trail = [node]
+    for value in trail:  # grows while it is walked
+        if not isinstance(value, Node) or value.op == "placeholder":
+            return False
+        trail.extend(parent for parent in value.all_input_nodes if parent not in trail)
+    return True

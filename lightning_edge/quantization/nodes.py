@@ -1,0 +1,50 @@
+"""Insert operations and constants into a captured graph, with what is known of their results. Knows torch only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+# Of an operation that stands for another: which modules it was called in.
+_STACK = "nn_module_stack"
+# Scale and zero point of a value whose range is known before anything is observed.
+FIXED_RANGE = "edge_fixed_range"
+# (factor, shift) of a layer whose weights were scaled: it gives factor * y + shift where the user's layer gives y.
+SCALED = "edge_scaled"
+
+
+def call(graph: GraphModule, target: Any, *args: Any, instead_of: Node | None = None) -> Node:
+    """Insert an operation with the shape and type of its result, which torchao reads when it places quantizers.
+
+    Args:
+        graph: Changed at its present insertion point.
+        target: The operation.
+        args: Its arguments; nodes have their values in ``meta["val"]``.
+        instead_of: The user's operation that it takes the place of, whose module it then belongs to.
+    """
+    node = graph.graph.call_function(target, args)
+    values = torch.fx.node.map_arg(args, lambda arg: arg.meta["val"])
+    node.meta["val"] = target(*values)
+    if instead_of is not None and _STACK in instead_of.meta:
+        node.meta[_STACK] = instead_of.meta[_STACK]
+    return node
+
+
+def constant(graph: GraphModule, name: str, value: Tensor, like: Tensor) -> Node:
+    """Insert a constant of the graph's own, as a buffer.
+
+    Args:
+        graph: Changed at its present insertion point.
+        name: Name of the buffer, one that the network does not have.
+        value: The constant.
+        like: A value of the graph, whose type and device it gets.
+    """
+    value = value.to(dtype=like.dtype, device=like.device)
+    graph.register_buffer(name, value)
+    node = graph.graph.get_attr(name)
+    with like.fake_mode:  # type: ignore[attr-defined]
+        node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return node
