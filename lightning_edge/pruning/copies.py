@@ -89,13 +89,20 @@ def _twin(module: nn.Module, memo: dict[int, Any]) -> Any:
         elif name == "_non_persistent_buffers_set":
             state[name] = set(value)
         elif name not in state:
-            state[name] = value if _is_plain(value) else copy.deepcopy(value, memo)
+            state[name] = value if _is_plain(value) else _copied(value, memo)
     return twin
 
 
 def _is_plain(value: Any) -> bool:
     """Whether the copy can hold the very same object, because nothing can change it."""
-    return type(value) in _PLAIN or (type(value) is tuple and all(type(entry) in _PLAIN for entry in value))
+    return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; that of a list of plain values, which every convolution holds, without deepcopy's detours."""
+    if type(value) is list and id(value) not in memo and _PLAIN.issuperset(map(type, value)):
+        memo[id(value)] = list(value)
+    return copy.deepcopy(value, memo)
 
 
 def _clone(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:

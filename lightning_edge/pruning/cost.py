@@ -51,8 +51,8 @@ class Positions:
         else:
             # A recurrent layer multiplies all of its matrices at each step; attention projects each token.
             seen, channels = given, given.shape[-1]
-        for weight in layer.parameters():
-            if weight.dim() >= 2:
+        for weight in layer.parameters() if layer._modules else layer._parameters.values():
+            if weight is not None and weight.dim() >= 2:
                 count = seen.numel() / max(1, channels) / self.batch_size
                 self.by_weight[id(weight)] = self.by_weight.get(id(weight), 0.0) + count
 

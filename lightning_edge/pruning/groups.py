@@ -22,7 +22,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.pruning.channels import Channels, Integers, Side, channels_of
 from lightning_edge.pruning.cost import Positions
-from lightning_edge.pruning.opaque import as_wholes
+from lightning_edge.pruning.opaque import as_wholes, untouched
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,12 @@ class Structure:
     Attributes:
         groups: All groups, those that stay as they are with the reason.
         positions: Where each weight of the traced copy is used.
+        inputs: The call that was traced.
     """
 
     groups: list[Group]
     positions: Positions
+    inputs: Inputs
 
 
 def trace(network: nn.Module, inputs: Inputs) -> Structure:
@@ -101,8 +103,6 @@ def trace(network: nn.Module, inputs: Inputs) -> Structure:
     Raises:
         CompressionError: If torch-pruning cannot trace it.
     """
-    import torch_pruning
-
     positions = Positions(inputs.batch_size)
 
     def forward(model: nn.Module, _: Any) -> list[Tensor]:
@@ -111,7 +111,7 @@ def trace(network: nn.Module, inputs: Inputs) -> Structure:
         # An operation behind each output marks it as one: torch-pruning sees no output where a layer comes last.
         return [output * 1 for output in outputs if output.requires_grad]
 
-    graph = torch_pruning.DependencyGraph()
+    graph = _dependency_graph()
     try:
         with warnings.catch_warnings(), as_wholes(network) as opaque:
             warnings.simplefilter("ignore")  # on parameters outside of layers, which are ours to judge
@@ -120,7 +120,7 @@ def trace(network: nn.Module, inputs: Inputs) -> Structure:
                 example_inputs=inputs.args,
                 forward_fn=forward,
                 unwrapped_parameters=[],
-                customized_pruners={kind: _untouched() for kind in opaque},
+                customized_pruners={kind: untouched() for kind in opaque},
                 ignored_layers=[],
                 ignored_params=[],
                 verbose=False,
@@ -135,27 +135,26 @@ def trace(network: nn.Module, inputs: Inputs) -> Structure:
             "compressed, or leave Prune out."
         ) from error
     reading = _Reading(network, graph)
-    return Structure([reading.group(group) for group in found], positions)
+    return Structure([reading.group(group) for group in found], positions, inputs)
 
 
-def _untouched() -> Any:
-    """What torch-pruning is to do with an opaque layer: know it as one, with inputs and outputs apart."""
-    from torch_pruning import BasePruningFunc
+def _dependency_graph() -> Any:
+    """torch-pruning's graph, which asks what kind of layer each is some ten times; here it is told once."""
+    from torch_pruning import DependencyGraph
 
-    class Untouched(BasePruningFunc):  # type: ignore[misc]
-        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-            raise AssertionError("only groups are read, nothing is pruned by torch-pruning")
+    class Graph(DependencyGraph):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._pruners: dict[Any, Any] = {}
 
-        def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-            raise AssertionError("only groups are read, nothing is pruned by torch-pruning")
+        def get_pruner_of_module(self, module: Any) -> Any:
+            found = self._pruners.get(id(module))
+            if found is None:
+                # With the layer itself, so that no other one comes to have its id.
+                found = self._pruners[id(module)] = (super().get_pruner_of_module(module), module)
+            return found[0]
 
-        def get_out_channels(self, layer: nn.Module) -> None:
-            return None
-
-        def get_in_channels(self, layer: nn.Module) -> None:
-            return None
-
-    return Untouched()
+    return Graph()
 
 
 class _Reading:
@@ -163,11 +162,14 @@ class _Reading:
 
     def __init__(self, network: nn.Module, graph: Any) -> None:
         self.graph = graph
-        self.modules = {id(module): name for name, module in network.named_modules()}
+        self.modules: dict[int, str] = {}
         # All names of each tensor: more than one where layers share it.
         self.names: dict[int, list[str]] = {}
-        for name, tensor in _tensors(network):
-            self.names.setdefault(id(tensor), []).append(name)
+        for name, module in network.named_modules(remove_duplicate=False):
+            self.modules.setdefault(id(module), name)
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self.names.setdefault(id(tensor), []).append(f"{name}.{key}" if name else key)
         self.sharers = {name: names for names in self.names.values() for name in names}
 
     def group(self, found: Any) -> Group:
@@ -221,7 +223,8 @@ class _Reading:
             return self._left(group, "its channels only go all at once")
         for module, name, described, indices, origin in layers:
             units = unit_of if origin is straight else unit_of[origin]
-            self._add_layer(group, module, name, described, None if indices is straight else indices, units)
+            own = units is unit_of and not union.joined
+            self._add_layer(group, module, name, described, None if indices is straight else indices, units, own)
         for parameter, dimension, indices, origin in parameters:
             units = np.full(parameter.shape[dimension], -1, dtype=np.int64)
             units[indices] = unit_of[origin]
@@ -241,6 +244,7 @@ class _Reading:
         described: Channels,
         indices: Integers | None,
         units: Integers,
+        own: bool,
     ) -> None:
         if indices is None and len(units) == described.count:
             unit_of_channel = units
@@ -253,7 +257,8 @@ class _Reading:
                 return
             unit_of_channel = np.full(described.count, -1, dtype=np.int64)
             unit_of_channel[reached] = units
-        count = _evenly(unit_of_channel, group.units)
+        # The root's own numbering, which nearly all layers have, needs no counting.
+        count = 1 if own and unit_of_channel is units else _evenly(unit_of_channel, group.units)
         if count is None:
             self._left(group, f"{name!r} holds more of some of its channels than of others")
             return
@@ -337,17 +342,14 @@ def _evenly(units: Integers, count: int) -> int | None:
     return int(held[0]) if (held == held[0]).all() else None
 
 
-def _tensors(network: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from network.named_parameters(remove_duplicate=False)
-    yield from network.named_buffers(remove_duplicate=False)
-
-
 def ignore(network: nn.Module, groups: Sequence[Group], patterns: Sequence[str]) -> None:
     """Mark the groups whose channels a layer makes that a pattern names, by its name, a parent's, or its type.
 
     Raises:
         CompressionError: If a pattern names nothing.
     """
+    if not patterns:
+        return
     types = {name: type(module).__name__ for name, module in network.named_modules() if name}
     for pattern in patterns:
         named = {name for name, kind in types.items() if fnmatchcase(name, pattern) or fnmatchcase(kind, pattern)}

@@ -15,7 +15,7 @@ Scores are divided by the group's mean, so that groups compare; those of ``lamp`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -51,30 +51,19 @@ def score(
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(group.units, generator=generator, dtype=torch.float64).numpy() for group in groups]
-    return [_score(group, criterion, tensors, sensitivity) for group in groups]
+    elements = _Elements(criterion, tensors, sensitivity)
+    return [_score(group, criterion, elements) for group in groups]
 
 
-@torch.no_grad()
-def _score(
-    group: Group, criterion: Criterion, tensors: Mapping[str, Tensor], sensitivity: Mapping[str, Tensor]
-) -> Floats | None:
+def _score(group: Group, criterion: Criterion, elements: _Elements) -> Floats | None:
     roles = {"bn_scale": ("scale",), "fpgm": ("kernel",)}.get(criterion, ("kernel", "scale"))
-    needs_slope = criterion in ("taylor", "obd")  # which frozen weights may not have
     total = np.zeros(group.units)
     scored = 0
     for slot in group.slots:
-        if slot.role not in roles or (needs_slope and slot.tensor not in sensitivity):
+        if slot.role not in roles or not elements.known(slot.tensor):
             continue
-        values = _along(tensors[slot.tensor], slot)
-        if needs_slope:
-            slopes = _along(sensitivity[slot.tensor], slot).to(values)
-            each = (values * slopes).abs() if criterion == "taylor" else values.square() * slopes
-        elif criterion == "fpgm":
-            each = torch.cdist(values, values)
-        else:
-            each = values.abs() if criterion in ("l1", "bn_scale") else values.square()
-        held = slot.units >= 0
-        total += np.bincount(slot.units[held], each.sum(1).double().cpu().numpy()[held], minlength=group.units)
+        # One place before the units for the indices that belong to none.
+        total += np.bincount(slot.units + 1, elements.along(slot), minlength=group.units + 1)[1:]
         scored += 1
     if not scored:
         return None
@@ -82,10 +71,54 @@ def _score(
     return _lamp(mean) if criterion == "lamp" else mean / max(float(mean.mean()), np.finfo(np.float64).tiny)
 
 
-def _along(tensor: Tensor, slot: Slot) -> Tensor:
-    """The tensor as (indices along the slot's dimension, everything else)."""
-    values = tensor.detach().movedim(slot.dimension, 0).flatten(1) if tensor.dim() > 1 else tensor.detach()[:, None]
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+class _Elements:
+    """What a criterion gives the elements of each tensor.
+
+    The weight of a layer is scored twice, with the group of its outputs and with that of its inputs. What both have in
+    common, the elements of a kernel and their sums over its positions, is computed once.
+    """
+
+    def __init__(self, criterion: Criterion, tensors: Mapping[str, Tensor], sensitivity: Mapping[str, Tensor]) -> None:
+        self._criterion = criterion
+        self._tensors = tensors
+        self._sensitivity = sensitivity
+        self._needs_slope = criterion in ("taylor", "obd")
+        self._kernels: dict[str, Tensor] = {}
+
+    def known(self, name: str) -> bool:
+        """Whether the tensor can be scored: frozen weights may have no slope."""
+        return not self._needs_slope or name in self._sensitivity
+
+    @torch.no_grad()
+    def along(self, slot: Slot) -> NDArray[Any]:
+        """Sum up what belongs to each index along the slot's dimension."""
+        if self._criterion == "fpgm":
+            tensor = _real(self._tensors[slot.tensor])
+            filters = tensor.movedim(slot.dimension, 0).flatten(1) if tensor.dim() > 1 else tensor[:, None]
+            sums = torch.cdist(filters, filters).sum(1)
+        else:
+            sums = self._of(slot.tensor)
+            if sums.dim() > 1:
+                sums = sums.sum([axis for axis in range(sums.dim()) if axis != slot.dimension])
+        return sums.cpu().numpy()
+
+    def _of(self, name: str) -> Tensor:
+        if name in self._kernels:
+            return self._kernels[name]
+        values = _real(self._tensors[name])
+        if self._needs_slope:
+            slopes = self._sensitivity[name].detach().to(values)
+            each = (values * slopes).abs() if self._criterion == "taylor" else values.square() * slopes
+        else:
+            each = values.abs() if self._criterion in ("l1", "bn_scale") else values.square()
+        if each.dim() > 2:  # the channels of a layer lie in the first two dimensions
+            each = self._kernels[name] = each.flatten(2).sum(2)
+        return each
+
+
+def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _lamp(scores: Floats) -> Floats:

@@ -121,7 +121,7 @@ def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
     base = {measure: _base(measure, price, parameters, changes) for measure in MEASURES}
     with aside(network):
         # One sample is enough to compare, but not every network takes a batch of one.
-        calls = [sample_of(inputs, twin, size) for size in (1, 2)]
+        calls = [structure.inputs.sample(), structure.inputs]
         return _settle(draft, goal, changes, base, price, calls)
 
 

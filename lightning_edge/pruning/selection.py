@@ -42,12 +42,13 @@ class Choices:
         return np.array([allowed[0] for allowed in self.allowed], dtype=np.int64)
 
     def nearest(self, wanted: Floats) -> Integers:
-        """Round wanted counts of units to allowed ones; halfway, the larger."""
-        rounded = [
-            allowed[len(allowed) - 1 - int(np.abs(allowed - count)[::-1].argmin())]
-            for allowed, count in zip(self.allowed, wanted, strict=True)
-        ]
-        return np.array(rounded, dtype=np.int64)
+        """Round wanted counts of units (..., groups) to allowed ones; halfway, the larger."""
+        rounded = np.empty(wanted.shape, dtype=np.int64)
+        for group, allowed in enumerate(self.allowed):
+            # A count up to the middle between two allowed ones, but not the middle itself, belongs to the lower.
+            middles = (allowed[:-1] + allowed[1:]) / 2
+            rounded[..., group] = allowed[np.searchsorted(middles, wanted[..., group], side="right")]
+        return rounded
 
 
 def allowed_counts(units: int, step: int) -> Integers:
@@ -99,15 +100,9 @@ class _Path:
 def _by_threshold(choices: Choices) -> _Path:
     ascending = [np.sort(importance) for importance in choices.importances]
     thresholds = np.unique(np.concatenate(ascending))
-
-    def counts(step: int) -> Integers:
-        if step == 0:
-            return choices.units
-        threshold = thresholds[step - 1]
-        kept = [len(values) - np.searchsorted(values, threshold, side="right") for values in ascending]
-        return choices.nearest(np.array(kept, dtype=np.float64))
-
-    return _Path(len(thresholds), counts)
+    kept = [len(values) - np.searchsorted(values, thresholds, side="right") for values in ascending]
+    counts = choices.nearest(np.stack(kept, axis=1).astype(np.float64))
+    return _Path(len(thresholds), lambda step: counts[step - 1] if step else choices.units)
 
 
 def _by_share(choices: Choices) -> _Path:
@@ -141,12 +136,13 @@ def _closest(candidates: Integers, cost: Callable[[Integers], Floats], target: f
 
 
 def _neighbours(choices: Choices, kept: Integers) -> Integers:
-    found = []
-    for group, allowed in enumerate(choices.allowed):
-        position = int(np.searchsorted(allowed, kept[group]))
+    groups, counts = [], []
+    for group, (allowed, count) in enumerate(zip(choices.allowed, kept.tolist(), strict=True)):
+        position = int(allowed.searchsorted(count))
         for other in (position - 1, position + 1):
             if 0 <= other < len(allowed):
-                changed = kept.copy()
-                changed[group] = allowed[other]
-                found.append(changed)
-    return np.array(found, dtype=np.int64).reshape(-1, len(kept))
+                groups.append(group)
+                counts.append(allowed[other])
+    found = np.repeat(kept[None], len(groups), axis=0)
+    found[np.arange(len(groups)), groups] = counts
+    return found

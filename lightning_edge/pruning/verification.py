@@ -81,21 +81,21 @@ def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
 
 
 def _randomize(network: nn.Module) -> None:
-    device = next(network.parameters()).device
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in network.parameters():
-        if not parameter.is_floating_point():
-            continue
-        if parameter.dim() >= 2:
-            reach = (6 * parameter.shape[0] / parameter.numel()) ** 0.5  # keeps the variance through ReLUs
-            parameter.uniform_(-reach, reach, generator=generator)
-        else:
-            parameter.uniform_(0.5, 1.5, generator=generator)
-    for name, buffer in network.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.uniform_(-0.5, 0.5, generator=generator)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5, generator=generator)
+    generator = torch.Generator(next(network.parameters()).device).manual_seed(0)
+    for module in network.modules():
+        for parameter in module._parameters.values():
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            if parameter.dim() >= 2:
+                reach = (6 * parameter.shape[0] / parameter.numel()) ** 0.5  # keeps the variance through ReLUs
+                parameter.uniform_(-reach, reach, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name.endswith("running_mean"):
+                buffer.uniform_(-0.5, 0.5, generator=generator)
+            elif buffer is not None and name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5, generator=generator)
 
 
 def _zero(
@@ -106,11 +106,15 @@ def _zero(
     norms: dict[str, NDArray[np.bool_]] = {}
     for group, units in zip(groups, kept, strict=True):
         keeps = group.keeps(units)
+        indices: dict[int, Tensor] = {}  # most slots of a group have one numbering of units
         for slot in group.slots:
             if slot.tensor in tensors:
-                gone = np.flatnonzero(~keeps[slot.units])
                 parameter = tensors[slot.tensor]
-                parameter.index_fill_(slot.dimension, torch.from_numpy(gone).to(parameter.device), 0.0)
+                gone = indices.get(id(slot.units))
+                if gone is None:
+                    gone = torch.from_numpy(np.flatnonzero(~keeps[slot.units])).to(parameter.device)
+                    indices[id(slot.units)] = gone
+                parameter.index_fill_(slot.dimension, gone, 0.0)
         for name, channels in group.norms.items():
             silent = norms.setdefault(name, np.zeros(len(channels), dtype=np.bool_))
             silent |= ~keeps[channels]
