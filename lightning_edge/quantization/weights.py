@@ -100,9 +100,9 @@ class _FoldAndRound(torch.autograd.Function):
             levels = folded.float().mul(1.0 / shaped).round_()
         else:
             shaped = _shaped(quantizer.scale, quantizer, weight)
-            levels = folded.float().mul(1.0 / shaped).round_()
-            inside = (levels >= quantizer.quant_min) & (levels <= quantizer.quant_max)
-            levels.clamp_(quantizer.quant_min, quantizer.quant_max)
+            unclipped = folded.float().mul(1.0 / shaped).round_()
+            levels = unclipped.clamp(quantizer.quant_min, quantizer.quant_max)
+            inside = levels == unclipped
         rounded = levels.mul_(shaped).to(weight.dtype)
         if unscaled and scale is not None:
             rounded = rounded / _divisor(scale, quantizer, weight)
@@ -118,7 +118,7 @@ class _FoldAndRound(torch.autograd.Function):
         weight, gamma, centered, inverse, scale, inside, rounded = ctx.saved_tensors
         g, g_bias = gradients
         assert g is not None
-        passed = g if inside is None else g * inside
+        passed = g if inside is None else torch.where(inside, g, 0.0)
         if scale is None:
             return passed, g_bias, *[None] * 7
         quantizer, g_layer_bias = ctx.quantizer, None
