@@ -76,13 +76,23 @@ def torch_fx(network: nn.Module, images: Tensor) -> nn.Module:
     return prepared
 
 
+class _Wrapped(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+
 def nncf_quantize(network: nn.Module, images: Tensor) -> nn.Module:
     """Prepare a copy with NNCF's default settings."""
     import nncf  # type: ignore[import-not-found]
 
-    quantized: nn.Module = nncf.quantize(
-        copy.deepcopy(network).eval(), nncf.Dataset([images]), fast_bias_correction=True
-    )
+    # NNCF hangs a submodule of its own on what it quantizes, which an nn.Sequential would call as its last layer.
+    wrapped = _Wrapped(copy.deepcopy(network)).eval()
+    quantized: nn.Module = nncf.quantize(wrapped, nncf.Dataset([images]), fast_bias_correction=True)
     return quantized.train()
 
 

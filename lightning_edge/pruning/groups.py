@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.pruning.channels import Channels, Integers, Side, channels_of
 from lightning_edge.pruning.cost import Positions
-from lightning_edge.pruning.opaque import as_wholes
+from lightning_edge.pruning.opaque import as_wholes, untouched
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def trace(network: nn.Module, inputs: Inputs) -> Structure:
                 example_inputs=inputs.args,
                 forward_fn=forward,
                 unwrapped_parameters=[],
-                customized_pruners={kind: _untouched() for kind in opaque},
+                customized_pruners={kind: untouched() for kind in opaque},
                 ignored_layers=[],
                 ignored_params=[],
                 verbose=False,
@@ -154,26 +153,6 @@ def _dependency_graph() -> Any:
             return found[0]
 
     return Graph()
-
-
-def _untouched() -> Any:
-    """What torch-pruning is to do with an opaque layer: know it as one, with inputs and outputs apart."""
-    from torch_pruning import BasePruningFunc
-
-    class Untouched(BasePruningFunc):  # type: ignore[misc]
-        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-            raise AssertionError("only groups are read, nothing is pruned by torch-pruning")
-
-        def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-            raise AssertionError("only groups are read, nothing is pruned by torch-pruning")
-
-        def get_out_channels(self, layer: nn.Module) -> None:
-            return None
-
-        def get_in_channels(self, layer: nn.Module) -> None:
-            return None
-
-    return Untouched()
 
 
 class _Reading:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,3 +54,23 @@ def _as_whole(layer: nn.Module) -> Any:
         return pytree.tree_unflatten(leaves, structure)
 
     return forward
+
+
+def untouched() -> Any:
+    """What torch-pruning is to do with an opaque layer: know it as one, with inputs and outputs apart."""
+    from torch_pruning import BasePruningFunc
+
+    class Untouched(BasePruningFunc):  # type: ignore[misc]
+        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            raise AssertionError("only groups are read, nothing is pruned by torch-pruning")
+
+        def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            raise AssertionError("only groups are read, nothing is pruned by torch-pruning")
+
+        def get_out_channels(self, layer: nn.Module) -> None:
+            return None
+
+        def get_in_channels(self, layer: nn.Module) -> None:
+            return None
+
+    return Untouched()
