@@ -220,8 +220,9 @@ def test_an_output_that_is_given_twice_or_is_an_input(tmp_path: Path) -> None:
     x = torch.randn(1, 3)
     artifact = export(Twice(), "onnx", tmp_path / "net.onnx", inputs={"x": x})
     assert all(torch.equal(*pair) for pair in zip(artifact(x=x), (x + 1, x + 1, x), strict=True))
-    names = [value.name for value in onnx.load(str(artifact.path)).graph.output]
-    assert names == ["x_output", "same", "given"]
+    graph = onnx.load(str(artifact.path)).graph
+    assert [value.name for value in graph.output][1:] == ["same", "given"]
+    assert len({value.name for value in (*graph.input, *graph.output)}) == 4
 
 
 def test_an_operation_it_does_not_have_is_named(tmp_path: Path) -> None:
@@ -274,7 +275,7 @@ def test_openvino_computes_what_onnx_runtime_does(folder: Path, name: str, preci
     pairs = zip(other(*inputs.args, **inputs.kwargs), artifact(*inputs.args, **inputs.kwargs), strict=True)
     scales = network(name, precision).output_scales or (1e-5,)
     for (output, wanted), scale in zip(pairs, scales, strict=True):
-        torch.testing.assert_close(output, wanted, atol=2.1 * (scale or 1e-5), rtol=0)
+        torch.testing.assert_close(output, wanted, atol=1.1 * (scale or 1e-5), rtol=0)
 
 
 def test_openvino_refuses_what_is_no_file_of_it(tmp_path: Path) -> None:

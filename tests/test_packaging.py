@@ -52,7 +52,7 @@ def run(code: str, site: Path, cwd: Path) -> str:
 def test_wheel_holds_the_exporters(installed: Path, tmp_path: Path) -> None:
     code = "from lightning_edge.exporters import TARGETS, target; print(*[target(name).__file__ for name in TARGETS])"
     files = run(code, installed, tmp_path).split()
-    assert len(files) == 3
+    assert len(files) == 4
     assert all(Path(file).is_relative_to(installed) for file in files)
 
 
