@@ -1,159 +1,196 @@
-"""Arm's Vela compiler for Ethos-U, in a process of its own: the compiled file, and what Vela estimates of it."""
+"""Arm's compiler Vela: what an int8 ``.tflite`` file would cost on an Ethos-U NPU, as the compiler estimates it."""
 
 from __future__ import annotations
 
 import csv
-import re
+import math
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_edge.errors import ExportError, check_installed
-from lightning_edge.exporters import micro_ops, tflite_graph
+from lightning_edge.exporters import tflite_contents, tflite_graph
+from lightning_edge.exporters.staging import StagedPath, writing
 
-_EXTRA = "ethosu"
-CONFIGS = (
-    *(f"ethos-u55-{macs}" for macs in (32, 64, 128, 256)),
-    *(f"ethos-u65-{macs}" for macs in (256, 512)),
-    *(f"ethos-u85-{macs}" for macs in (128, 256, 512, 1024, 2048)),
+EXTRA = "ethosu"
+CONFIGURATIONS = (
+    "ethos-u55-32",
+    "ethos-u55-64",
+    "ethos-u55-128",
+    "ethos-u55-256",
+    "ethos-u65-256",
+    "ethos-u65-512",
+    "ethos-u85-128",
+    "ethos-u85-256",
+    "ethos-u85-512",
+    "ethos-u85-1024",
+    "ethos-u85-2048",
 )
-_KIBIBYTE = 1024
-_NPU_OPS = re.compile(r"^NPU operators = (\d+)", re.MULTILINE)
-_COLUMNS = (
-    "inference_time",
-    "cycles_total",
-    "sram_memory_used",
-    "dram_memory_used",
-    "on_chip_flash_memory_used",
-    "off_chip_flash_memory_used",
-    "system_config",
-    "memory_mode",
-)
+_TIMEOUT_S = 300.0
+_PACKAGE = "ethosu"
+# By its module, for there are other programs of the name.
+_COMMAND = (sys.executable, "-m", "ethosu.vela")
+_KIB = 1024
+_CUSTOM = "ethos-u"
+_FLASH = ("on_chip_flash_memory_used", "off_chip_flash_memory_used")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What Vela estimates: a model of the NPU and its memories, no measurement, and nothing of what the CPU runs.
+    """What Vela estimates of a file on one NPU. Nothing of it is measured.
+
+    The system (clock, memories and their bandwidth) is Vela's own default for the NPU, and a real one differs.
+    Operations on the CPU count for nothing in time and cycles.
 
     Attributes:
-        config: The accelerator.
-        system_config: Clock and memories that Vela took, its default for the accelerator.
-        memory_mode: Where it put what, its default.
-        inference_time_ms: Time of the NPU for one input.
-        cycles: Cycles of the NPU for one input.
-        sram_bytes: Activations and what is buffered, in SRAM.
-        dram_bytes: The same in DRAM, where the memory mode has it.
-        flash_bytes: Weights and commands, on chip and off.
-        npu_ops: Vela's own operations on the NPU; one of the file may be several.
-        cpu_ops: Operations left to the CPU, by name, with their count.
-        compiled: The compiled ``.tflite``, for TensorFlow Lite Micro with the Ethos-U kernel.
+        configuration: The NPU.
+        system: The system configuration that Vela has taken.
+        memory_mode: Where it lays weights and activations.
+        clock_hz: The clock of that system.
+        inference_time_ms: Time of one inference, operations on the NPU only.
+        cycles: The same in cycles.
+        sram_bytes: SRAM in use: activations, and weights that are copied in.
+        dram_bytes: DRAM in use, where the default system of the NPU has weights and commands there and not in flash.
+        flash_bytes: Flash in use: weights as the NPU reads them, compressed, and its commands.
+        npu_operators: How many of the file's operations run on the NPU.
+        cpu_operators: Operations that are left to the CPU, as the compiled file names them.
     """
 
-    config: str
-    system_config: str
+    configuration: str
+    system: str
     memory_mode: str
+    clock_hz: float
     inference_time_ms: float
     cycles: int
     sram_bytes: int
     dram_bytes: int
     flash_bytes: int
-    npu_ops: int
-    cpu_ops: Mapping[str, int]
-    compiled: bytes
+    npu_operators: int
+    cpu_operators: tuple[str, ...]
 
 
-def check(config: str) -> None:
-    """Make sure that Vela is installed and knows the accelerator.
-
-    Raises:
-        MissingExtraError: If it is not installed.
-        ValueError: If there is no such accelerator.
-    """
-    if config not in CONFIGS:
-        raise ValueError(f"ethosu={config!r} is not one of {', '.join(CONFIGS)}")
-    check_installed("ethosu", _EXTRA)
-
-
-def estimate(path: Path, config: str, *, max_cpu_ops: int | None = None, timeout_s: float = 600) -> Estimate:
-    """Compile an int8 file for an Ethos-U.
+def estimate(
+    path: str | Path, configuration: str, *, compiled: str | Path | None = None, timeout_s: float = _TIMEOUT_S
+) -> Estimate:
+    """Compile a file with Vela, in a process of its own, and read its estimate.
 
     Args:
-        path: The ``.tflite`` file.
-        config: One of `CONFIGS`.
-        max_cpu_ops: Operations that may be left to the CPU; any number if not given.
-        timeout_s: How long Vela may take, in seconds.
+        path: The ``.tflite`` file, int8 or int16.
+        configuration: One of `CONFIGURATIONS`.
+        compiled: Where to put the compiled file, which runs on that NPU alone; it is not kept if not given.
+        timeout_s: Seconds that it may take.
 
     Raises:
-        ExportError: If the file computes in float or is compiled already, if Vela refuses it or takes too long, or if
-            more operations are left to the CPU than allowed, naming them.
+        ValueError: If there is no such configuration.
+        ExportError: If the file is none, computes in float, or Vela fails; if ``compiled`` cannot be written.
         MissingExtraError: If Vela is not installed.
-        RunnerError: If the file is none.
-        ValueError: If there is no such accelerator.
     """
-    check(config)
-    names = {tflite_graph.op_name(model, op) for model in [micro_ops.read(path)] for op in model.subgraphs[0].operators}
-    if micro_ops.ETHOS_U in names:
-        raise ExportError(f"{path.name} is compiled for Ethos-U already; give the file it was compiled from")
-    with tempfile.TemporaryDirectory() as folder:
-        network = Path(folder, "network.tflite")
-        network.write_bytes(path.read_bytes())
-        told = _run(network, config, timeout_s, path.name)
-        found = _read(Path(folder), told, config, path.name)
-    left = sum(found.cpu_ops.values())
-    if max_cpu_ops is not None and left > max_cpu_ops:
-        listed = ", ".join(f"{count} {name}" for name, count in found.cpu_ops.items())
-        raise ExportError(
-            f"{path.name}: operations left to the CPU: {left} ({listed}); allowed are max_cpu_ops={max_cpu_ops}. "
-            "Replace the layers they come from or allow more"
-        )
+    path = Path(path)
+    if configuration not in CONFIGURATIONS:
+        raise ValueError(f"configuration: given {configuration!r}, allowed: {', '.join(CONFIGURATIONS)}")
+    check_installed(_PACKAGE, EXTRA)
+    _check(path)
+    with tempfile.TemporaryDirectory(prefix="vela-") as folder:
+        output = _run([*_COMMAND, str(path.resolve()), "--accelerator-config", configuration], Path(folder), timeout_s)
+        try:
+            found = _read(path, Path(folder), configuration)
+            data = _compiled(Path(folder)).read_bytes()
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise ExportError(f"Vela's answer for {path} is not understood ({error!r}): {_tail(output)}") from error
+    if compiled is not None:
+        place = StagedPath(Path(compiled))
+        try:
+            with writing(place.path):
+                place.staged.write_bytes(data)
+            place.accept()
+        finally:
+            place.discard()
     return found
 
 
-def _run(network: Path, config: str, timeout_s: float, name: str) -> str:
-    command = [sys.executable, "-m", "ethosu.vela", str(network), "--accelerator-config", config]
-    command += ["--output-dir", str(network.parent)]
+def _check(path: Path) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        contents = tflite_contents.contents(path)
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror or error}; give a .tflite file") from error
+    except ValueError as error:
+        raise ExportError(f"{path}: {error}. Give an int8 .tflite file") from error
+    floats = sorted({*contents.float_compute_ops, *contents.float_ops})
+    if floats:
+        raise ExportError(
+            f"{path}: it computes in float ({', '.join(floats)}), which no Ethos-U does; give an int8 one"
+        )
+
+
+def _run(command: list[str], folder: Path, timeout_s: float) -> str:
+    command = [*command, "--output-dir", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=folder)
     except subprocess.TimeoutExpired as error:
         raise ExportError(
-            f"Vela took longer than timeout_s={timeout_s:g} seconds for {name} and was stopped; allow more"
+            f"Vela was not done in {timeout_s:g} s; give it more (timeout_s), or a smaller file"
         ) from error
+    except OSError as error:
+        raise ExportError(f"Vela does not start: {error}") from error
+    output = done.stdout + done.stderr
     if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        cause = next((line for line in lines if line.startswith("Error")), lines[-1] if lines else "it told nothing")
-        raise ExportError(f"Vela does not compile {name} for {config}: {cause.strip()}")
-    return done.stdout
+        raise ExportError(f"Vela failed with status {done.returncode}: {_tail(output)}")
+    return output
 
 
-def _read(folder: Path, told: str, config: str, name: str) -> Estimate:
-    summaries, compiled = list(folder.glob("*_summary_*.csv")), folder / "network_vela.tflite"
-    npu_ops = _NPU_OPS.search(told)
-    if len(summaries) != 1 or not compiled.is_file() or npu_ops is None:
-        raise ExportError(f"Vela told nothing of {name} that can be read; is ethos-u-vela 5.2 installed?")
-    with summaries[0].open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    missing = [column for column in _COLUMNS if len(rows) != 1 or column not in rows[0]]
-    if missing:
-        raise ExportError(f"Vela's summary of {name} lacks {', '.join(missing)}; is ethos-u-vela 5.2 installed?")
-    row, data = rows[0], compiled.read_bytes()
-    model = tflite_graph.parse(data)
-    ops = Counter(tflite_graph.op_name(model, op) for graph in model.subgraphs for op in graph.operators)
-    ops.pop(micro_ops.ETHOS_U, None)
-    flash = float(row["on_chip_flash_memory_used"]) + float(row["off_chip_flash_memory_used"])
+def _read(path: Path, folder: Path, configuration: str) -> Estimate:
+    """Read the one-line summary and what is left in the compiled file.
+
+    Raises:
+        ValueError: If something is not there, or no number.
+    """
+    summaries = list(folder.glob("*_summary_*.csv"))
+    if len(summaries) != 1:
+        raise ValueError(f"expected one summary, found {len(summaries)}")
+    with summaries[0].open(newline="", encoding="utf-8") as stream:
+        row = next(csv.DictReader(stream), None)
+    if row is None:
+        raise ValueError("a summary without figures")
+    left = _operators(_compiled(folder))
     return Estimate(
-        config=config,
-        system_config=row["system_config"],
+        configuration=configuration,
+        system=row["system_config"],
         memory_mode=row["memory_mode"],
-        inference_time_ms=float(row["inference_time"]) * 1000,
-        cycles=round(float(row["cycles_total"])),
-        sram_bytes=round(float(row["sram_memory_used"]) * _KIBIBYTE),
-        dram_bytes=round(float(row["dram_memory_used"]) * _KIBIBYTE),
-        flash_bytes=round(flash * _KIBIBYTE),
-        npu_ops=int(npu_ops[1]),
-        cpu_ops=dict(sorted(ops.items())),
-        compiled=data,
+        clock_hz=_number(row["core_clock"]),
+        inference_time_ms=_number(row["inference_time"]) * 1000,
+        cycles=round(_number(row["cycles_total"])),
+        sram_bytes=round(_number(row["sram_memory_used"]) * _KIB),
+        dram_bytes=round(_number(row["dram_memory_used"]) * _KIB),
+        flash_bytes=round(sum(_number(row[name]) for name in _FLASH) * _KIB),
+        npu_operators=len(_operators(path)) - len(left),
+        cpu_operators=left,
     )
+
+
+def _compiled(folder: Path) -> Path:
+    found = list(folder.glob("*_vela.tflite"))
+    if len(found) != 1:
+        raise ValueError(f"expected one compiled file, found {len(found)}")
+    return found[0]
+
+
+def _operators(path: Path) -> tuple[str, ...]:
+    """Every operation of a file, but those that stand for a whole part that the NPU runs."""
+    model = tflite_graph.parse(path.read_bytes())
+    names = [tflite_graph.op_name(model, op) for graph in model.subgraphs for op in graph.operators]
+    return tuple(name for name in names if name != _CUSTOM)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is no figure")
+    return value
+
+
+def _tail(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return " / ".join((errors or lines)[-3:]) or "nothing"

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         RunnerError,
     )
     from lightning_edge.exporters import export, load
-    from lightning_edge.exporters.microcontroller import export_microcontroller
     from lightning_edge.factorization import Factorize
     from lightning_edge.manifest import Manifest
     from lightning_edge.measure import Timing, Tolerance
@@ -55,7 +54,6 @@ _HOMES = {
         "RunnerError",
     ),
     "lightning_edge.exporters": ("export", "load"),
-    "lightning_edge.exporters.microcontroller": ("export_microcontroller",),
     "lightning_edge.factorization": ("Factorize",),
     "lightning_edge.manifest": ("Manifest",),
     "lightning_edge.measure": ("Timing", "Tolerance"),
@@ -101,7 +99,6 @@ __all__ = [
     "check_calibration",
     "convert",
     "export",
-    "export_microcontroller",
     "load",
     "load_compressed",
     "mixed_plan",

@@ -40,6 +40,9 @@ from lightning_edge.surgery import find_network
 from lightning_edge.validation import Split, Validation, calibration_inputs
 
 RECIPE = "recipe:"
+_OF_FILES = "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources."
+    "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ of a .tflite."
+)
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 # How torch begins when the weights of a checkpoint are not those of the module.
 _MISFIT = "Error(s) in loading state_dict"
@@ -262,7 +265,7 @@ class EdgeCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Build one parser, whose ``--config`` also takes ``recipe:<name>``."""
         kwargs.setdefault("dump_header", None)
-        kwargs.setdefault("epilog", "lightning-edge verify FOLDER checks exported files against their manifest.")
+        kwargs.setdefault("epilog", _OF_FILES)
         parser = self.parser_class(**kwargs)
         help_text = "Configuration file in YAML or JSON, or recipe:<name>. May be given several times."
         parser.add_argument("-c", "--config", action=_ConfigFile, help=help_text)
@@ -329,8 +332,7 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: With status 2 for a mistake in the arguments, 1 for a failure of our own making.
     """
     try:
-        if commands.run(sys.argv[1:] if args is None else args):
-            return
+        commands.run(sys.argv[1:] if args is None else args)
         EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)
     except Exception as error:
         if _debugging() or not _is_told(error):

@@ -56,9 +56,8 @@ def test_import_brings_no_torch() -> None:
 
 def test_every_module_imports_without_optional_libraries() -> None:
     names = [module.name for module in pkgutil.walk_packages(lightning_edge.__path__, "lightning_edge.")]
-    names += [
-        f"lightning_edge.exporters.{name}" for name in ("executorch", "coreml", "tflite", "onnx", "microcontroller")
-    ]
+    exporters = ("executorch", "coreml", "tflite", "onnx", "microcontroller", "vela")
+    names += [f"lightning_edge.exporters.{name}" for name in exporters]
     light = sorted({name for name in names if name not in NEED_TORCHAO})
     assert "lightning_edge.cli" in light
     blocked = f"import sys, importlib; sys.modules.update(dict.fromkeys({HEAVY}))"

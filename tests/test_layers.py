@@ -20,7 +20,7 @@ ROWS = [
     {"distillation"},
     {"exporters"},
     {"validation", "rows"},
-    {"evaluation", "verification"},
+    {"evaluation", "verification", "firmware"},
     {"record"},
     {"tracking"},
     {"callbacks"},
@@ -33,7 +33,7 @@ WITHOUT_TORCH |= {"provenance", "manifest"}
 ROOMS = {
     "lightning": ("callbacks", "zoo", "tracking", "validation", "cli"),
     "jsonargparse": ("cli",),
-    "rich": ("rendering", "report", "verification", "callbacks", "commands", "cli"),
+    "rich": ("rendering", "report", "verification", "firmware", "callbacks", "cli"),
     "sklearn": ("zoo",),
     "torchao": ("quantization", "exporters"),
     "torch_pruning": ("pruning",),

@@ -1,322 +1,315 @@
-"""What microcontrollers are given: C++ source equal to the file, operations to register, memory, Vela's estimate."""
+"""C++ sources for TensorFlow Lite Micro: whole, compiled, with its operators, refused where they would not run."""
 
 from __future__ import annotations
 
-import errno
-import io
-import os
 import re
 import shutil
 import subprocess
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy
 import pytest
 from deployables import batches, network
-from rich.console import Console
 
-from lightning_edge import commands
-from lightning_edge.cli import main
-from lightning_edge.errors import ExportError, MissingExtraError, RunnerError
-from lightning_edge.exporters import c_array, export, micro_memory, micro_ops, tflite_contents, tflite_graph, vela
-from lightning_edge.exporters.arena import aligned
-from lightning_edge.exporters.microcontroller import Microcontroller, export_microcontroller
+from lightning_edge import cli, firmware
+from lightning_edge.errors import ExportError
+from lightning_edge.exporters import arena, export, microcontroller, staging, tflite_graph
+from lightning_edge.exporters.micro_operators import METHODS
+from lightning_edge.exporters.microcontroller import footprint, identifier, write
 
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("litert_torch")
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-needs_vela = pytest.mark.skipif(find_spec("ethosu") is None, reason="needs ethos-u-vela")
+# What runs in place of the real resolver: it keeps what is registered, and refuses more than its places.
+RESOLVER = """
+#pragma once
+#include <string>
+#include <vector>
+enum TfLiteStatus { kTfLiteOk = 0, kTfLiteError = 1 };
+namespace tflite {
+template <unsigned int places> struct MicroMutableOpResolver {
+  std::vector<std::string> registered;
+  TfLiteStatus add(const char* name) {
+    if (registered.size() >= places) return kTfLiteError;
+    registered.push_back(name);
+    return kTfLiteOk;
+  }
+%s
+};
+}
+"""
+MAIN = """
+#define LIGHTNING_EDGE_REGISTER_OPERATORS
+#include "{name}.h"
+#include <cstdint>
+#include <cstdio>
+int main() {{
+  {name}_resolver resolver;
+  if ({name}_register_operators(resolver) != kTfLiteOk) return 3;
+  if (reinterpret_cast<std::uintptr_t>({name}_data) % 16) return 4;
+  for (const auto& name : resolver.registered) std::fprintf(stderr, "%s ", name.c_str());
+  std::fprintf(stderr, "%zu", {name}_arena_bytes);
+  return std::fwrite({name}_data, 1, {name}_data_length, stdout) == {name}_data_length ? 0 : 5;
+}}
+"""
 
 
 @pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An int8 residual network, under a name that is no identifier."""
-    path = tmp_path_factory.mktemp("int8") / "8-bit net.v2.tflite"
-    export(network("residual", "int8"), "tflite", path, batches=batches("residual"))
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 file, written once."""
+    path = tmp_path_factory.mktemp("model") / "3 pooled-net.tflite"
+    export(network("pooled", "int8"), "tflite", path, batches=batches("pooled"))
     return path
 
 
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("fp32") / "net.tflite"
-    export(network("residual", "fp32"), "tflite", path, batches=batches("residual"))
-    return path
+def changed(model: Path, folder: Path, change: Callable[[Any, Any], None]) -> Path:
+    """The file with something in it that is not as it was: the model and the schema are given."""
+    from ai_edge_litert import schema_py_generated as schema
 
-
-@pytest.fixture(scope="module")
-def written(int8: Path, tmp_path_factory: pytest.TempPathFactory) -> Microcontroller:
-    return export_microcontroller(int8, tmp_path_factory.mktemp("written"))
-
-
-def changed(int8: Path, folder: Path, change: Any) -> Path:
-    """The file with its object tree changed."""
-    model = tflite_graph.parse(int8.read_bytes())
-    change(model)
+    parsed = tflite_graph.parse(model.read_bytes())
+    change(parsed, schema)
     path = folder / "changed.tflite"
-    path.write_bytes(tflite_graph.pack(model))
+    path.write_bytes(tflite_graph.pack(parsed))
     return path
 
 
-def compile_source(source: str, *options: str, cwd: Path) -> None:
-    (cwd / "main.cc").write_text(source)
-    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *options, "main.cc"]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
-def test_the_array_is_the_file(int8: Path, written: Microcontroller) -> None:
+def test_the_array_is_the_file(model: Path, tmp_path: Path) -> None:
+    written = write(model, tmp_path / "new" / "folder")
+    assert (written.header.name, written.source.name) == ("model_3_pooled_net.h", "model_3_pooled_net.cc")
     text = written.source.read_text()
-    assert bytes(int(value, 16) for value in re.findall(r"0x([0-9a-f]{2}),", text)) == int8.read_bytes()
-    assert written.file_bytes == len(int8.read_bytes()) > written.constant_bytes > 0
-    assert "alignas(16)" in text
-    assert (written.header.name, written.source.name) == ("model_8_bit_net_v2_model.h", "model_8_bit_net_v2_model.cc")
-    assert sorted(path.name for path in written.source.parent.iterdir()) == [written.source.name, written.header.name]
+    assert bytes(int(byte, 16) for byte in re.findall(r"0x([0-9a-f]{2}),", text)) == model.read_bytes()
+    assert "alignas(16) const unsigned char model_3_pooled_net_data[] = {" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert sorted(path.name for path in written.header.parent.iterdir()) == [written.source.name, written.header.name]
 
 
-@needs_compiler
-def test_the_source_compiles_without_tflm_and_holds_the_bytes(
-    int8: Path, written: Microcontroller, tmp_path: Path
+def test_what_it_needs(model: Path) -> None:
+    found = footprint(model)
+    parsed = tflite_graph.parse(model.read_bytes())
+    graph = parsed.subgraphs[0]
+    plan = arena.plan(arena.activations(parsed))
+    assert found.operators == tuple(sorted({tflite_graph.op_name(parsed, op) for op in graph.operators}))
+    assert {"CONV_2D", "FULLY_CONNECTED"} < set(found.operators)
+    assert (found.activation_bytes, found.lower_bound_bytes) == (plan.activation_bytes, plan.lower_bound_bytes)
+    assert found.size_bytes == model.stat().st_size
+    assert found.weight_bytes == 2 * 8 * 9 + 8 * 3
+    assert found.arena_bytes % 1024 == 0
+    head = max(found.activation_bytes, microcontroller.setup_bytes(parsed))
+    assert 0 <= found.arena_bytes - 1.1 * (head + found.persistent_bytes) <= 1024
+
+
+def test_persistent_memory_counts_what_is_kept(model: Path) -> None:
+    parsed = tflite_graph.parse(model.read_bytes())
+    before = microcontroller.persistent_bytes(parsed)
+    graph = parsed.subgraphs[0]
+    layer = next(op for op in graph.operators if tflite_graph.op_name(parsed, op) == "CONV_2D")
+    graph.operators = [op for op in graph.operators if op is not layer]
+    assert before - microcontroller.persistent_bytes(parsed) == 160 + 8 * 8
+    graph.tensors[graph.inputs[0]].isVariable = True
+    assert before - microcontroller.persistent_bytes(parsed) == 160 + 8 * 8 - 48  # 2 x 5 x 4 bytes, up to 16
+
+
+def test_setting_up_counts_the_zero_points_of_channels(model: Path) -> None:
+    parsed = tflite_graph.parse(model.read_bytes())
+    graph = parsed.subgraphs[0]
+    assert microcontroller.setup_bytes(parsed) == 64 * len(graph.tensors)
+    layer = next(op for op in graph.operators if tflite_graph.op_name(parsed, op) == "CONV_2D")
+    graph.tensors[layer.inputs[1]].quantization.scale = [0.1] * 1000
+    others = [graph.tensors[index] for index in (layer.inputs[0], layer.inputs[2], layer.outputs[0])]
+    scales = 1000 + sum(len(tensor.quantization.scale) for tensor in others)
+    assert microcontroller.setup_bytes(parsed) == 4 * 96 + 4 * scales
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_it_compiles_and_registers_its_operators(model: Path, tmp_path: Path) -> None:
+    written = write(model, tmp_path)
+    name = written.header.stem
+    compiler = ["g++", "-std=c++11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+    alone = [*compiler, "-c", written.source.name, "-o", "alone.o"]  # without any source of TensorFlow Lite Micro
+    subprocess.run(alone, cwd=tmp_path, check=True)
+    header = tmp_path / "tensorflow" / "lite" / "micro" / "micro_mutable_op_resolver.h"
+    header.parent.mkdir(parents=True)
+    methods = [f'  TfLiteStatus {method}() {{ return add("{method}"); }}' for method in METHODS.values()]
+    header.write_text(RESOLVER % "\n".join(methods))
+    (tmp_path / "main.cc").write_text(MAIN.format(name=name))
+    subprocess.run([*compiler, "-I.", "main.cc", "alone.o", "-o", "main"], cwd=tmp_path, check=True)
+    ran = subprocess.run([tmp_path / "main"], capture_output=True, check=True)
+    assert ran.stdout == model.read_bytes()
+    *registered, arena_bytes = ran.stderr.decode().split()
+    assert registered == [METHODS[operator] for operator in written.footprint.operators]
+    assert int(arena_bytes) == written.footprint.arena_bytes
+
+
+def test_tensorflow_lite_micro_itself_plans_so_and_runs_in_the_arena(
+    model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    name = written.header.stem
-    compile_source(
-        f'#include <cstdio>\n#include "{written.source}"\n#include "{written.header}"\n'
-        f"static_assert({name.upper()}_OP_COUNT == {len(written.operators)});\n"
-        f"int main() {{ return fwrite({name}::data, 1, {name}::data_bytes, stdout) == {name}::data_bytes ? 0 : 1; }}\n",
-        "-o",
-        "told",
-        cwd=tmp_path,
-    )
-    assert subprocess.run([tmp_path / "told"], capture_output=True, check=True).stdout == int8.read_bytes()
+    runtime = pytest.importorskip("tflite_micro.python.tflite_micro.runtime")
+    found = footprint(model)
+    interpreter = runtime.Interpreter.from_file(str(model), arena_size=found.arena_bytes + 4096)  # + its recorder
+    interpreter.print_allocations()
+    told = capfd.readouterr()
+    (head,) = re.findall(r"allocation head (\d+) bytes", told.out + told.err)
+    assert int(head) == found.activation_bytes
 
 
-@needs_compiler
-def test_the_registration_compiles_where_the_resolver_is(written: Microcontroller, tmp_path: Path) -> None:
-    """Against a resolver with the methods we name and their signatures, in the place of TFLM's."""
-    place = tmp_path / "tensorflow/lite/micro/micro_mutable_op_resolver.h"
-    place.parent.mkdir(parents=True)
-    methods = " ".join(f"TfLiteStatus {name}() {{ ++count; return kTfLiteOk; }}" for name in written.operators)
-    place.write_text(
-        "#pragma once\nenum TfLiteStatus { kTfLiteOk, kTfLiteError };\nnamespace tflite {\n"
-        f"template <unsigned int n> struct MicroMutableOpResolver {{ unsigned int count = 0; {methods} }};\n}}\n"
-    )
-    name = written.header.stem
-    compile_source(
-        f'#include "{written.header}"\nint main() {{ {written.resolver} {name}::register_operators(resolver);'
-        f" return resolver.count == 2 * {len(written.operators)} ? 0 : 1; }}\n",
-        "-I.",
-        "-o",
-        "told",
-        cwd=tmp_path,
-    )
-    subprocess.run([tmp_path / "told"], check=True)
+def test_methods_are_named_as_their_operations() -> None:
+    for operator, method in METHODS.items():
+        spelled = operator.replace("_", "").lower()
+        assert method.removeprefix("Add").lower() in {spelled, f"{spelled}d"}, operator
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("stem", "name"),
     [
-        ("resnet8-int8", "resnet8_int8_model"),
-        ("8bit", "model_8bit_model"),
-        ("class", "class_model"),
-        ("__a  b__", "a_b_model"),
-        ("größe", "gr_e_model"),
+        ("resnet8", "resnet8"),
+        ("my-net.v2 int8", "my_net_v2_int8"),
+        ("8bit", "model_8bit"),
+        ("__init__", "init"),
+        ("né", "n"),
+        ("été", "t"),
         ("模型", "model"),
-        ("a model", "a_model"),
-        ("", "model"),
+        ("a__b", "a_b"),
     ],
 )
-def test_any_name_becomes_an_identifier(name: str, wanted: str) -> None:
-    assert c_array.identifier(name) == wanted
+def test_identifiers(stem: str, name: str) -> None:
+    assert identifier(stem) == name
+    assert re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name)
 
 
-def test_operations_are_those_of_the_file(int8: Path, written: Microcontroller) -> None:
-    ops = set(tflite_contents.contents(int8).ops)
-    assert {"CONV_2D", "ADD"} <= ops
-    assert {"AddConv2D", "AddAdd"} <= set(written.operators)
-    assert len(written.operators) == len(ops)
-    assert written.resolver.startswith(f"tflite::MicroMutableOpResolver<{len(ops)}> resolver;\n")
+def test_no_name_of_a_file_reaches_the_code(model: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a\n#error b\\.tflite"
+    shutil.copy(model, odd)
+    written = write(odd, tmp_path / "sources")
+    for path in (written.header, written.source):
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("// ")
+        assert lines[1].startswith("// SHA-256 ")
+        assert not lines[0].endswith("\\")
+        assert not any("#error" in line for line in lines[1:])
 
 
-def test_every_operation_of_the_table_is_one_of_the_schema() -> None:
-    assert set(micro_ops._METHODS) <= set(vars(tflite_graph.schema_module().BuiltinOperator))
-    assert len(set(micro_ops._METHODS.values())) == len(micro_ops._METHODS)
+def to_float(model: Any, schema: Any) -> None:
+    for tensor in model.subgraphs[0].tensors:
+        if tensor.type == schema.TensorType.INT8:
+            tensor.type = schema.TensorType.FLOAT32
 
 
-def test_an_operation_without_a_kernel_is_named(int8: Path, tmp_path: Path) -> None:
-    def change(model: Any) -> None:
-        number = tflite_graph.schema_module().BuiltinOperator.RFFT2D
-        model.operatorCodes[0].builtinCode = number
-        model.operatorCodes[0].deprecatedBuiltinCode = min(number, 127)
-
-    with pytest.raises(ExportError, match=r"changed.tflite has operations without a kernel .* RFFT2D\."):
-        export_microcontroller(changed(int8, tmp_path, change), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_activations_are_those_of_the_graph(int8: Path, written: Microcontroller) -> None:
-    """Between the largest operation, its inputs and outputs together, and all activations side by side."""
-    model = tflite_graph.parse(int8.read_bytes())
+def to_open_shape(model: Any, schema: Any) -> None:
     graph = model.subgraphs[0]
-    sizes = {
-        index: int(numpy.prod(tensor.shape))
-        for index, tensor in enumerate(graph.tensors)
-        if model.buffers[tensor.buffer].data is None or not len(model.buffers[tensor.buffer].data)
-    }
-    largest = max(
-        sum(sizes.get(int(index), 0) for index in {*map(int, op.inputs), *map(int, op.outputs)})
-        for op in graph.operators
-    )
-    memory = written.memory
-    assert largest <= memory.lower_bound_bytes <= memory.activation_bytes < 2 * sum(sizes.values())
-    assert memory.activation_bytes + memory.persistent_bytes < memory.arena_bytes
-    assert memory.uncounted_scratch_ops == ()
+    tensor = graph.tensors[graph.operators[0].outputs[0]]
+    tensor.shapeSignature = [1, -1, *tensor.shape[2:]]
 
 
-def test_a_mean_needs_scratch_memory(int8: Path, written: Microcontroller) -> None:
-    """Four bytes for each of its outputs, which TFLM's reference kernel adds in."""
-    model = tflite_graph.parse(int8.read_bytes())
-    graph = model.subgraphs[0]
-    (mean,) = (op for op in graph.operators if tflite_graph.op_name(model, op) == "MEAN")
-    assert written.memory.scratch_bytes == aligned(4 * int(numpy.prod(graph.tensors[mean.outputs[0]].shape)))
+def to_other_operator(model: Any, schema: Any) -> None:
+    for code in model.operatorCodes:
+        if code.builtinCode == schema.BuiltinOperator.CONV_2D:
+            code.builtinCode = schema.BuiltinOperator.CONV_3D
+            code.deprecatedBuiltinCode = schema.BuiltinOperator.PLACEHOLDER_FOR_GREATER_OP_CODES
 
 
-def test_a_size_that_is_not_fixed_is_refused(int8: Path, tmp_path: Path) -> None:
-    def change(model: Any) -> None:
-        graph = model.subgraphs[0]
-        graph.tensors[graph.inputs[0]].shape = numpy.array([-1, 3, 8, 8], dtype=numpy.int32)
-
-    with pytest.raises(ExportError, match=r"shape \[-1, 3, 8, 8\]; export it with fixed sizes"):
-        export_microcontroller(changed(int8, tmp_path, change), tmp_path)
+def to_custom_operator(model: Any, schema: Any) -> None:
+    for code in model.operatorCodes:
+        if code.builtinCode == schema.BuiltinOperator.CONV_2D:
+            code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.CUSTOM
+            code.customCode = "MyConvolution"
 
 
-def test_several_graphs_are_refused() -> None:
-    with pytest.raises(ExportError, match="net holds 2 graphs"):
-        micro_memory.memory(SimpleNamespace(subgraphs=[None, None]), "net")
+def to_two_graphs(model: Any, schema: Any) -> None:
+    model.subgraphs = model.subgraphs * 2
 
 
-def test_a_float_file_is_refused(fp32: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"net.tflite computes in float: .*CONV_2D.*quantize the network"):
-        export_microcontroller(fp32, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def to_planned(model: Any, schema: Any) -> None:
+    tflite_graph.set_note(model, "OfflineMemoryAllocation", "plan")
 
 
-def test_what_is_no_file_is_refused(int8: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunnerError, match=r"gone.tflite cannot be read: No such file"):
-        export_microcontroller(tmp_path / "gone.tflite", tmp_path)
-    with pytest.raises(ValueError, match=r"suffix '.pte'"):
-        export_microcontroller(tmp_path / "net.pte", tmp_path)
-    short = tmp_path / "short.tflite"
-    short.write_bytes(int8.read_bytes()[:100])
-    with pytest.raises(RunnerError, match=r"short\.tflite is no \.tflite file"):
-        export_microcontroller(short, tmp_path)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (to_float, r"computes in float \(.*CONV_2D.*\); allowed: int8 and int16.*quantize it"),
+        (to_open_shape, r"shape of tensor .* is not fixed: \[1, -1"),
+        (to_other_operator, r"no kernel for CONV_3D\. .*of: ABS, .*CONV_2D"),
+        (to_custom_operator, r"no kernel for MyConvolution"),
+        (to_two_graphs, r"it holds 2 graphs"),
+        (to_planned, r"its memory is planned already"),
+    ],
+)
+def test_what_would_not_run_is_refused(
+    model: Path, tmp_path: Path, change: Callable[[Any, Any], None], message: str
+) -> None:
+    path = changed(model, tmp_path, change)
+    with pytest.raises(ExportError, match=message) as caught:
+        write(path, tmp_path / "sources")
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "sources").exists()
 
 
-def test_both_files_or_none(int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk fills up between the header and the source: an old header comes back, a new one goes."""
-    header, replace = tmp_path / "model_8_bit_net_v2_model.h", os.replace
+@pytest.mark.parametrize(("data", "message"), [(b"no model", "does not start as"), (None, "No such file")])
+def test_what_is_no_model_is_refused(tmp_path: Path, data: bytes | None, message: str) -> None:
+    path = tmp_path / "file.tflite"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(ExportError, match=message):
+        write(path, tmp_path / "sources")
+    assert not (tmp_path / "sources").exists()
 
-    def full(source: Any, target: Any) -> None:
-        if str(target).endswith(".cc"):
-            raise OSError(errno.ENOSPC, "no space")
-        replace(source, target)
 
-    monkeypatch.setattr(os, "replace", full)
+def test_a_file_cut_short_is_refused(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "short.tflite"
+    path.write_bytes(model.read_bytes()[:300])
+    with pytest.raises(ExportError, match="cut short or damaged"):
+        footprint(path)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_both_files_or_neither(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    folder = tmp_path / "sources"
+    if there:
+        written = write(model, folder)
+        written.source.write_text("old")
+        written.header.write_text("old")
+    accept = staging.StagedPath.accept
+
+    def fails_for_the_second(self: staging.StagedPath) -> None:
+        if self.path.suffix == ".h":
+            raise ExportError("the disk is full")
+        accept(self)
+
+    monkeypatch.setattr(staging.StagedPath, "accept", fails_for_the_second)
     with pytest.raises(ExportError, match="the disk is full"):
-        export_microcontroller(int8, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    header.write_text("old")
-    with pytest.raises(ExportError, match="the disk is full"):
-        export_microcontroller(int8, tmp_path)
-    assert [header] == list(tmp_path.iterdir())
-    assert header.read_text() == "old"
+        write(model, folder)
+    left = {path.name: path.read_text() for path in folder.rglob("*")} if folder.exists() else {}
+    assert left == ({"model_3_pooled_net.cc": "old", "model_3_pooled_net.h": "old"} if there else {})
 
 
-def test_a_folder_in_the_way_stays(int8: Path, tmp_path: Path) -> None:
-    (tmp_path / "model_8_bit_net_v2_model.cc").mkdir()
-    with pytest.raises(ExportError, match="a folder is there"):
-        export_microcontroller(int8, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_folder_in_its_place_is_left_alone(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "model_3_pooled_net.h" / "kept"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    with pytest.raises(ExportError, match="it is a folder"):
+        write(model, tmp_path)
+    assert kept.read_text() == "mine"
+    assert not (tmp_path / "model_3_pooled_net.cc").exists()
 
 
-def test_the_command_tells_what_is_needed(int8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["microcontroller", str(int8), "--output", str(tmp_path)])
+def test_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["microcontroller", str(model), "--output", str(tmp_path)])
+    assert caught.value.code == 0
     told = capsys.readouterr().out
-    assert "tensor arena (estimate)" in told
-    assert "resolver.AddConv2D();" in told
-    assert len(list(tmp_path.iterdir())) == 2
+    found = footprint(model)
+    assert f"{found.arena_bytes / 1024:.1f} KiB" in told
+    assert "estimate" in told
+    assert "CONV_2D" in told
+    assert str(tmp_path / "model_3_pooled_net.cc") in told.replace("\n", "")
+    assert (tmp_path / "model_3_pooled_net.h").is_file()
 
 
-def test_the_command_fails_with_one_line(fp32: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["microcontroller", str(fp32), "--output", str(tmp_path)])
-    assert ended.value.code == 1
-    assert capsys.readouterr().err.startswith("error: net.tflite computes in float")
-    with pytest.raises(SystemExit) as ended:
-        main(["microcontroller"])
-    assert ended.value.code == 2
-
-
-def test_an_accelerator_that_is_none_is_refused(int8: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ethosu='ethos-u55-129' is not one of ethos-u55-32"):
-        export_microcontroller(int8, tmp_path, ethosu="ethos-u55-129")
-    with pytest.raises(ValueError, match="max_cpu_ops=0 says what Vela may leave"):
-        export_microcontroller(int8, tmp_path, max_cpu_ops=0)
-
-
-def test_vela_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_edge.errors.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"lightning-edge\[ethosu\]"):
-        vela.check("ethos-u55-128")
-
-
-@needs_vela
-def test_vela_compiles_and_estimates(int8: Path, tmp_path: Path) -> None:
-    written = export_microcontroller(int8, tmp_path, ethosu="ethos-u55-128", max_cpu_ops=1)
-    estimate = written.estimate
-    assert estimate is not None
-    assert written.compiled is not None
-    assert 0 < estimate.inference_time_ms < 1000
-    assert (estimate.config, estimate.cpu_ops) == ("ethos-u55-128", {"MEAN": 1})
-    assert min(estimate.cycles, estimate.sram_bytes, estimate.flash_bytes, estimate.npu_ops) > 0
-    console = Console(width=200, file=io.StringIO())
-    console.print(commands.table(written))
-    assert "ethos-u55-128: time (estimate)" in console.file.getvalue()
-    # What Vela wrote is itself a file for TFLM, with what the CPU keeps and the places that Vela chose.
-    compiled = export_microcontroller(written.compiled, tmp_path / "npu")
-    assert compiled.operators == ("AddEthosU", "AddMean")
-    assert compiled.memory.activation_bytes >= estimate.sram_bytes // 2
-    with pytest.raises(ExportError, match="compiled for Ethos-U already"):
-        vela.estimate(written.compiled, "ethos-u55-128")
-
-
-@needs_vela
-def test_what_vela_leaves_to_the_cpu_is_listed(tmp_path: Path) -> None:
-    path = tmp_path / "float-ends.tflite"
-    export(network("residual", "int8"), "tflite", path, batches=batches("residual"), io="float")
-    left = vela.estimate(path, "ethos-u55-32").cpu_ops
-    assert left["QUANTIZE"] == left["DEQUANTIZE"] == 1
-    with pytest.raises(
-        ExportError, match=r"left to the CPU: 3 \(1 DEQUANTIZE, 1 MEAN, 1 QUANTIZE\); allowed are max_cpu_ops=1"
-    ):
-        export_microcontroller(path, tmp_path / "out", ethosu="ethos-u55-32", max_cpu_ops=1)
-    assert not (tmp_path / "out").exists()
-
-
-@needs_vela
-def test_vela_that_takes_too_long_is_stopped(int8: Path) -> None:
-    with pytest.raises(ExportError, match=r"longer than timeout_s=0.01 seconds"):
-        vela.estimate(int8, "ethos-u55-128", timeout_s=0.01)
-
-
-def test_vela_that_fails_tells_why(int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = subprocess.CompletedProcess([], 1, stdout="Warning: this\nError: that\n", stderr="")
-    monkeypatch.setattr(vela, "check", lambda config: None)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(ExportError, match=r"does not compile 8-bit net.v2.tflite for ethos-u55-128: Error: that$"):
-        vela.estimate(int8, "ethos-u55-128")
-    failed.returncode = 0
-    with pytest.raises(ExportError, match=r"told nothing of 8-bit net\.v2\.tflite"):
-        vela.estimate(int8, "ethos-u55-128")
+def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert firmware.main([str(tmp_path / "no.tflite"), "--output", str(tmp_path / "sources")]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot read ")
+    assert not (tmp_path / "sources").exists()
+    with pytest.raises(SystemExit) as caught:
+        firmware.main(["no.tflite", "--ethosu", "ethos-u99"])
+    assert caught.value.code == 2
+    assert "'ethos-u55-128'" in capsys.readouterr().err
