@@ -41,8 +41,6 @@ from lightning_edge.validation import Split, Validation, calibration_inputs
 
 RECIPE = "recipe:"
 _OF_FILES = "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources."
-    "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ of a .tflite."
-)
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 # How torch begins when the weights of a checkpoint are not those of the module.
 _MISFIT = "Error(s) in loading state_dict"
