@@ -272,7 +272,7 @@ def check_data(trainer: Trainer, split: Split) -> None:
     limit = getattr(trainer, f"limit_{prefix}_batches")
     if not limit > 0:
         raise ValueError(
-            f"split={split!r} with Trainer(limit_{prefix}_batches={limit}) leaves nothing to evaluate on; "
+            f"split={split!r} with Trainer(limit_{prefix}_batches={limit:g}) leaves nothing to evaluate on; "
             "give more than 0"
         )
     if not _source(trainer, split).is_defined():

@@ -91,7 +91,7 @@ def test_a_good_file_diverges_nowhere(good: Artifact, layers: Deployable) -> Non
 
 def test_every_layer_of_the_network_is_found_in_the_file(good: Artifact, layers: Deployable) -> None:
     found = good.runner.intermediates(layers.inputs.tensors)  # type: ignore[attr-defined]
-    places = {"stem": "CONV_2D", "body": "CONV_2D", "mean": "MEAN", "head": "FULLY_CONNECTED"}
+    places = {"stem": "CONV_2D", "body": "CONV_2D", "mean_dim": "MEAN", "head": "FULLY_CONNECTED"}
     for name, place in places.items():
         # With all values wrong, each layer in turn is the first that is looked at and differs.
         wrong = [Intermediate(one.operation, one.scale, one.zero_point, one.values.int() + 50) for one in found]

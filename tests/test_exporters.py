@@ -469,9 +469,9 @@ def test_a_runtime_that_fails_says_so(exported: Path, monkeypatch: pytest.Monkey
 def test_load_refuses_what_it_cannot_read(tmp_path: Path, exported: Path) -> None:
     with pytest.raises(RunnerError, match="does not exist; export"):
         load(tmp_path / "none.tflite")
-    (tmp_path / "net.onnx").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"has the suffix '.onnx'; load\(\) reads .pte \(executorch\), .mlpackage"):
-        load(tmp_path / "net.onnx")
+    (tmp_path / "net.h5").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has the suffix '.h5'; load\(\) reads .pte \(executorch\), .mlpackage"):
+        load(tmp_path / "net.h5")
     for cut in (0, 8, 100, exported.stat().st_size - 8):
         (tmp_path / "cut.tflite").write_bytes(exported.read_bytes()[:cut])
         with pytest.raises(RunnerError, match=r"cut\.tflite is no \.tflite file: .*Export it again"):
