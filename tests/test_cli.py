@@ -419,6 +419,7 @@ def test_second_run_in_a_folder_is_no_error_and_a_validation_leaves_its_configur
     assert yaml.safe_load(saved.read_text())["trainer"]["max_epochs"] == 2
 
 
+@pytest.mark.slow
 def test_evaluate_keeps_the_limit_of_batches(
     trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,11 @@ def test_first_comment_is_the_command(path: Path) -> None:
     assert yaml.safe_load(path.read_text())["seed_everything"] == 0
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path.stem == "digits-pruned-int8" else pytest.mark.slow) for path in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_recipe_trains_quantizes_and_exports(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def settings(graph: GraphModule, target: object, positions: slice) -> list[tuple
     return [tuple(node.args[positions]) for node in graph.graph.nodes if node.target is target]
 
 
+@pytest.mark.slow  # torchao's own flow is what takes the time, and changes with its pin only
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 class TestPlainPT2E:
     def test_batch_norm_gets_its_eps_and_momentum_reset(self) -> None:
