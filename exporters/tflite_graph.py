@@ -81,12 +81,6 @@ def makers(model: Any) -> dict[int, str]:
     return {int(index): f"{op_name(model, op)} {place}" for place, op in operators for index in op.outputs}
 
 
-def type_name(tensor: Any) -> str:
-    """Name the type of a tensor's values as the schema does."""
-    types = vars(schema_module().TensorType)
-    return next((str(name) for name, value in types.items() if value == tensor.type), f"TYPE_{tensor.type}")
-
-
 def shorten_names(model: Any) -> None:
     """Name tensors by their number: the converter writes the whole module path into each, for debugging only."""
     for graph in model.subgraphs:
