@@ -36,11 +36,6 @@ class Choices:
         """All units of each group."""
         return np.array([allowed[-1] for allowed in self.allowed], dtype=np.int64)
 
-    @property
-    def fewest(self) -> Integers:
-        """The least each group may keep."""
-        return np.array([allowed[0] for allowed in self.allowed], dtype=np.int64)
-
     def nearest(self, wanted: Floats) -> Integers:
         """Round wanted counts of units (..., groups) to allowed ones; halfway, the larger."""
         rounded = np.empty(wanted.shape, dtype=np.int64)
