@@ -21,8 +21,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	$(BIN)/lightning-edge fit --config recipe:quickstart
 
+# Side by side, a file's tests in one process, and no process with more threads than its share. Four at most: each has all
+# exporters in memory, 2 GB.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
