@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.errors import RunnerError, require
-from lightning_edge.exporters import averages, float_layers, pte
+from lightning_edge.exporters import float_layers, pte, xnnpack_forms
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
 from lightning_edge.network import Deployable
 
@@ -55,7 +55,7 @@ def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> N
             if scheme is not None:
                 network = _in_scheme(network, scheme)
             network.graph = float_layers.apart_for_xnnpack(network.graph)
-            program = averages.keep_dimensions(network.program())
+            program = xnnpack_forms.in_its_forms(network.program())
             delegate = [partitioner.XnnpackPartitioner()]
             with _short_keys():
                 lowered = exir.to_edge_transform_and_lower(program, partitioner=delegate).to_executorch()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from typing import final
 
 import pytest
 import torch
@@ -90,6 +92,33 @@ def test_what_stays_outside_the_delegate_is_warned_of(folder: Path) -> None:
     assert artifact.contents.float_ops == ("aten::_adaptive_avg_pool2d",)
     assert len(warned) == 2
     assert all("aten::_adaptive_avg_pool2d" in warning for warning in warned)
+
+
+@final
+class RowsOfAnImage(nn.Module):
+    """Softmax over the rows of what a convolution gives: XNNPACK has the channels last there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run both, softmax in between."""
+        return self.after(self.before(x).softmax(dim=-1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_softmax_over_the_rows_of_an_image_is_one_over_its_rows(tmp_path: Path, precision: Precision) -> None:
+    torch.manual_seed(0)
+    rows, images = RowsOfAnImage().eval(), torch.randn(4, 3, 6, 5)
+    model = quantize(rows, [images]) if precision == "int8" else deployable(rows, images)
+    with pytest.warns(ExportWarning, match="Softmax") if precision == "int8" else nullcontext():
+        artifact = export(model, "executorch", tmp_path / "rows.pte", batches=[images])
+    assert artifact.contents.ops["Softmax"] == 1
+    assert artifact.contents.undelegated_ops == ()
+    assert artifact.agreement is not None
+    steps = artifact.agreement.max_steps
+    assert artifact.agreement.max_relative < 1e-4 if steps is None else steps < 1.5
 
 
 def test_integers_and_truth_values_are_taken(folder: Path) -> None:

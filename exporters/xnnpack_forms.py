@@ -1,4 +1,4 @@
-"""Write global averages in the one form that XNNPACK takes: a mean over height and width that keeps the dimensions."""
+"""Write operations in the one form that XNNPACK takes, or takes without a fault: global averages, softmax of images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 _DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 
 
-def keep_dimensions(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Rewrite means that drop height and width, and average pools over the whole image; the rest stays.
+def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Rewrite global averages, and softmax over the rows of images; the rest stays.
 
-    Any other form leaves the delegate, and an int8 network computes its average in float.
+    A mean over height and width that does not keep them leaves the delegate, and so does an average pool over the whole
+    image; an int8 network then computes its average in float. Softmax behind a convolution is delegated, and wrong.
     """
     graph = program.module()
     assert isinstance(graph, fx.GraphModule)
-    changed = [rewrite(graph, node) for node in list(graph.graph.nodes) for rewrite in (_mean, _pool)]
+    changed = [rewrite(graph, node) for node in list(graph.graph.nodes) for rewrite in (_mean, _pool, _softmax)]
     if not any(changed):
         return program
     graph.graph.lint()
@@ -59,6 +60,22 @@ def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
     for dim, size in zip((2, 3), sizes, strict=True):
         source = _first(graph, node, source, dim, size)
     node.replace_all_uses_with(_insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True))
+    graph.graph.erase_node(node)
+    return True
+
+
+def _softmax(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Compute a softmax over the last of four dimensions on three.
+
+    Behind a convolution the lowering keeps four dimensions with the channels last. It renumbers the axes of what it
+    hands over (concatenation, slices, padding), but not that of softmax, which then is one over the channels.
+    """
+    if node.target is not _ATEN.softmax.int or len(_shape(node)) != 4 or node.args[1] not in (-1, 3):
+        return False
+    batch, *_, last = shape = list(_shape(node))
+    flat = _insert(graph, node, _ATEN.view.default, node.args[0], [batch, -1, last])
+    result = _insert(graph, node, node.target, flat, -1, *node.args[2:])
+    node.replace_all_uses_with(_insert(graph, node, _ATEN.view.default, result, shape))
     graph.graph.erase_node(node)
     return True
 
