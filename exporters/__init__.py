@@ -25,15 +25,16 @@ from lightning_edge.exporters.base import (
     Runner,
     Target,
     TensorSpec,
-    in_file_form,
-    in_plain_order,
 )
 from lightning_edge.exporters.checks import ExportWarning
+from lightning_edge.exporters.file_form import in_file_form, in_plain_order
 from lightning_edge.exporters.floor import floor_bytes
+from lightning_edge.exporters.front import check_interface
 from lightning_edge.exporters.isolated import DEFAULT_TIME_LIMIT_S
 from lightning_edge.exporters.loading import check_running, contents_of, inspect_file, load, open_file, placed
 from lightning_edge.exporters.staging import StagedPath, writing
 from lightning_edge.exporters.targets import TARGETS, check_options, check_target_installed, options_of, target
+from lightning_edge.interface import Interface
 from lightning_edge.measure import Tolerance
 from lightning_edge.network import Deployable, Inputs
 
@@ -140,6 +141,7 @@ def stage(
     isolated: bool = True,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     max_fallback: float | None = None,
+    interface: Interface | None = None,
     **options: Any,
 ) -> Staged:
     """Write a network beside ``path``, read back what the file holds, and load it.
@@ -153,6 +155,7 @@ def stage(
         isolated: As for `load`.
         time_limit_s: As for `load`.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run outside the target's delegate.
+        interface: How the file is called; as the converters do it if not given.
         options: The target's own options.
 
     Returns:
@@ -171,13 +174,15 @@ def stage(
     checks.check_share(max_fallback)
     network = deployable(model, inputs)
     checks.check_activations(network, target, module.ACTIVATION_BITS)
+    interface = interface or Interface()
+    check_interface(interface, network)
     scheme = options.get("scheme")
     if scheme is not None and network.precision == "int8":
         raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
     place = StagedPath(path)
     try:
         with writing(path):
-            module.write(in_file_form(network), place.staged, **options)
+            module.write(in_file_form(network, interface), place.staged, **options)
         contents = inspect_file(module, place.staged, path.name)
         checks.check_contents(network, contents, target)
         if scheme is not None:
@@ -203,6 +208,7 @@ def export(
     isolated: bool = True,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     max_fallback: float | None = None,
+    interface: Interface | None = None,
     **options: Any,
 ) -> Artifact:
     """Write a network for a target, prove it, and put the file in place.
@@ -223,6 +229,8 @@ def export(
         time_limit_s: As for `load`.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run on the runtime's own CPU kernels
             and not in the target's delegate; any if not given.
+        interface: How the file is called: names of its inputs and outputs, layout. As the converters do it if not
+            given; `load` takes what the network takes either way.
         options: The target's own options; for a float network also ``scheme="fp16"``, ``"int8_weight_only"``,
             ``"int4_weight_only"``, ``"int8_dynamic"`` or ``"int4_dynamic"``, as far as the target has it.
 
@@ -236,6 +244,7 @@ def export(
         ValueError: If an argument is not allowed.
     """
     running: dict[str, Any] = {"threads": threads, "isolated": isolated, "time_limit_s": time_limit_s}
+    running |= {"max_fallback": max_fallback, "interface": interface}
     with stage(model, target, path, inputs=inputs, **running, **options) as staged:
         agreement = checks.agreement_of(staged.network, staged.artifact, batches)
         scheme = options.get("scheme")

@@ -9,16 +9,18 @@ import io
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import EdgeError, ExportError, RunnerError, require
+from lightning_edge.exporters.front import as_file_takes, network_shape
+from lightning_edge.interface import Interface
 from lightning_edge.measure import Agreement
 from lightning_edge.network import Deployable, Inputs, Precision
 
@@ -45,6 +47,7 @@ class Contents:
         inputs: What the file takes, in its own order and layout.
         outputs: What it gives.
         placements: Where its operations run, as far as the file tells; ``None`` where it does not.
+        interface: How it is called, as it was told when it was written.
     """
 
     int8_weight_bytes: int
@@ -62,6 +65,7 @@ class Contents:
     inputs: tuple[Endpoint, ...] = ()
     outputs: tuple[Endpoint, ...] = ()
     placements: Placements | None = None
+    interface: Interface = field(default_factory=Interface)
 
     @property
     def precision(self) -> Precision:
@@ -74,7 +78,7 @@ class TensorSpec:
     """What a runner takes as one input.
 
     Attributes:
-        shape: Shape of one sample, batch of one first, in the layout of the network (NCHW for images).
+        shape: Shape of one sample, batch of one first.
         dtype: Type the runner takes; a float type also where the file itself holds quantized integers.
     """
 
@@ -88,7 +92,8 @@ class Runner(Protocol):
     Attributes:
         runtime: What runs it, with version, delegate and thread count; says so where it is not the target's own.
         is_reference: Whether this is a reference interpreter, whose latency means nothing for the target.
-        inputs: What it takes, in the order of `Inputs.tensors` with keyword arguments sorted by name.
+        inputs: What it takes, in the file's own layout and in the order of `Inputs.tensors` with keyword arguments
+            sorted by name.
     """
 
     runtime: str
@@ -132,6 +137,12 @@ class Artifact:
         """Precision of the weights, read from the file."""
         return self.contents.precision
 
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What it is called with, in the network's own layout."""
+        interface = self.contents.interface
+        return tuple(replace(spec, shape=network_shape(spec.shape, interface)) for spec in self.runner.inputs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Run on a batch, sample by sample; returns the flattened outputs, batch first.
 
@@ -155,10 +166,26 @@ class Artifact:
         Raises:
             RunnerError: If number, shape or type of the inputs is not what the file takes, or it fails to run.
         """
-        ready = conform(tensors, self.runner.inputs, self.path.name)
+        return self.run_ready(self.ready(tensors))
+
+    def ready(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Check the flattened inputs of one sample, and make of them what the file itself takes.
+
+        Raises:
+            RunnerError: If number, shape or type of the inputs is not what the network took.
+        """
+        interface = self.contents.interface
+        return [as_file_takes(tensor, interface) for tensor in conform(tensors, self.inputs, self.path.name)]
+
+    def run_ready(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run on what `ready` gave.
+
+        Raises:
+            RunnerError: If it fails to run.
+        """
         try:
             with torch.no_grad():
-                return self.runner(ready)
+                return self.runner(tensors)
         except EdgeError:
             raise
         except Exception as error:
@@ -219,65 +246,6 @@ def sort_keywords(inputs: Inputs) -> Inputs:
     Files name their inputs by position, some of them only so; callers are free to write keywords in any order.
     """
     return Inputs(inputs.args, dict(sorted(inputs.kwargs.items())))
-
-
-@final
-class _FileForm(nn.Module):
-    """A network as it is written: in no mode, called with tensors only, keywords in any order, giving no ``None``.
-
-    It also keeps two faults of others away: torch.export swaps the keywords of a graph that was exported before if
-    they come in another order, and ExecuTorch cannot fold the BatchNorm of a module that has a number for a name.
-    """
-
-    def __init__(self, network: nn.Module, call: Inputs) -> None:
-        super().__init__()
-        self.network = network
-        self._constants = {
-            key: value for key, value in (*enumerate(call.args), *call.kwargs.items()) if not _has_tensors(value)
-        }
-        # Only here: a converted graph refuses eval().
-        self.training = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network, its arguments that are no tensors put back in."""
-        positional = list(args)
-        for key, value in self._constants.items():
-            if isinstance(key, int):
-                positional.insert(key, value)
-        named = {key: value for key, value in self._constants.items() if isinstance(key, str)}
-        return _without_none(self.network(*positional, **kwargs, **named))
-
-
-def _without_none(outputs: Any) -> Any:
-    """Leave out what the network does not give this time, such as the loss of a call without labels: no file has it."""
-    if isinstance(outputs, dict):
-        return {key: _without_none(value) for key, value in outputs.items() if value is not None}
-    if type(outputs) in (tuple, list):
-        return type(outputs)(_without_none(value) for value in outputs if value is not None)
-    return outputs
-
-
-def in_file_form(network: Deployable) -> Deployable:
-    """Give the network as every file has it: keywords sorted by name, arguments that are no tensors built in."""
-    call = sort_keywords(network.inputs)
-    if network.precision == "int8":  # a copy by its making; a float network may be the user's own
-        in_plain_order(network)
-    inputs = Inputs(
-        tuple(value for value in call.args if _has_tensors(value)),
-        {name: value for name, value in call.kwargs.items() if _has_tensors(value)},
-    )
-    unfolded = None if network.unfolded is None else _FileForm(network.unfolded, call)
-    # In the memory order that `conform` gives: ExecuTorch writes the order of the sample into the file, and does not
-    # look at that of what it is fed.
-    inputs = inputs.map(lambda tensor: tensor.contiguous())
-    return Deployable(_FileForm(network.graph, call), inputs, network.precision, unfolded, network.output_scales)
-
-
-def in_plain_order(network: nn.Module) -> nn.Module:
-    """Lay out all tensors of a network in their plain order, in place; ExecuTorch cannot fold channels_last weights."""
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = tensor.data.contiguous()
-    return network
 
 
 def conform(tensors: list[Tensor], specs: tuple[TensorSpec, ...], name: str) -> list[Tensor]:
@@ -356,10 +324,6 @@ def explain(target: str, error: BaseException, advice: str) -> ExportError:
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def _has_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, Literal, final, get_args
@@ -23,7 +24,8 @@ from lightning_edge.exporters import coreml_placement
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, first_line
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
 from lightning_edge.exporters.mil_ops import DTYPES, MOVES
-from lightning_edge.exporters.mlpackage import compact, coremltools, quiet, read
+from lightning_edge.exporters.mlpackage import check_names, compact, coremltools, notes, quiet, read
+from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 
 SUFFIX = ".mlpackage"
@@ -99,6 +101,7 @@ def write(
         )
     if scheme == "int4_weight_only" and minimum_ios < 18:
         raise ValueError(f"minimum_ios={minimum_ios!r}: scheme='int4_weight_only' needs minimum_ios=18 or later")
+    check_names(network.interface)
     if scheme == "fp16":
         compute_precision = "float16"
     try:
@@ -127,7 +130,7 @@ def write(
             f"{type(error).__name__}: {error}. Replace the operation named there with one it converts, "
             "or export to another target."
         ) from error
-    compact(path, network.output_names())
+    compact(path, network.output_names(), network.interface)
 
 
 def _in_scheme(model: Any, scheme: Scheme) -> Any:
@@ -178,7 +181,7 @@ def inspect(path: Path) -> Contents:
         RunnerError: If the package cannot be read.
         MissingExtraError: If coremltools is not installed.
     """
-    return contents(read(path))
+    return replace(contents(read(path)), interface=Interface.of_notes(notes(path)))
 
 
 def placements(path: Path) -> Placements | None:

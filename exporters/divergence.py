@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lightning_edge.exporters.base import Artifact, conform, sort_keywords
+from lightning_edge.exporters.base import Artifact, sort_keywords
 from lightning_edge.exporters.graphs import CLIPS, VIEWS, operation
 from lightning_edge.network import Deployable, Inputs
 
@@ -103,7 +103,7 @@ def explanation(network: Deployable, artifact: Artifact) -> str:
         return "Values inside are compared for int8 networks only"
     try:
         inputs = sort_keywords(network.inputs)
-        tensors = conform(inputs.tensors, artifact.runner.inputs, artifact.path.name)
+        tensors = artifact.ready(inputs.tensors)
         found = None if look is None else look(tensors)
         if found is None:
             return f"{artifact.runner.runtime} does not give the values inside a file"

@@ -29,7 +29,6 @@ ACTIVATION_BITS = frozenset({8})
 
 Scheme = Literal["fp16", "int8_dynamic", "int4_dynamic"]
 
-_METHOD = "forward"
 _KEY_DIGITS = 16
 
 
@@ -58,7 +57,10 @@ def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> N
             program = xnnpack_forms.in_its_forms(network.program())
             delegate = [partitioner.XnnpackPartitioner()]
             with _short_keys():
-                lowered = exir.to_edge_transform_and_lower(program, partitioner=delegate).to_executorch()
+                edge = exir.to_edge_transform_and_lower(
+                    program, partitioner=delegate, constant_methods=network.interface.notes() or None
+                )
+                lowered = edge.to_executorch()
     except Exception as error:
         raise explain(
             "executorch",
@@ -109,7 +111,7 @@ def _in_scheme(network: Deployable, scheme: Scheme) -> Deployable:
     graph = copy.deepcopy(network.graph)
     if scheme == "fp16":
         halved = network.inputs.map(lambda tensor: tensor.half() if tensor.is_floating_point() else tensor)
-        return Deployable(graph.half(), halved, network.precision)
+        return Deployable(graph.half(), halved, network.precision, interface=network.interface)
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
     from torchao.quantization.granularity import PerAxis
 
@@ -118,7 +120,7 @@ def _in_scheme(network: Deployable, scheme: Scheme) -> Deployable:
     # XNNPACK takes 4-bit weights in groups of 32 inputs; check_scheme tells of what stays float.
     inputs = 32 if scheme.startswith("int4") else 1
     quantize_(graph, config, lambda module, _: isinstance(module, nn.Linear) and module.in_features % inputs == 0)
-    return Deployable(graph, network.inputs, network.precision)
+    return Deployable(graph, network.inputs, network.precision, interface=network.interface)
 
 
 def inspect(path: Path) -> Contents:
@@ -192,9 +194,9 @@ class _Runner:
     def _load(self, name: str) -> Any:
         self._program = require(RUNTIME[0], EXTRA)._load_program_from_buffer(self._data)
         names = [self._program.get_method_name(index) for index in range(self._program.num_methods())]
-        if _METHOD not in names:
-            raise RunnerError(f"{name} has no method {_METHOD!r}; it has {sorted(names)}")
-        return self._program.load_method(_METHOD)
+        if pte.METHOD not in names:
+            raise RunnerError(f"{name} has no method {pte.METHOD!r}; it has {sorted(names)}")
+        return self._program.load_method(pte.METHOD)
 
 
 def _spec(info: Any) -> TensorSpec:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_edge import errors
 from lightning_edge.errors import RunnerError
 from lightning_edge.exporters import messages
-from lightning_edge.exporters.base import Artifact, TensorSpec, conform
+from lightning_edge.exporters.base import Artifact, TensorSpec
 from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.measure import stopwatch
 
@@ -188,7 +188,8 @@ class Isolated:
 def timed_call(artifact: Artifact, tensors: list[Tensor]) -> Callable[[], int]:
     """Give a function that runs a file once and tells how many nanoseconds that took.
 
-    A file in a process of its own is timed there, on a sample that lies there: what it takes to ask is no part of it.
+    A file in a process of its own is timed there, on a sample that lies there: what it takes to ask is no part of it,
+    and neither is what makes of the network's inputs those of the file (`Artifact.ready`).
 
     Args:
         artifact: The file.
@@ -197,9 +198,10 @@ def timed_call(artifact: Artifact, tensors: list[Tensor]) -> Callable[[], int]:
     Raises:
         RunnerError: If they are not what the file takes, or its process is gone.
     """
+    ready = artifact.ready(tensors)
     if isinstance(artifact.runner, Isolated):
-        return artifact.runner.timed(conform(tensors, artifact.runner.inputs, artifact.path.name))
-    return stopwatch(lambda: artifact.run(tensors))
+        return artifact.runner.timed(ready)
+    return stopwatch(lambda: artifact.run_ready(ready))
 
 
 def peak_memory_bytes(artifact: Artifact) -> int | None:

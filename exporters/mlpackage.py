@@ -20,6 +20,7 @@ import numpy
 
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.mil import Constant, Operand, Operation, Program, Variable
+from lightning_edge.interface import Interface
 
 _GRAPH = Path("Data/com.apple.CoreML/model.mlmodel")
 _WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
@@ -159,8 +160,8 @@ def _check_manifest(path: Path) -> None:
         raise RunnerError(f"{str(path)!r} has a Manifest.json that leads to {root!r} and not to {_GRAPH}")
 
 
-def compact(path: Path, output_names: Sequence[str]) -> None:
-    """Rewrite a saved package in place: name the outputs, shorten the other names, share equal constants.
+def compact(path: Path, output_names: Sequence[str], interface: Interface) -> None:
+    """Rewrite a saved package in place: name inputs and outputs, shorten the other names, share equal constants.
 
     The debug map that coremltools leaves beside the data and the date and random identifiers in it go too, so
     equal networks give equal files. Operations, values and weights stay as they are, but for an ``identity`` where
@@ -169,6 +170,7 @@ def compact(path: Path, output_names: Sequence[str]) -> None:
     Args:
         path: The ``.mlpackage`` folder.
         output_names: Names for the outputs in order; see `feature_names`.
+        interface: Names of inputs, if it has any, and what is noted in the package.
     """
     with quiet():
         from coremltools.proto import Model_pb2
@@ -179,16 +181,42 @@ def compact(path: Path, output_names: Sequence[str]) -> None:
     function = spec.mlProgram.functions["main"]
     block = function.block_specializations[function.opset]
     _separate_outputs(spec, function, block)
-    names = {given.name: given.name for given in function.inputs}
-    fresh = feature_names(output_names, list(names))
+    given = [entry.name for entry in function.inputs]
+    names = dict(zip(given, interface.inputs or given, strict=True))
+    for entry in (*function.inputs, *spec.description.input):
+        entry.name = names[entry.name]
+    fresh = feature_names(output_names, list(names.values()))
     names |= dict(zip(block.outputs, fresh, strict=True))
     if not any(operation.blocks for operation in block.operations):
         _shorten(block, names)
         block.outputs[:] = fresh
         for feature, name in zip(spec.description.output, fresh, strict=True):
             feature.name = name
+    for name, text in interface.notes().items():
+        spec.description.metadata.userDefined[name] = text
     (path / _GRAPH).write_bytes(spec.SerializeToString(deterministic=True))
     _write_manifest(path)
+
+
+def notes(path: Path) -> dict[str, str]:
+    """Read the texts that a package keeps by name."""
+    with quiet():
+        from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model.FromString((path / _GRAPH).read_bytes())
+    return dict(spec.description.metadata.userDefined)
+
+
+def check_names(interface: Interface) -> None:
+    """Refuse names that Core ML does not allow.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    names = [*interface.inputs, *interface.outputs]
+    for name, allowed in zip(names, feature_names(names, []), strict=True):
+        if name != allowed:
+            raise ValueError(f"Interface: Core ML has {name!r} for a word of its own and no name; give another one")
 
 
 def feature_names(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:

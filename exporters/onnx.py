@@ -47,12 +47,13 @@ def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> N
     """
     try:
         model = _convert(_in_half(network) if scheme == "fp16" else network)
-        onnx_graph.name_outputs(model, network.output_names())
+        onnx_graph.name_outputs(model, network.output_names(), network.interface.inputs)
         if network.precision == "int8":
             onnx_int8.rewrite(model)
         elif scheme is not None and scheme != "fp16":
             onnx_schemes.rewrite(model, scheme)
         onnx_graph.tidy(model)
+        onnx_graph.set_notes(model, network.interface.notes())
         data = model.SerializeToString(deterministic=True)
     except Exception as error:
         advice = "Replace that operation by one that ONNX has, or leave the target out."
@@ -122,7 +123,8 @@ class _Halved(nn.Module):
 def _in_half(network: Deployable) -> Deployable:
     import copy
 
-    return Deployable(_Halved(copy.deepcopy(network.graph)), network.inputs, network.precision)
+    graph = _Halved(copy.deepcopy(network.graph))
+    return Deployable(graph, network.inputs, network.precision, interface=network.interface)
 
 
 def _convert(network: Deployable) -> Any:

@@ -11,6 +11,7 @@ from lightning_edge.anatomy import Endpoint
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.base import Contents
 from lightning_edge.exporters.onnx_graph import VIEWS, Graph, all_nodes
+from lightning_edge.interface import Interface
 
 _EXTRA = "onnx"
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -143,6 +144,7 @@ def contents(path: Path) -> Contents:
         int4_weight_bytes=sum(bytes_of["int4"].values()),
         inputs=_endpoints(onnx, [value for value in model.graph.input if value.name not in graph.initializers]),
         outputs=_endpoints(onnx, model.graph.output),
+        interface=Interface.of_notes({entry.key: entry.value for entry in model.metadata_props}),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import numpy
@@ -152,10 +152,18 @@ def set_attribute(node: Any, name: str, value: Any) -> None:
     node.attribute.extend([*others, require("onnx", _EXTRA).helper.make_attribute(name, value)])
 
 
-def name_outputs(model: Any, names: Sequence[str]) -> None:
-    """Name the outputs of the graph; one that is an input, a constant or given twice gets an operation of its own."""
+def name_outputs(model: Any, names: Sequence[str], inputs: Sequence[str] = ()) -> None:
+    """Name the outputs of the graph; one that is an input, a constant or given twice gets an operation of its own.
+
+    Args:
+        model: A ``ModelProto``; it is edited in place.
+        names: Names of the outputs.
+        inputs: Names of the inputs, which keep theirs if there are none.
+    """
     graph = Graph(model)
     ends = list(graph.proto.output)
+    if inputs:
+        _name_inputs(graph, inputs)
     given = {value.name for value in graph.proto.input}
     # Everything inside makes room first: a value may have the name that an output shall have.
     inside = {name: f"#{name}" for name in (*graph.makers, *graph.initializers) if name not in given}
@@ -179,6 +187,24 @@ def name_outputs(model: Any, names: Sequence[str]) -> None:
         _rename(node, renamed)
     nodes += [graph.make("Identity", [renamed.get(source, source)], [name]) for source, name in copies]
     graph.settle(nodes)
+
+
+def _name_inputs(graph: Graph, names: Sequence[str]) -> None:
+    """Name the inputs; what has one of these names inside makes room."""
+    values = [value for value in graph.proto.input if value.name not in graph.initializers]
+    new = dict(zip((value.name for value in values), names, strict=True))
+    inside = {name: f"#{name}" for name in (*graph.makers, *graph.initializers) if name in names}
+    for value in (*values, *graph.proto.initializer, *graph.proto.output):
+        value.name = {**new, **inside}.get(value.name, value.name)
+    for node in graph.nodes:
+        _rename(node, {**new, **inside})
+    graph.settle()
+
+
+def set_notes(model: Any, notes: Mapping[str, str]) -> None:
+    """Keep short texts in the model's metadata, by name."""
+    for name, text in notes.items():
+        model.metadata_props.add(key=name, value=text)
 
 
 def tidy(model: Any) -> None:

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from lightning_edge import macs
 from lightning_edge.anatomy import Endpoint, Place, Placements
 from lightning_edge.errors import require
 from lightning_edge.exporters.base import Contents
+from lightning_edge.interface import Interface
 
+# The one method that computes.
+METHOD = "forward"
 _XNNPACK = "XnnpackBackend"
 _NODE = "XNN"
 # XNNPACK's nodes that multiply by weights or matrices, with the fields of their two factors.
@@ -76,6 +79,8 @@ def read(path: Path) -> Contents:
         ValueError: If the file is cut short, is not an ExecuTorch program, or holds a delegate other than XNNPACK.
     """
     program = _program(path.read_bytes())
+    interface = Interface.of_notes(_notes(program))
+    main = next((plan for plan in program.execution_plan if plan.name == METHOD), program.execution_plan[0])
     tally = _Tally()
     planned = 0
     for plan in program.execution_plan:
@@ -99,10 +104,28 @@ def read(path: Path) -> Contents:
         planned_memory_bytes=planned,
         half_weight_bytes=sum(tally.half_weights.values()),
         int4_weight_bytes=sum(tally.int4_weights.values()),
-        inputs=_endpoints(program.execution_plan[0], "inputs"),
-        outputs=_endpoints(program.execution_plan[0], "outputs"),
+        inputs=_named(_endpoints(main, "inputs"), interface.inputs),
+        outputs=_named(_endpoints(main, "outputs"), interface.outputs),
         placements=Placements.of("the file", tally.places),
+        interface=interface,
     )
+
+
+def _notes(program: Any) -> dict[str, str]:
+    """The texts that methods without operations give, by the method's name: how ExecuTorch keeps settings."""
+    values = {plan.name: [plan.values[index].val for index in plan.outputs] for plan in program.execution_plan}
+    return {
+        name: found[0].string_val
+        for name, found in values.items()
+        if len(found) == 1 and type(found[0]).__name__ == "String"
+    }
+
+
+def _named(endpoints: tuple[Endpoint, ...], names: tuple[str, ...]) -> tuple[Endpoint, ...]:
+    """Give them names: a program has none of its own."""
+    if len(names) != len(endpoints):
+        return endpoints
+    return tuple(replace(end, name=name) for end, name in zip(endpoints, names, strict=True))
 
 
 def _endpoints(plan: Any, side: str) -> tuple[Endpoint, ...]:

@@ -29,10 +29,8 @@ INT8_OPTIONS = frozenset({"io"})
 ACTIVATION_BITS = frozenset({8, 16})
 
 Io = Literal["int8", "float"]
-Layout = Literal["nchw", "nhwc"]
 Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"]
 
-_LAYOUT_NOTE = "lightning_edge.layout"
 _PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
 
 
@@ -41,7 +39,6 @@ def write(
     path: Path,
     *,
     io: Io | None = None,
-    layout: Layout = "nchw",
     scheme: Scheme | None = None,
 ) -> None:
     """Convert the network and write it.
@@ -51,7 +48,6 @@ def write(
         path: Where to write, a path that does not exist yet.
         io: Type of the file's own inputs and outputs: ``"int8"`` or ``"float"``. An int8 network's default is
             ``"int8"``; with ``"float"`` the file quantizes and dequantizes at its ends and its kernels stay int8.
-        layout: Layout of the file's own 4-D inputs. ``"nhwc"`` saves a transpose where the app has images that way.
         scheme: How a float network's weights are stored, and whether activations are quantized on the fly.
 
     Raises:
@@ -61,11 +57,9 @@ def write(
     io = io or ("int8" if network.precision == "int8" else "float")
     if io not in get_args(Io):
         raise ValueError(f"io={io!r} is not one of {get_args(Io)}")
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout={layout!r} is not one of {get_args(Layout)}")
     if io == "int8" and network.precision == "fp32":
         raise ValueError("io='int8' needs an int8 network and this one is fp32; leave io out or quantize first")
-    converted = _convert(network, layout)
+    converted = _convert(network)
     model = tflite_graph.parse(converted if scheme is None else _in_scheme(converted, scheme))
     _check_order(model, network.inputs)
     tflite_graph.widen_biases(model)
@@ -73,8 +67,9 @@ def write(
     tflite_graph.shorten_names(model)
     if io == "float":
         tflite_graph.float_ends(model)
-    if layout == "nhwc":
-        tflite_graph.set_note(model, _LAYOUT_NOTE, layout)
+    tflite_graph.name_ends(model, network.interface.inputs, network.interface.outputs)
+    for name, text in network.interface.notes().items():
+        tflite_graph.set_note(model, name, text)
     tflite_graph.share_empty_buffers(model)
     path.write_bytes(tflite_graph.pack(model))
 
@@ -103,22 +98,7 @@ def open(path: Path, threads: int) -> Runner:
     return _Runner(path, threads)
 
 
-@final
-class _ChannelsLast(nn.Module):
-    """Takes 4-D inputs as NHWC and hands them to the network as it wants them."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.training = network.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network on inputs whose channels come last."""
-        inputs = Inputs(args, kwargs).map(lambda tensor: tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor)
-        return self.network(*inputs.args, **inputs.kwargs)
-
-
-def _convert(network: Deployable, layout: Layout) -> bytes:
+def _convert(network: Deployable) -> bytes:
     litert_torch = require("litert_torch", EXTRA)
     quantize = require("litert_torch.quantize.quant_config", EXTRA)
     quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
@@ -129,9 +109,6 @@ def _convert(network: Deployable, layout: Layout) -> bytes:
         graph = float_layers.apart_for_litert(network.unfolded or graph)
         scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
         config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
-    if layout == "nhwc":
-        graph = _ChannelsLast(graph)
-        inputs = inputs.map(lambda tensor: tensor.permute(0, 2, 3, 1).contiguous() if tensor.dim() == 4 else tensor)
     try:
         with torch.no_grad(), _quiet():
             converted = litert_torch.convert(graph, inputs.args, dict(inputs.kwargs) or None, quant_config=config)
@@ -207,7 +184,6 @@ class _Runner:
         self._data = path.read_bytes()
         self._interpreter = interpreter.Interpreter(model_content=self._data, num_threads=threads)
         self._interpreter.allocate_tensors()
-        self._channels_last = tflite_graph.notes(self._data).get(_LAYOUT_NOTE) == "nhwc"
         self._ins = self._interpreter.get_input_details()
         self._outs = self._interpreter.get_output_details()
         self.inputs = tuple(self._spec(details) for details in self._ins)
@@ -244,14 +220,10 @@ class _Runner:
 
     def _feed(self, interpreter: Any, tensors: list[Tensor]) -> None:
         for tensor, details in zip(tensors, self._ins, strict=True):
-            if self._channels_last and tensor.dim() == 4:
-                tensor = tensor.permute(0, 2, 3, 1)
             interpreter.set_tensor(details["index"], _quantize(tensor, details).contiguous().numpy())
 
     def _spec(self, details: Any) -> TensorSpec:
         shape = tuple(int(size) for size in details["shape"])
-        if self._channels_last and len(shape) == 4:
-            shape = (shape[0], shape[3], shape[1], shape[2])
         return TensorSpec(shape, torch.float32 if _scale(details) else _torch_type(details))
 
 

@@ -9,7 +9,16 @@ from typing import Any
 
 from lightning_edge.anatomy import Endpoint
 from lightning_edge.exporters.base import Contents
-from lightning_edge.exporters.tflite_graph import PRODUCTS, dtype_name, length_bytes, op_name, parse, schema_module
+from lightning_edge.exporters.tflite_graph import (
+    PRODUCTS,
+    dtype_name,
+    length_bytes,
+    notes,
+    op_name,
+    parse,
+    schema_module,
+)
+from lightning_edge.interface import Interface
 
 # Operations that only move or convert values: not computation, whatever type the values have.
 _MOVES = frozenset(
@@ -55,7 +64,8 @@ def contents(path: Path) -> Contents:
     Raises:
         ValueError: If it is cut short or no TensorFlow Lite file.
     """
-    model = parse(path.read_bytes())
+    data = path.read_bytes()
+    model = parse(data)
     floats = {schema_module().TensorType.FLOAT32, schema_module().TensorType.FLOAT16}
     halves, int4 = {schema_module().TensorType.FLOAT16}, {schema_module().TensorType.INT4}
     bytes_of: dict[str, dict[int, int]] = {"int8": {}, "int4": {}, "float": {}, "half": {}}
@@ -90,6 +100,7 @@ def contents(path: Path) -> Contents:
         int4_weight_bytes=sum(bytes_of["int4"].values()),
         inputs=_endpoints(model, "inputs"),
         outputs=_endpoints(model, "outputs"),
+        interface=Interface.of_notes(notes(data)),
     )
 
 

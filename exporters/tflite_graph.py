@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_edge.errors import require
@@ -175,6 +175,24 @@ def set_note(model: Any, name: str, value: str) -> None:
     model.buffers.append(schema.BufferT(data=numpy.frombuffer(value.encode(), dtype=numpy.uint8)))
     note = schema.MetadataT(name=name, buffer=len(model.buffers) - 1)
     model.metadata = [*(model.metadata or []), note]
+
+
+def name_ends(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name what the first graph takes and gives, in its signature and as tensors; a side without names stays.
+
+    Raises:
+        ValueError: If a side has another number of ends.
+    """
+    graph = model.subgraphs[0]
+    for side, names in (("inputs", inputs), ("outputs", outputs)):
+        if not names:
+            continue
+        entries = list(getattr(model.signatureDefs[0], side))
+        for name, index in zip(names, getattr(graph, side), strict=True):
+            # One value may be given twice: each time an entry of its own.
+            entry = next(entry for entry in entries if int(entry.tensorIndex) == int(index))
+            entries.remove(entry)
+            entry.name = graph.tensors[int(index)].name = name.encode()
 
 
 def notes(data: bytes) -> Mapping[str, str]:

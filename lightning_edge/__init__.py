@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from lightning_edge.exporters import export, load
     from lightning_edge.factorization import Factorize
+    from lightning_edge.interface import Interface
     from lightning_edge.manifest import Manifest
     from lightning_edge.measure import Timing, Tolerance
     from lightning_edge.pruning import Prune
@@ -55,6 +56,7 @@ _HOMES = {
     ),
     "lightning_edge.exporters": ("export", "load"),
     "lightning_edge.factorization": ("Factorize",),
+    "lightning_edge.interface": ("Interface",),
     "lightning_edge.manifest": ("Manifest",),
     "lightning_edge.measure": ("Timing", "Tolerance"),
     "lightning_edge.pruning": ("Prune",),
@@ -84,6 +86,7 @@ __all__ = [
     "EdgeError",
     "ExportError",
     "Factorize",
+    "Interface",
     "Manifest",
     "ManifestError",
     "MissingExtraError",

@@ -29,6 +29,7 @@ from lightning_edge.errors import EdgeError
 from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures, raise_over_budget
 from lightning_edge.exporters import Artifact, deployable
 from lightning_edge.exporters.base import first_line
+from lightning_edge.interface import Interface
 from lightning_edge.mistakes import cause, explain
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import float_copy, is_quantized
@@ -103,6 +104,7 @@ class EdgeTrainer(Trainer):
         dirpath: str | None = None,
         batches: int = 8,
         max_fallback: float | None = None,
+        interface: Interface | None = None,
     ) -> list[Artifact]:
         """Write the network of a checkpoint for each target, int8 if it was trained so, and prove each file.
 
@@ -114,25 +116,25 @@ class EdgeTrainer(Trainer):
             dirpath: Folder for the files: that of the DeviceEvaluationCallback, or ``artifacts``.
             batches: Validation batches on which each file is compared with the network.
             max_fallback: Share of the multiply-accumulates that may run outside the target's delegate.
+            interface: How the files are called: that of the DeviceEvaluationCallback, if it has one.
 
         Raises:
             EdgeError: If the checkpoint does not load or a file cannot be made.
             ValueError: If a target is unknown.
         """
-        settings = self._settings(targets, dirpath, max_fallback)
+        settings = self._settings(targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface)
         if batches < 1:
             raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
-        name = self._network_name(settings)
-        network = find_network(self._load(model, ckpt_path, name, "validate", datamodule), name)
+        network = find_network(self._load(model, ckpt_path, settings.module, "validate", datamodule), settings.module)
         loaders = _loader(datamodule or model, "val_dataloader")
-        inputs = calibration_inputs(model, loaders, batches, name, datamodule)
+        inputs = calibration_inputs(model, loaders, batches, settings.module, datamodule)
         finished = deployable(network, None if is_quantized(network) else inputs[0])
         artifacts, rows = [], []
         for target in settings.targets:
             path = Path(settings.dirpath) / f"model-{finished.precision}{exporters.target(target).SUFFIX}"
             options = exporters.options_of(target, finished.precision, settings.options)
-            given: dict[str, Any] = {"tolerance": settings.tolerance, "max_fallback": settings.max_fallback, **options}
-            artifact = exporters.export(finished, target, path, batches=inputs, **given)
+            given: dict[str, Any] = {"max_fallback": settings.max_fallback, "interface": settings.interface, **options}
+            artifact = exporters.export(finished, target, path, batches=inputs, tolerance=settings.tolerance, **given)
             print(f"{path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
             rows.append(of_artifact(artifact, options.get("scheme")))
             artifacts.append(artifact)
@@ -148,6 +150,7 @@ class EdgeTrainer(Trainer):
         dirpath: str | None = None,
         split: Split | None = None,
         max_fallback: float | None = None,
+        interface: Interface | None = None,
     ) -> Report:
         """Export the network of a checkpoint, validate and time every file, and write the report.
 
@@ -161,31 +164,31 @@ class EdgeTrainer(Trainer):
             dirpath: Folder for the files and the report, ``artifacts`` without a callback.
             split: The loop that gives the metrics, ``validate`` without a callback.
             max_fallback: Share of the multiply-accumulates that may run outside the target's delegate.
+            interface: How the files are called: that of the DeviceEvaluationCallback, if it has one.
 
         Raises:
             EdgeError: If the checkpoint does not load, a file cannot be made or is over its budget; the report has all.
             ValueError: If a target is unknown.
         """
-        settings = self._settings(targets, dirpath, max_fallback)
-        name = self._network_name(settings)
+        settings = self._settings(targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface)
         split = split or settings.split
-        self._load(model, ckpt_path, name, split, datamodule)
+        self._load(model, ckpt_path, settings.module, split, datamodule)
         loaders = _loader(datamodule or model, "val_dataloader" if split == "validate" else "test_dataloader")
         limit = self.limit_val_batches if split == "validate" else self.limit_test_batches
-        validation = Validation(model, loaders, name, split, limit, datamodule, settings.metrics)
+        validation = Validation(model, loaders, settings.module, split, limit, datamodule, settings.metrics)
 
         def calibration() -> list[Inputs]:
             if datamodule is not None:
                 datamodule.setup("fit")
             loader = _loader(datamodule or model, "train_dataloader")
-            return calibration_inputs(model, loader, settings.calibration_batches, name, datamodule)
+            return calibration_inputs(model, loader, settings.calibration_batches, settings.module, datamodule)
 
         report = evaluate_module(
             validation,
             settings.targets,
             settings.dirpath,
             calibration=calibration if settings.calibration_batches else None,
-            baseline=_float_network(ckpt_path, find_network(model, name)),
+            baseline=_float_network(ckpt_path, find_network(model, settings.module)),
             tolerance=settings.tolerance,
             options=settings.options,
             timing=settings.timing,
@@ -195,6 +198,7 @@ class EdgeTrainer(Trainer):
             budget=settings.budget,
             max_fallback=settings.max_fallback,
             recipe=recipe_of(self),
+            interface=settings.interface,
         )
         Console().print(report.table())
         raise_failures(report)
@@ -221,9 +225,7 @@ class EdgeTrainer(Trainer):
         model.configure_model()
         return load_compressed(ckpt_path, model, name)
 
-    def _settings(
-        self, targets: list[str] | None, dirpath: str | None, max_fallback: float | None
-    ) -> DeviceEvaluationCallback:
+    def _settings(self, targets: list[str] | None, **others: Any) -> DeviceEvaluationCallback:
         """The configuration's callback with what was given in place of its own, or one of its own."""
         settings = _first(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
         settings = copy.copy(settings)
@@ -231,13 +233,12 @@ class EdgeTrainer(Trainer):
             settings.targets = targets
             settings.options = {name: value for name, value in settings.options.items() if name in targets}
             check_targets(targets, settings.options)
-        settings.dirpath = dirpath or settings.dirpath
-        settings.max_fallback = settings.max_fallback if max_fallback is None else max_fallback
-        return settings
-
-    def _network_name(self, settings: DeviceEvaluationCallback) -> str | None:
         compression = _first(self.callbacks, EdgeCompressionCallback)
-        return settings.module if compression is None or compression.module is None else compression.module
+        if compression is not None and compression.module is not None:
+            settings.module = compression.module
+        for name, value in others.items():
+            setattr(settings, name, getattr(settings, name) if value is None else value)
+        return settings
 
 
 class _SaveConfig(SaveConfigCallback):

@@ -29,6 +29,7 @@ from lightning_edge.exporters import (
 from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.exporters.isolated import peak_memory_bytes, timed_call
+from lightning_edge.interface import Interface
 from lightning_edge.measure import (
     Timing,
     Tolerance,
@@ -71,6 +72,7 @@ def evaluate_module(
     budget: Budget | None = None,
     max_fallback: float | None = None,
     recipe: str | None = None,
+    interface: Interface | None = None,
 ) -> Report:
     """Export a trained network to every target, validate and time each file, and write report and manifest beside them.
 
@@ -95,6 +97,7 @@ def evaluate_module(
         budget: What each file may cost; see `raise_over_budget`.
         max_fallback: Largest share of the multiply-accumulates that a file may leave to its runtime's own CPU kernels.
         recipe: Text of the configuration, for the manifest.
+        interface: How the files are called.
 
     Raises:
         ValueError: If a target is unknown.
@@ -102,8 +105,9 @@ def evaluate_module(
             report cannot be written.
     """
     check_targets(targets, options)
+    writing: dict[str, Any] = {"max_fallback": max_fallback, "interface": interface}
     report = _Evaluation(
-        validation, Path(dirpath), tolerance or Tolerance(), options or {}, timing or Timing(), tell, name, max_fallback
+        validation, Path(dirpath), tolerance or Tolerance(), options or {}, timing or Timing(), tell, name, writing
     ).run(targets, calibration, baseline, fp32_files, monitor, watched, budget)
     return write(report, Path(dirpath), recipe)
 
@@ -162,7 +166,7 @@ class _Evaluation:
         timing: Timing,
         tell: Callable[[str], None],
         name: str,
-        max_fallback: float | None,
+        writing: Mapping[str, Any],
     ) -> None:
         self._validation = validation
         self._dirpath = dirpath
@@ -171,7 +175,7 @@ class _Evaluation:
         self._timing = timing
         self._tell = tell
         self._name = name
-        self._max_fallback = max_fallback
+        self._writing = writing
         self._rows: list[Row] = []
         self._timed: dict[int, Callable[[], int]] = {}
         self._warnings: list[str] = []
@@ -296,7 +300,7 @@ class _Evaluation:
                     running: dict[str, Any] = {
                         "threads": self._timing.threads,
                         "time_limit_s": self._timing.time_limit_s,
-                        "max_fallback": self._max_fallback,
+                        **self._writing,
                     }
                     staged = stack.enter_context(stage(network, target, path, **running, **options))
                 self._warnings += [f"{row.label}: {warning}" for warning in caught]

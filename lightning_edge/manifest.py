@@ -17,6 +17,7 @@ from typing import Any
 from lightning_edge.anatomy import Endpoint, Placement, Placements
 from lightning_edge.budget import Excess, Verdict
 from lightning_edge.errors import ManifestError
+from lightning_edge.interface import Interface
 from lightning_edge.provenance import Commit
 from lightning_edge.report import Report, Row, replace_text, without_infinities
 
@@ -51,6 +52,7 @@ class FileEntry:
         runtime: What ran it.
         placements: Where its operations run.
         budget: Whether it keeps its budget, if there is one.
+        interface: How the file is called, beyond what `inputs` and `outputs` say.
     """
 
     path: str
@@ -71,6 +73,7 @@ class FileEntry:
     runtime: str | None
     placements: Placements | None
     budget: Verdict | None
+    interface: Interface
 
     @classmethod
     def of(cls, row: Row) -> FileEntry:
@@ -97,6 +100,7 @@ class FileEntry:
             runtime=row.runtime,
             placements=row.placements,
             budget=row.budget,
+            interface=row.interface or Interface(),
         )
 
 
@@ -258,7 +262,14 @@ def _file(value: Any, where: str) -> FileEntry:
         runtime=_optional(given["runtime"], str, f"{where}.runtime"),
         placements=_placements(given["placements"], f"{where}.placements"),
         budget=_verdict(given["budget"], f"{where}.budget"),
+        interface=_interface(given["interface"], f"{where}.interface"),
     )
+
+
+def _interface(value: Any, where: str) -> Interface:
+    given = _object(value, where)
+    _keys(given, Interface, where)
+    return Interface.of(given)
 
 
 def _endpoints(value: Any, where: str) -> tuple[Endpoint, ...]:

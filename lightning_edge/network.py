@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_edge.interface import Interface
+
 Precision = Literal["fp32", "int8"]
 
 
@@ -81,6 +83,7 @@ class Deployable(nn.Module):
             flattened, ``None`` where an output is not quantized.
         arrange: Brings a call's arguments into the form that ``graph`` was captured with, or refuses them; ``None``
             where the graph takes them as they come.
+        interface: How the file is called, of a network in the form of one.
 
     Raises:
         ValueError: If ``precision`` is not one of the two.
@@ -94,6 +97,7 @@ class Deployable(nn.Module):
         unfolded: nn.Module | None = None,
         output_scales: tuple[float | None, ...] = (),
         arrange: Callable[[tuple[Any, ...], dict[str, Any]], Inputs] | None = None,
+        interface: Interface | None = None,
     ) -> None:
         super().__init__()
         if precision not in get_args(Precision):
@@ -104,6 +108,7 @@ class Deployable(nn.Module):
         self.precision: Precision = precision
         self.output_scales = output_scales
         self._arrange = arrange
+        self.interface = interface or Interface()
 
     def arranged(self, inputs: Inputs) -> Inputs:
         """Give a call in the form the network was captured with: the same arguments by position and by keyword."""
@@ -126,7 +131,9 @@ class Deployable(nn.Module):
             return torch.export.export(graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)
 
     def output_names(self) -> list[str]:
-        """Names of the flattened outputs: the keys of a dict output, ``output_<i>`` otherwise."""
+        """Names of the flattened outputs: those of its interface, else the keys of a dict or ``output_<i>``."""
+        if self.interface.outputs:
+            return list(self.interface.outputs)
         with torch.no_grad():
             outputs = self(*self.inputs.args, **self.inputs.kwargs)
         paths = [path for path, leaf in pytree.tree_flatten_with_path(outputs)[0] if isinstance(leaf, Tensor)]

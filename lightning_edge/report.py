@@ -18,6 +18,7 @@ from lightning_edge import rendering
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.budget import Verdict
 from lightning_edge.errors import EdgeError
+from lightning_edge.interface import Interface
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -81,6 +82,7 @@ class Row:
         sample: What `load` takes for one sample, in the network's own layout.
         placements: Where the file's operations run.
         budget: Whether it keeps its budget, if there is one.
+        interface: How the file is called, as it says.
     """
 
     target: str
@@ -118,6 +120,7 @@ class Row:
     sample: Sequence[Endpoint] = ()
     placements: Placements | None = None
     budget: Verdict | None = None
+    interface: Interface | None = None
 
     @property
     def label(self) -> str:

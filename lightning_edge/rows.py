@@ -56,12 +56,13 @@ def described(row: Row, artifact: Artifact) -> Row:
         outputs=contents.outputs,
         sample=sample_of(artifact),
         placements=contents.placements,
+        interface=contents.interface,
     )
 
 
 def sample_of(artifact: Artifact) -> tuple[Endpoint, ...]:
     """What a loaded file is called with for one sample."""
-    return tuple(Endpoint(None, spec.shape, str(spec.dtype).removeprefix("torch.")) for spec in artifact.runner.inputs)
+    return tuple(Endpoint(None, spec.shape, str(spec.dtype).removeprefix("torch.")) for spec in artifact.inputs)
 
 
 def of_artifact(artifact: Artifact, scheme: str | None = None) -> Row:

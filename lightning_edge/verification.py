@@ -142,6 +142,7 @@ def _contents(path: Path, entry: FileEntry) -> Iterator[Finding]:
         ("precision", _stated_precision(entry), contents.precision),
         ("inputs", _listed(entry.inputs), _listed(contents.inputs)),
         ("outputs", _listed(entry.outputs), _listed(contents.outputs)),
+        ("interface", str(entry.interface), str(contents.interface)),
     ):
         if stated != found:
             yield Finding(entry.path, "contents", f"{name} {stated}", found, _AGAIN)

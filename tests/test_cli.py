@@ -13,6 +13,7 @@ import yaml
 
 from lightning_edge import CompressionError, exporters
 from lightning_edge.cli import main, recipe_names, recipe_path
+from lightning_edge.interface import Interface
 from lightning_edge.manifest import Manifest
 from lightning_edge.mistakes import explain
 from lightning_edge.zoo.digits import DigitsDataModule
@@ -102,6 +103,7 @@ def test_export_writes_int8_files(
     run(
         *("export", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
         *("--targets", "[executorch]", "--dirpath", str(tmp_path / "out"), "--batches", "1"),
+        *("--interface.layout", "nhwc", "--interface.outputs", "[scores]"),
     )
     artifact = exporters.load(tmp_path / "out" / "model-int8.pte")
     assert artifact.precision == "int8"
@@ -110,6 +112,9 @@ def test_export_writes_int8_files(
     manifest = Manifest.read(tmp_path / "out")
     assert [entry.path for entry in manifest.files] == ["model-int8.pte"]
     assert manifest.files[0].agreement["samples"] == 16
+    assert manifest.files[0].interface == Interface(outputs=("scores",), layout="nhwc")
+    assert [end.shape for end in manifest.files[0].inputs] == [(1, 8, 8, 1)]
+    assert [end.shape for end in manifest.files[0].sample] == [(1, 1, 8, 8)]
     assert "lightning_edge.zoo.networks.DigitsCNN" in str(yaml.safe_load(str(manifest.recipe))["model"])
 
 
@@ -133,6 +138,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
         "dirpath": str(tmp_path),
         "budget": {"size_bytes": 1000, "accuracy_drop": 0.5},
         "max_fallback": 0.0,
+        "interface": {"inputs": ["digit"]},
         "calibration_batches": 0,
         "fp32_files": False,
         "timing": {"warmup": 0, "repeats": 1},
@@ -148,6 +154,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
     assert "error: executorch int8 (trained) is over its budget: size_bytes " in error
     assert "above 1,000" in error
     (entry,) = Manifest.read(tmp_path).files  # the file is kept, and said of it
+    assert [end.name for end in entry.inputs] == ["digit"]
     assert entry.budget is not None
     assert [excess.name for excess in entry.budget.exceeded] == ["size_bytes"]
 

@@ -593,9 +593,9 @@ def test_float_files_are_made_where_post_training_quantization_fails(stub: Stub,
 
 
 def test_options_of_int8_files_are_not_those_of_the_float_baseline() -> None:
-    options = {"tflite": {"io": "int8", "layout": "nhwc"}}
-    assert options_of("tflite", "int8", options) == options["tflite"]
-    assert options_of("tflite", "fp32", options) == {"layout": "nhwc"}
+    options = {"tflite": {"io": "int8", "scheme": "fp16"}}
+    assert options_of("tflite", "int8", options) == {"io": "int8"}
+    assert options_of("tflite", "fp32", options) == {"scheme": "fp16"}
     assert options_of("coreml", "fp32", options) == {}
 
 
@@ -614,7 +614,7 @@ def test_two_names_for_the_network_are_refused(stub: Stub, tmp_path: Path) -> No
         ({"targets": "tflite"}, "give a list"),
         ({"targets": ["tflite", "tflite"]}, "twice"),
         ({"targets": ["tflite"], "options": {"coreml": {}}}, "options are given for 'coreml'"),
-        ({"targets": ["tflite"], "options": {"tflite": {"float_io": True}}}, "no option 'float_io'; it has io, layout"),
+        ({"targets": ["tflite"], "options": {"tflite": {"float_io": True}}}, "no option 'float_io'; it has io, scheme"),
         ({"targets": ["tflite"], "options": {"tflite": {"io": "int4"}}}, "io='int4' is not one of"),
         (
             {"targets": ["coreml"], "options": {"coreml": {"minimum_ios": "18"}}},

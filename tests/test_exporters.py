@@ -31,6 +31,7 @@ from lightning_edge.exporters import (
     tflite,
 )
 from lightning_edge.exporters.base import Contents
+from lightning_edge.exporters.file_form import in_file_form
 from lightning_edge.exporters.staging import StagedPath
 from lightning_edge.measure import Tolerance
 from lightning_edge.network import Deployable, Inputs
@@ -127,9 +128,8 @@ def test_deployable_says_that_inputs_are_missing_or_too_many() -> None:
     [
         ("net.pte", {}, r"has the suffix '.pte'; tflite writes .tflite"),
         ("net", {}, r"has the suffix ''; tflite writes .tflite"),
-        ("net.tflite", {"quantise": True}, r"tflite has no option 'quantise'; it has io, layout"),
+        ("net.tflite", {"quantise": True}, r"tflite has no option 'quantise'; it has io, scheme"),
         ("net.tflite", {"io": "int4"}, r"io='int4' is not one of \('int8', 'float'\)"),
-        ("net.tflite", {"layout": "nchw "}, r"layout='nchw ' is not one of"),
         ("net.tflite", {"io": "int8"}, r"io='int8' needs an int8 network"),
         ("net.tflite", {"threads": 0}, r"threads=0 is not allowed; give 1 or more"),
     ],
@@ -308,7 +308,7 @@ def test_a_package_that_cannot_be_moved_leaves_the_old_one(tmp_path: Path, monke
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = tflite.write
-    writes(monkeypatch, lambda network, path: write(base.in_file_form(zeroed(SMALL)), path))
+    writes(monkeypatch, lambda network, path: write(in_file_form(zeroed(SMALL)), path))
     path = tmp_path / "net.tflite"
     path.write_bytes(b"old")
     with pytest.raises(
@@ -323,7 +323,7 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
 
 def test_an_int8_network_in_a_float_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = tflite.write
-    writes(monkeypatch, lambda network_, path: write(base.in_file_form(network(SMALL, "fp32")), path))
+    writes(monkeypatch, lambda network_, path: write(in_file_form(network(SMALL, "fp32")), path))
     with pytest.raises(ExportError, match=r"int8 but the file holds no int8 weights .* 2 x FULLY_CONNECTED"):
         export(network(SMALL, "int8"), "tflite", tmp_path / "net.tflite")
     assert left(tmp_path) == []

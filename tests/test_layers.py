@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A module imports from rows below its own and from its own room.
 ROWS = [
-    {"errors"},
+    {"errors", "interface"},
     {"schedule", "rendering", "monitor", "network", "mistakes", "anatomy", "budget", "macs", "provenance"},
     {"report", "surgery", "measure", "succession"},
     {"comparison"},
@@ -29,7 +29,7 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "rendering", "monitor", "report", "mistakes", "anatomy", "budget", "macs"}
-WITHOUT_TORCH |= {"provenance", "manifest"}
+WITHOUT_TORCH |= {"provenance", "manifest", "interface"}
 ROOMS = {
     "lightning": ("callbacks", "zoo", "tracking", "validation", "cli"),
     "jsonargparse": ("cli",),

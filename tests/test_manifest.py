@@ -18,6 +18,7 @@ from lightning_edge.anatomy import Endpoint, Placement, Placements
 from lightning_edge.budget import Excess, Verdict
 from lightning_edge.errors import EdgeError, ManifestError
 from lightning_edge.exporters import export, target
+from lightning_edge.interface import Interface
 from lightning_edge.manifest import NAME, SCHEMA, FileEntry, Manifest, check_path
 from lightning_edge.provenance import Commit, commit_of
 from lightning_edge.report import Report, Row
@@ -46,6 +47,7 @@ ROW = Row(
     sample=(Endpoint(None, (1, 640), "float32"),),
     placements=Placements("the runtime", (Placement("FULLY_CONNECTED", "delegate", 1, 2560),)),
     budget=Verdict("exceeded", (Excess("size_bytes", 50, 100),), ("peak_memory_bytes",)),
+    interface=Interface(inputs=("image",), layout="nhwc"),
     runtime="LiteRT",
 )
 MANIFEST = Manifest.of(
@@ -105,6 +107,11 @@ def test_a_row_without_a_file_has_no_entry() -> None:
         (changed(git={"commit": "c"}), "git lacks 'dirty'"),
         (changed(git={"commit": "c", "dirty": 1}), "git.dirty is 1 and not true or false"),
         (changed(versions={"torch": 2}), "versions.torch is 2 and not a text"),
+        (entry(interface={}), r"files\[0\].interface lacks 'inputs', 'outputs', 'layout'"),
+        (
+            entry(interface={"inputs": 1, "outputs": [], "layout": "nchw"}),
+            r"Interface\(inputs=1\): give a list",
+        ),
         (entry(size_bytes=-1), r"files\[0\].size_bytes is -1 and not a whole number of 0 or more"),
         (entry(size_bytes=True), r"files\[0\].size_bytes is True"),
         (entry(sha256="00"), r"files\[0\].sha256 is '00' and not 64 hexadecimal digits"),

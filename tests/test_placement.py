@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_edge import macs
 from lightning_edge.anatomy import Placement, Placements
 from lightning_edge.errors import ExportError
-from lightning_edge.exporters import ExportWarning, checks, contents_of, coreml_placement, deployable, stage
+from lightning_edge.exporters import ExportWarning, checks, contents_of, coreml_placement, deployable, export, stage
 from lightning_edge.exporters.floor import floor_bytes
 
 pytest.importorskip("litert_torch")
@@ -116,6 +116,8 @@ def test_export_fails_where_more_falls_back_than_allowed(tmp_path: Path, monkeyp
     )
     with pytest.raises(ExportError, match=message):
         stage(network("difference", "int8"), "tflite", path, max_fallback=0.1)
+    with pytest.raises(ExportError, match=r"max_fallback=0.1 allows 10.0%"):
+        export(network("difference", "int8"), "tflite", path, max_fallback=0.1)
     assert list(tmp_path.iterdir()) == []
     with (
         pytest.warns(ExportWarning, match="25.0% of the multiply-accumulates"),

@@ -120,19 +120,6 @@ def test_inputs_and_outputs_of_one_shape_keep_their_order(folder: Path) -> None:
     assert len(artifact(*parts)) == 12
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_images_may_have_their_channels_last(folder: Path, precision: Precision) -> None:
-    artifact, _ = written(folder, "two_inputs", precision, layout="nhwc")
-    shapes = sorted(tuple(int(size) for size in details["shape"]) for details in ends(artifact.path)[0])
-    assert shapes == [(1, 4), (1, 8, 8, 3)]
-    assert [spec.shape for spec in artifact.runner.inputs] == [(1, 3, 8, 8), (1, 4)]
-    assert (
-        artifact.contents.ops.get("TRANSPOSE", 0)
-        < written(folder, "two_inputs", precision)[0].contents.ops["TRANSPOSE"]
-    )
-    assert [spec.shape for spec in load(artifact.path).runner.inputs] == [(1, 3, 8, 8), (1, 4)]
-
-
 def test_integers_and_truth_values_are_taken(folder: Path) -> None:
     artifact, _ = written(folder, "tokens", "fp32")
     assert [spec.dtype for spec in artifact.runner.inputs] == [torch.int32, torch.bool]

@@ -19,6 +19,7 @@ from lightning_edge.errors import EdgeError, MissingExtraError
 from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures
 from lightning_edge.exporters import check_target_installed
 from lightning_edge.exporters.checks import check_share
+from lightning_edge.interface import Interface
 from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.monitor import Mode, Monitor, direction
 from lightning_edge.network import Inputs
@@ -60,6 +61,7 @@ class DeviceEvaluationCallback(Callback):
         budget: What a file may cost. One that costs more is kept, said to in the report, and warned of.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that a file may leave to its runtime's own CPU
             kernels; a target with more fails. Any if not given.
+        interface: How the files are called: names of inputs and outputs, layout.
 
     Attributes:
         report: The report of the last fit; ``None`` before, and on all processes but the first.
@@ -85,6 +87,7 @@ class DeviceEvaluationCallback(Callback):
         strict: bool = True,
         budget: Budget | None = None,
         max_fallback: float | None = None,
+        interface: Interface | None = None,
     ) -> None:
         check_targets(targets, options)
         check_split(split)
@@ -105,6 +108,7 @@ class DeviceEvaluationCallback(Callback):
         self.strict = strict
         self.budget = budget
         self.max_fallback = max_fallback
+        self.interface = interface
         self.report: Report | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,6 +188,7 @@ class DeviceEvaluationCallback(Callback):
             budget=self.budget,
             max_fallback=self.max_fallback,
             recipe=recipe_of(trainer),
+            interface=self.interface,
         )
 
     def _calibration(self, trainer: Trainer, pl_module: LightningModule) -> list[Inputs]:
