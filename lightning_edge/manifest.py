@@ -51,6 +51,7 @@ class FileEntry:
         runtime: What ran it.
         placements: Where its operations run.
         budget: Whether it keeps its budget, if there is one.
+        not_run: Why nothing could run the file where it was made, so that nothing is stated of what it computes.
     """
 
     path: str
@@ -71,6 +72,7 @@ class FileEntry:
     runtime: str | None
     placements: Placements | None
     budget: Verdict | None
+    not_run: str | None = None
 
     @classmethod
     def of(cls, row: Row) -> FileEntry:
@@ -97,6 +99,7 @@ class FileEntry:
             runtime=row.runtime,
             placements=row.placements,
             budget=row.budget,
+            not_run=row.not_run,
         )
 
 
@@ -258,6 +261,7 @@ def _file(value: Any, where: str) -> FileEntry:
         runtime=_optional(given["runtime"], str, f"{where}.runtime"),
         placements=_placements(given["placements"], f"{where}.placements"),
         budget=_verdict(given["budget"], f"{where}.budget"),
+        not_run=_optional(given["not_run"], str, f"{where}.not_run"),
     )
 
 

@@ -81,6 +81,7 @@ class Row:
         sample: What `load` takes for one sample, in the network's own layout.
         placements: Where the file's operations run.
         budget: Whether it keeps its budget, if there is one.
+        not_run: Why nothing on this machine could run the file, so that there is no number of what it computes.
     """
 
     target: str
@@ -118,6 +119,7 @@ class Row:
     sample: Sequence[Endpoint] = ()
     placements: Placements | None = None
     budget: Verdict | None = None
+    not_run: str | None = None
 
     @property
     def label(self) -> str:
