@@ -184,12 +184,13 @@ def stage(
         with writing(path):
             module.write(in_file_form(network, interface), place.staged, **options)
         contents = inspect_file(module, place.staged, path.name)
-        checks.check_contents(network, contents, target)
+        checks.check_contents(network, contents, target, wants_delegate=options.get("backend") != "portable")
         if scheme is not None:
             checks.tell_of(target, schemes.check_scheme(contents, scheme, target))
         contents = placed(module, place.staged, contents)
         checks.check_fallback(contents.placements, max_fallback, target)
         artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
+        checks.tell_not_run(artifact)
         return Staged(network, replace(artifact, floor_bytes=floor_bytes(network, scheme)), place)
     except BaseException:
         place.discard()
@@ -214,7 +215,9 @@ def export(
     """Write a network for a target, prove it, and put the file in place.
 
     The file is written beside ``path``, its own contents are inspected, it is loaded and run, and its outputs are
-    compared with the network's; only then does it replace what was at ``path``.
+    compared with the network's; only then does it replace what was at ``path``. A file that nothing on this machine
+    can run (ExecuTorch's for Core ML or Vulkan) is only inspected: that is an `ExportWarning`, its ``not_run`` says
+    why, and it has no ``agreement``.
 
     Args:
         model: A `Deployable`, a module trained with quantization (converted on a copy), or any module (exported in
@@ -246,6 +249,8 @@ def export(
     running: dict[str, Any] = {"threads": threads, "isolated": isolated, "time_limit_s": time_limit_s}
     running |= {"max_fallback": max_fallback, "interface": interface}
     with stage(model, target, path, inputs=inputs, **running, **options) as staged:
+        if staged.artifact.not_run is not None:
+            return staged.accept()
         agreement = checks.agreement_of(staged.network, staged.artifact, batches)
         scheme = options.get("scheme")
         allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))

@@ -48,6 +48,7 @@ class Contents:
         outputs: What it gives.
         placements: Where its operations run, as far as the file tells; ``None`` where it does not.
         interface: How it is called, as it was told when it was written.
+        delegates: What it hands operations to, where it can hold graphs for several.
     """
 
     int8_weight_bytes: int
@@ -66,6 +67,7 @@ class Contents:
     outputs: tuple[Endpoint, ...] = ()
     placements: Placements | None = None
     interface: Interface = field(default_factory=Interface)
+    delegates: tuple[str, ...] = ()
 
     @property
     def precision(self) -> Precision:
@@ -116,10 +118,11 @@ class Artifact:
         compressed_bytes: Bytes of a zip (deflate) of it, what an app download pays.
         contents: What the file says of itself.
         runner: Runs one sample.
-        load_ms: Wall time from the path to a runner that is ready, milliseconds.
+        load_ms: Wall time from the path to a runner that is ready, milliseconds; ``None`` where there is none.
         floor_bytes: Bytes that the values of the network it was written from need by themselves; ``None`` for a file
             that was only loaded.
         agreement: How far it lay from that network; ``None`` for a file that was not compared.
+        not_run: Why nothing on this machine can run it, and calling it is an error; ``None`` where it runs.
     """
 
     target: str
@@ -128,9 +131,10 @@ class Artifact:
     compressed_bytes: int
     contents: Contents
     runner: Runner = field(repr=False)
-    load_ms: float
+    load_ms: float | None
     floor_bytes: int | None = None
     agreement: Agreement | None = None
+    not_run: str | None = None
 
     @property
     def precision(self) -> Precision:
@@ -198,7 +202,8 @@ class Target(Protocol):
     A target may also say ``RUNTIME``, the modules that running a file takes, so that importing them is no part of
     loading it, and ``IN_PROCESS = True`` if this package's own code runs its files, which needs no process of its own.
     One whose runtime tells where it runs a file's operations may also offer ``placements(path)``, which gives
-    `Placements` or ``None``.
+    `Placements` or ``None``. One whose files may be for another machine offers ``not_run_here(contents)``, which says
+    why this one cannot run a file, or gives ``None``.
 
     Attributes:
         SUFFIX: Ending of its files.

@@ -82,24 +82,25 @@ def check_activations(network: Deployable, target: str, widths: Set[int]) -> Non
         )
 
 
-def check_contents(network: Deployable, contents: Contents, target: str) -> None:
+def check_contents(network: Deployable, contents: Contents, target: str, *, wants_delegate: bool = True) -> None:
     """Make sure that the file is of the network's precision and is delegated at all.
 
     Args:
         network: What was exported.
         contents: What the file says of itself.
         target: Name of the target, for the message.
+        wants_delegate: Whether a delegate was asked for at all.
 
     Raises:
         ExportError: If an int8 network became a file without int8 weights, or with more products in float than
             `float_products` of the network; or if nothing is handed to the target's delegate.
     """
-    if contents.delegated_ops == 0:
+    if wants_delegate and contents.delegated_ops == 0:
         raise ExportError(
             f"{target}: none of the file's operations ({_counted(contents.undelegated_ops or ())}) is handed to the "
             "delegate, so it would run on slow reference kernels. Use layers that the delegate has, or another target."
         )
-    if contents.undelegated_ops:
+    if wants_delegate and contents.undelegated_ops:
         names = _counted(contents.undelegated_ops)
         _warn(target, f"these operations run outside the delegate, on slower kernels: {names}")
     if network.precision == "fp32":
@@ -287,6 +288,16 @@ def _is_constant(value: Any) -> bool:
 def _counted(names: Iterable[str]) -> str:
     counts = names if isinstance(names, dict) else Counter(names)
     return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in sorted(counts.items())) or "none"
+
+
+def tell_not_run(artifact: Artifact) -> None:
+    """Warn of a file that cannot run here, if it is one: what it computes was not looked at."""
+    if artifact.not_run is not None:
+        _warn(
+            artifact.target,
+            f"{artifact.path.name} was written and its contents were checked, but it was NOT run: {artifact.not_run}. "
+            "Nothing shows that it computes what the network does",
+        )
 
 
 def tell_of(target: str, message: str | None) -> None:

@@ -1,12 +1,9 @@
-"""ExecuTorch: a ``.pte`` file for the XNNPACK delegate, run by ExecuTorch's runtime."""
+"""ExecuTorch: a ``.pte`` file for XNNPACK or another backend, run by ExecuTorch's runtime where that has it."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, final
@@ -14,9 +11,10 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from lightning_edge.errors import RunnerError, require
-from lightning_edge.exporters import float_layers, pte, xnnpack_forms
+from lightning_edge.errors import EdgeError, RunnerError, require
+from lightning_edge.exporters import executorch_backends, pte
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
+from lightning_edge.exporters.executorch_backends import XNNPACK, Backend
 from lightning_edge.network import Deployable
 
 SUFFIX = ".pte"
@@ -29,81 +27,49 @@ ACTIVATION_BITS = frozenset({8})
 
 Scheme = Literal["fp16", "int8_dynamic", "int4_dynamic"]
 
-_KEY_DIGITS = 16
+_DELEGATE_NAMES = {XNNPACK: "XNNPACK", "CoreMLBackend": "Core ML", "VulkanBackend": "Vulkan"}
 
 
-def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> None:
-    """Lower the network to the XNNPACK delegate and write it.
+def write(network: Deployable, path: Path, *, backend: Backend = "xnnpack", scheme: Scheme | None = None) -> None:
+    """Lower the network to a backend and write it.
 
     Args:
         network: The network; its sample says the shapes.
         path: Where to write, a path that does not exist yet.
-        scheme: How a float network's weights are stored: ``"fp16"``, which takes and gives float16 as well, or linear
-            layers in 8 or 4 bits with their activations quantized on the fly. XNNPACK has no kernels for integer
-            weights with float activations.
+        backend: What runs it: ``"xnnpack"`` on CPUs, ``"portable"`` with ExecuTorch's own kernels alone, for runtimes
+            without any delegate (float networks only), ``"coreml"`` on Apple's devices from iOS 17 on, ``"vulkan"`` on
+            the GPUs of Android.
+        scheme: How a float network's weights are stored, for XNNPACK: ``"fp16"``, which takes and gives float16 as
+            well, or linear layers in 8 or 4 bits with their activations quantized on the fly. XNNPACK has no kernels
+            for integer weights with float activations.
 
     Raises:
-        ExportError: If ExecuTorch refuses the network.
+        ExportError: If ExecuTorch refuses the network, or the backend cannot take it.
+        ValueError: If the scheme is not one of the backend's.
     """
     exir = require("executorch.exir", EXTRA)
-    partitioner = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", EXTRA)
+    executorch_backends.check(network, backend, scheme)
     try:
         with warnings.catch_warnings():
             # torch.export's own copying is deprecated by itself, once for every node.
             warnings.simplefilter("ignore", FutureWarning)
             if scheme is not None:
                 network = _in_scheme(network, scheme)
-            network.graph = float_layers.apart_for_xnnpack(network.graph)
-            program = xnnpack_forms.in_its_forms(network.program())
-            delegate = [partitioner.XnnpackPartitioner()]
-            with _short_keys():
-                edge = exir.to_edge_transform_and_lower(
-                    program, partitioner=delegate, constant_methods=network.interface.notes() or None
-                )
+            program = executorch_backends.program_of(network, backend)
+            notes = network.interface.notes() or None
+            with executorch_backends.lowering(backend) as partitioners:
+                edge = exir.to_edge_transform_and_lower(program, partitioner=partitioners, constant_methods=notes)
                 lowered = edge.to_executorch()
+    except EdgeError:
+        raise
     except Exception as error:
         raise explain(
-            "executorch",
+            "executorch" if backend == "xnnpack" else f"executorch, backend={backend!r}",
             error,
             "Replace that operation by one that ExecuTorch's core operator set has, or leave the target out.",
         ) from error
     with path.open("wb") as file:
         lowered.write_to_file(file)
-
-
-@final
-class _ShortHash:
-    """What the lowering calls ``hashlib`` for, with digests of 16 digits."""
-
-    @staticmethod
-    def sha256(data: bytes) -> _ShortHash:
-        """Take the data."""
-        made = _ShortHash()
-        made.digits = hashlib.sha256(data).hexdigest()[:_KEY_DIGITS]
-        return made
-
-    def hexdigest(self) -> str:
-        """Give the digits."""
-        return self.digits
-
-    digits = ""
-
-
-@contextmanager
-def _short_keys() -> Iterator[None]:
-    """Have XNNPACK's constants named by the first 16 digits of their SHA-256.
-
-    The file holds every name twice, three names a layer: with all 64 digits an int8 DS-CNN is 9 % larger. Programs of
-    one process may share constants by name, which 64 bits keep apart; within a file ExecuTorch itself refuses a name
-    that stands for two.
-    """
-    visitor: Any = require("executorch.backends.xnnpack.operators.node_visitor", EXTRA)
-    before = visitor.hashlib
-    visitor.hashlib = _ShortHash
-    try:
-        yield
-    finally:
-        visitor.hashlib = before
 
 
 def _in_scheme(network: Deployable, scheme: Scheme) -> Deployable:
@@ -127,9 +93,28 @@ def inspect(path: Path) -> Contents:
     """Read what the file holds.
 
     Raises:
-        ValueError: If it is not a whole ExecuTorch program for XNNPACK.
+        ValueError: If it is not a whole ExecuTorch program, or one for another delegate than those of `Backend`.
     """
     return pte.read(path)
+
+
+def not_run_here(contents: Contents) -> str | None:
+    """Say why the runtime of this machine cannot run a file; ``None`` where it can.
+
+    Args:
+        contents: What the file says of itself.
+    """
+    others = [name for name in contents.delegates if name != XNNPACK]
+    if not others:
+        return None
+    there = require(RUNTIME[0], EXTRA)._get_registered_backend_names()
+    missing = [name for name in others if name not in there]
+    if not missing:
+        return None
+    return (
+        f"ExecuTorch {version('executorch')} has no {' and no '.join(missing)} on this machine; a device whose runtime "
+        "was built with it runs the file"
+    )
 
 
 def open(path: Path, threads: int) -> Runner:
@@ -182,7 +167,9 @@ class _Runner:
         metadata = self._method.method_meta()
         self.inputs = tuple(_spec(metadata.input_tensor_meta(index)) for index in range(metadata.num_inputs()))
         count = "1 thread" if threads == 1 else f"{threads} threads"
-        self.runtime = f"ExecuTorch {version('executorch')}, XNNPACK, {count}"
+        delegates = [name for name in _DELEGATE_NAMES if name.encode() in self._data]
+        runs_on = ", ".join(_DELEGATE_NAMES[name] for name in delegates) or "portable kernels"
+        self.runtime = f"ExecuTorch {version('executorch')}, {runs_on}, {count}"
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one sample."""

@@ -18,6 +18,7 @@ from lightning_edge.exporters.base import (
     size_bytes,
 )
 from lightning_edge.exporters.isolated import DEFAULT_TIME_LIMIT_S, Isolated
+from lightning_edge.exporters.not_run import NotRun
 from lightning_edge.exporters.targets import TARGETS, target
 
 
@@ -92,6 +93,12 @@ def placed(module: Target, path: Path, contents: Contents) -> Contents:
     return contents if told is None else replace(contents, placements=told)
 
 
+def not_run_here(name: str, contents: Contents) -> str | None:
+    """Say why nothing on this machine can run a target's file of these contents; ``None`` where it can."""
+    ask = getattr(target(name), "not_run_here", None)
+    return None if ask is None else ask(contents)
+
+
 def open_file(
     name: str,
     path: Path,
@@ -100,12 +107,17 @@ def open_file(
     isolated: bool,
     time_limit_s: float,
 ) -> Artifact:
-    """Load a file whose contents are known; see `load`.
+    """Load a file whose contents are known; see `load`. One that nothing here can run is given without being loaded.
 
     Raises:
         RunnerError: If it does not load.
     """
     module = target(name)
+    if (reason := not_run_here(name, contents)) is not None:
+        waiting = NotRun(path.name, contents, reason)
+        return Artifact(
+            name, path, size_bytes(path), compressed_bytes(path), contents, waiting, load_ms=None, not_run=reason
+        )
     runner: Runner
     try:
         if isolated and not getattr(module, "IN_PROCESS", False):

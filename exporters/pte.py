@@ -1,25 +1,23 @@
-"""Read what an ExecuTorch file holds: its plan, and the graphs it hands to XNNPACK."""
+"""Read what an ExecuTorch file holds: its plan, and the graphs it hands to delegates, those of XNNPACK here."""
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning_edge import macs
-from lightning_edge.anatomy import Endpoint, Place, Placements
+from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import require
+from lightning_edge.exporters import pte_coreml, pte_vulkan
 from lightning_edge.exporters.base import Contents
+from lightning_edge.exporters.pte_tally import MOVES, Tally, decode
 from lightning_edge.interface import Interface
 
 # The one method that computes.
 METHOD = "forward"
-_XNNPACK = "XnnpackBackend"
 _NODE = "XNN"
 # XNNPACK's nodes that multiply by weights or matrices, with the fields of their two factors.
 _PRODUCTS = {
@@ -47,26 +45,8 @@ _DTYPES = {
     "DOUBLE": "float64",
 }
 _KERNEL_PRODUCTS = re.compile(r"aten::(convolution|linear|addmm|mm|bmm|baddbmm|matmul)\b")
-_KERNEL_MOVES = re.compile(
-    r"aten::(view|permute|transpose|t|clone|copy|slice|select|cat|expand|squeeze|unsqueeze|_to_copy|to|split|unbind|stack|"
-    r"alias|as_strided|full|full_like|arange|constant_pad_nd|detach|empty)(_copy)?\b"
-    r"|dim_order_ops::|quantized_decomposed::|executorch_prim::"
-)
-
-
-@dataclass
-class _Tally:
-    ops: Counter[str] = field(default_factory=Counter)
-    # By the constant's own name, since two graphs of one file may share it.
-    int8_weights: dict[str, int] = field(default_factory=dict)
-    int4_weights: dict[str, int] = field(default_factory=dict)
-    half_weights: dict[str, int] = field(default_factory=dict)
-    float_weights: dict[str, int] = field(default_factory=dict)
-    float_compute: list[str] = field(default_factory=list)
-    float_other: list[str] = field(default_factory=list)
-    delegated: int = 0
-    undelegated: list[str] = field(default_factory=list)
-    places: list[tuple[str, Place, int]] = field(default_factory=list)
+# A linear layer's weights are turned by a kernel of their own before the product.
+_KERNEL_TURNS = re.compile(r"aten::(permute|transpose|t)_copy\b")
 
 
 def read(path: Path) -> Contents:
@@ -76,20 +56,23 @@ def read(path: Path) -> Contents:
         path: The file.
 
     Raises:
-        ValueError: If the file is cut short, is not an ExecuTorch program, or holds a delegate other than XNNPACK.
+        ValueError: If the file is cut short, is not an ExecuTorch program, or holds a delegate that is not read here.
     """
     program = _program(path.read_bytes())
     interface = Interface.of_notes(_notes(program))
     main = next((plan for plan in program.execution_plan if plan.name == METHOD), program.execution_plan[0])
-    tally = _Tally()
+    tally = Tally()
+    delegates: list[str] = []
     planned = 0
     for plan in program.execution_plan:
         planned += sum(plan.non_const_buffer_sizes)
         for index, delegate in enumerate(plan.delegates):
-            if delegate.id != _XNNPACK:
-                raise ValueError(f"delegate {delegate.id!r} is not {_XNNPACK!r}, the only one this version reads")
+            if delegate.id not in _READERS:
+                known = ", ".join(map(repr, _READERS))
+                raise ValueError(f"delegate {delegate.id!r} is not one that this version reads: {known}")
             payload = bytes(program.backend_delegate_data[delegate.processed.index].data)
-            _count_graph(_graph(payload), f"{index}", tally)
+            _READERS[delegate.id](payload, f"{index}", tally)
+            delegates.append(delegate.id)
         for chain in plan.chains:
             for instruction in chain.instructions:
                 _count_kernel(plan, program, instruction.instr_args, tally)
@@ -108,6 +91,7 @@ def read(path: Path) -> Contents:
         outputs=_named(_endpoints(main, "outputs"), interface.outputs),
         placements=Placements.of("the file", tally.places),
         interface=interface,
+        delegates=tuple(dict.fromkeys(delegates)),
     )
 
 
@@ -153,23 +137,12 @@ def _program(data: bytes) -> Any:
 def _graph(payload: bytes) -> dict[str, Any]:
     """Decode one XNNPACK payload: a header, a flatbuffer, and what constants are not kept by name elsewhere."""
     xnnpack = require("executorch.backends.xnnpack.serialization.xnnpack_graph_serialize", "executorch")
-    flatbuffer = require("executorch.exir._serialize._flatbuffer", "executorch")
     header = xnnpack.XNNHeader.from_bytes(payload[: xnnpack.XNNHeader.EXPECTED_LENGTH])
     start = header.flatbuffer_offset
-    with tempfile.TemporaryDirectory() as folder:
-        schema, binary = Path(folder, "schema.fbs"), Path(folder, "graph.bin")
-        schema.write_bytes(xnnpack._get_schema_bytes())
-        binary.write_bytes(payload[start : start + header.flatbuffer_size])
-        flatbuffer._flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
-        text = Path(folder, "graph.json").read_text(encoding="utf-8", errors="replace")
-    # flatc writes infinities and not-a-number as C does, Python's json reads them as JavaScript does.
-    text = re.sub(r"(:|\[|,)(\s*)(-?)inf\b", r"\1\2\3Infinity", text)
-    graph = json.loads(re.sub(r"(:|\[|,)(\s*)-?nan\b", r"\1\2NaN", text))
-    assert isinstance(graph, dict)
-    return graph
+    return decode(xnnpack._get_schema_bytes(), payload[start : start + header.flatbuffer_size])
 
 
-def _count_graph(graph: dict[str, Any], name: str, tally: _Tally) -> None:
+def _count_graph(graph: dict[str, Any], name: str, tally: Tally) -> None:
     values: dict[int, tuple[str, int]] = {}
     shapes: dict[int, list[int]] = {}
     for value in graph["xvalues"]:
@@ -199,7 +172,7 @@ def _count_graph(graph: dict[str, Any], name: str, tally: _Tally) -> None:
             tally.float_other.append(kind)
 
 
-def _count_kernel(plan: Any, program: Any, call: Any, tally: _Tally) -> None:
+def _count_kernel(plan: Any, program: Any, call: Any, tally: Tally) -> None:
     if type(call).__name__ != "KernelCall":
         return
     operator = plan.operators[call.op_index]
@@ -213,12 +186,13 @@ def _count_kernel(plan: Any, program: Any, call: Any, tally: _Tally) -> None:
         return
     if _KERNEL_PRODUCTS.match(name):
         tally.float_compute.append(name)
+    elif not MOVES.match(name):
+        tally.float_other.append(name)
+    if _KERNEL_PRODUCTS.match(name) or _KERNEL_TURNS.match(name):
         for tensor in tensors:
             if tensor.data_buffer_idx and tensor.allocation_info is None and len(tensor.sizes) > 1:
                 size = len(program.constant_buffer[tensor.data_buffer_idx].storage)
                 tally.float_weights[f"constant:{tensor.data_buffer_idx}"] = size
-    elif not _KERNEL_MOVES.match(name):
-        tally.float_other.append(name)
 
 
 def _tensors(plan: Any, index: int) -> Iterator[Any]:
@@ -262,3 +236,10 @@ def _kernel_macs(name: str, plan: Any, arguments: Any) -> int:
         return macs.convolution(output, weight, weight[0])
     factor = shapes[1] if kind in ("addmm", "baddbmm") else shapes[0]
     return macs.product(shapes[-1], factor[-1])
+
+
+_READERS: dict[str, Callable[[bytes, str, Tally], None]] = {
+    "XnnpackBackend": lambda payload, name, tally: _count_graph(_graph(payload), name, tally),
+    "VulkanBackend": lambda payload, name, tally: pte_vulkan.count(payload, tally),
+    "CoreMLBackend": pte_coreml.count,
+}

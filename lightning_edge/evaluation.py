@@ -305,6 +305,11 @@ class _Evaluation:
                     staged = stack.enter_context(stage(network, target, path, **running, **options))
                 self._warnings += [f"{row.label}: {warning}" for warning in caught]
                 row = described(row, staged.artifact)
+                if staged.artifact.not_run is not None:
+                    # Its contents are all that can be told; the warning of it is among the report's.
+                    artifact = staged.accept()
+                    self._rows.append(replace(row, path=artifact.path.name, sha256=digest(artifact.path)))
+                    return
                 scales = network.output_scales if network.precision == "int8" else ()
                 comparison = Comparison(scales, class_scores=not reference.reconstructs)
                 metrics = self._validation.run(reference.answers(staged.artifact, comparison))

@@ -53,6 +53,7 @@ class FileEntry:
         placements: Where its operations run.
         budget: Whether it keeps its budget, if there is one.
         interface: How the file is called, beyond what `inputs` and `outputs` say.
+        not_run: Why nothing could run the file where it was made, so that nothing is stated of what it computes.
     """
 
     path: str
@@ -74,6 +75,7 @@ class FileEntry:
     placements: Placements | None
     budget: Verdict | None
     interface: Interface
+    not_run: str | None = None
 
     @classmethod
     def of(cls, row: Row) -> FileEntry:
@@ -101,6 +103,7 @@ class FileEntry:
             placements=row.placements,
             budget=row.budget,
             interface=row.interface or Interface(),
+            not_run=row.not_run,
         )
 
 
@@ -263,6 +266,7 @@ def _file(value: Any, where: str) -> FileEntry:
         placements=_placements(given["placements"], f"{where}.placements"),
         budget=_verdict(given["budget"], f"{where}.budget"),
         interface=_interface(given["interface"], f"{where}.interface"),
+        not_run=_optional(given["not_run"], str, f"{where}.not_run"),
     )
 
 

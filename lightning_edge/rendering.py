@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_edge.report import Report, Row
 
 _LEFT_OUT = "-"
+_NOT_RUN = "not run"
 # A terminal is narrow: the other metrics are in report.md.
 _METRICS_IN_TERMINAL = 2
 _FIDELITY_IN_TERMINAL = 4
@@ -58,6 +59,7 @@ def markdown(report: Report) -> str:
         lines += _markdown_table(["File", *_PLACE_HEADERS], [[row.label, *_place_cells(row)] for row in placed])
     for title, entries in (
         ("Budget", [f"{row.label}: {row.budget}" for row in files if row.budget is not None]),
+        ("Not run here", [f"{row.label}: {row.not_run}" for row in files if row.not_run is not None]),
         ("Failed", [f"{row.label}: {row.error}" for row in report.failures]),
         ("Warnings", report.warnings),
         ("Notes", report.notes),
@@ -76,7 +78,9 @@ def terminal_table(report: Report) -> Group:
     names = report.metric_names()[:_METRICS_IN_TERMINAL]
     notes = [f"* {_REFERENCE_FOOTNOTE}"] if any(row.is_reference for row in report.rows) else []
     notes += report.settings()
-    failures = [Text(f"{row.label} FAILED: {row.error}", style="red") for row in report.failures]
+    waiting = [row for row in report.rows if row.not_run is not None]
+    failures = [Text(f"{row.label} NOT RUN here: {row.not_run}", style="yellow") for row in waiting]
+    failures += [Text(f"{row.label} FAILED: {row.error}", style="red") for row in report.failures]
     files = [row for row in report.rows if row.target != "torch"]
     budget = ["In budget"] if any(row.budget is not None for row in files) else []
     sizes = [*names, *_SIZE_HEADERS, *budget]
@@ -128,6 +132,8 @@ def _short_label(row: Row) -> str:
 
 
 def _metric_cells(row: Row, names: Sequence[str]) -> list[str]:
+    if row.not_run is not None:
+        return [_NOT_RUN] * len(names)
     return [_number(row.metrics.get(name), 4) for name in names]
 
 
@@ -161,6 +167,8 @@ def _place_cells(row: Row) -> list[str]:
 
 
 def _speed_cells(row: Row, reference: str = "-*") -> list[str]:
+    if row.not_run is not None:
+        return [*[_NOT_RUN] * (len(_SPEED_HEADERS) - 1), _bytes(row.planned_memory_bytes)]
     return [
         reference if row.is_reference else _number(row.p50_ms, 3),
         _number(row.p95_ms, 3),
@@ -173,12 +181,15 @@ def _speed_cells(row: Row, reference: str = "-*") -> list[str]:
 
 
 def _fidelity_cells(row: Row) -> list[str]:
-    return [
+    agreement = [
         _percent(row.top1),
         _number(row.max_steps, 2),
         _number(row.most_steps, 2),
         _number(row.mean_steps, 4),
         _LEFT_OUT if row.max_relative is None else f"{row.max_relative:.1e}",
+    ]
+    return [
+        *(agreement if row.not_run is None else [_NOT_RUN] * len(agreement)),
         _percent(row.int8_weight_share),
         _LEFT_OUT if row.delegated_ops is None else str(row.delegated_ops),
         _listed(row.undelegated_ops),

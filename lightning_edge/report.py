@@ -83,6 +83,7 @@ class Row:
         placements: Where the file's operations run.
         budget: Whether it keeps its budget, if there is one.
         interface: How the file is called, as it says.
+        not_run: Why nothing on this machine could run the file, so that there is no number of what it computes.
     """
 
     target: str
@@ -121,6 +122,7 @@ class Row:
     placements: Placements | None = None
     budget: Verdict | None = None
     interface: Interface | None = None
+    not_run: str | None = None
 
     @property
     def label(self) -> str:

@@ -57,6 +57,7 @@ def described(row: Row, artifact: Artifact) -> Row:
         sample=sample_of(artifact),
         placements=contents.placements,
         interface=contents.interface,
+        not_run=artifact.not_run,
     )
 
 
@@ -110,7 +111,7 @@ def judged(rows: Sequence[Row], budget: Budget | None, monitor: Monitor | None) 
 
 def _measured(row: Row, before: Mapping[str, float], monitor: Monitor | None) -> dict[str, float | None]:
     """What a budget can limit; the speed of a reference interpreter is none."""
-    timed = not row.is_reference
+    timed = not row.is_reference and row.not_run is None
     drop = None
     if monitor is not None and monitor.metric in before and monitor.metric in row.metrics:
         gained = row.metrics[monitor.metric] - before[monitor.metric]

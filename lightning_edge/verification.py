@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +16,7 @@ from lightning_edge import exporters
 from lightning_edge.anatomy import Endpoint
 from lightning_edge.errors import EdgeError, ManifestError
 from lightning_edge.exporters.base import size_bytes
+from lightning_edge.exporters.loading import not_run_here
 from lightning_edge.manifest import FileEntry, Manifest
 from lightning_edge.report import digest
 from lightning_edge.rows import sample_of
@@ -58,6 +59,7 @@ def verify(folder: str | Path) -> list[Finding]:
     Each has to be there, with the digest and the bytes that are stated, and hold what is stated: precision, inputs and
     outputs with their names, shapes, types and quantization, read from the file again. Then it is loaded and run on a
     sample of the stated shape. A file whose digest differs is looked into but not run: it is not what was proven.
+    Nor is one that nothing on this machine can run: no finding, but no proof either, see `not_run`.
 
     Args:
         folder: The folder.
@@ -84,8 +86,32 @@ def unlisted(folder: str | Path) -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir() if path.suffix in suffixes and path.name not in known)
 
 
-def table(manifest: Manifest, findings: Sequence[Finding]) -> Table:
-    """Draw what was looked at and what was found, as a table of the `rich` package."""
+def not_run(folder: str | Path) -> dict[str, str]:
+    """Say of each file of a folder that nothing on this machine can run why that is, by its path.
+
+    Raises:
+        ManifestError: If there is no manifest, or it cannot be used.
+    """
+    folder = Path(folder)
+    found = {}
+    for entry in Manifest.read(folder).files:
+        try:
+            reason = not_run_here(entry.target, exporters.contents_of(folder / entry.path))
+        except (EdgeError, ValueError):
+            continue  # a finding of `verify`
+        if reason is not None:
+            found[entry.path] = reason
+    return found
+
+
+def table(manifest: Manifest, findings: Sequence[Finding], waiting: Collection[str] = ()) -> Table:
+    """Draw what was looked at and what was found, as a table of the `rich` package.
+
+    Args:
+        manifest: What is stated.
+        findings: What is not so.
+        waiting: Paths of files that were not run, since nothing here can.
+    """
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -96,6 +122,8 @@ def table(manifest: Manifest, findings: Sequence[Finding]) -> Table:
         failed = {finding.check for finding in findings if finding.path == entry.path}
         skipped = _skipped(failed)
         cells = ["FAILED" if check in failed else "-" if check in skipped else "ok" for check in CHECKS]
+        if entry.path in waiting and cells[-1] == "ok":
+            cells[-1] = "not run"
         drawn.add_row(entry.path, *cells, style="red" if failed else None)
     return drawn
 
@@ -159,6 +187,8 @@ def _run(path: Path, entry: FileEntry) -> Iterator[Finding]:
         if takes != _listed(entry.sample):
             yield Finding(entry.path, "runs", f"to be called with {_listed(entry.sample)}", takes, _AGAIN)
             return
+        if artifact.not_run is not None:
+            return
         outputs = artifact.run([_sample(endpoint) for endpoint in entry.sample])
     except (EdgeError, ValueError) as error:
         advice = "Install what its runtime needs, or export it again"
@@ -210,11 +240,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(arguments).folder
     try:
         manifest, others = Manifest.read(folder), unlisted(folder)
-        findings = verify(folder)
+        findings, waiting = verify(folder), not_run(folder)
     except ManifestError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    Console().print(table(manifest, findings))
+    Console().print(table(manifest, findings, waiting))
+    for path, reason in waiting.items():
+        print(f"{path} was not run: {reason}")
     if others:
         print(f"not in the manifest, and not looked at: {', '.join(others)}")
     for finding in findings:

@@ -225,6 +225,7 @@ class Stub:
         self.refusal: Exception | None = None
         self.warning: str | None = None
         self.is_reference = False
+        self.not_run: str | None = None
 
     def module(self) -> ModuleType:
         module = ModuleType("stub_target")
@@ -253,6 +254,7 @@ class Stub:
             write=write,
             inspect=inspect,
             open=open_file,
+            not_run_here=lambda contents: self.not_run,
         )
         return module
 
@@ -361,6 +363,23 @@ def test_reference_interpreter_has_no_latency(stub: Stub, tmp_path: Path) -> Non
     report = evaluate(tmp_path)
     assert report.rows[1].p50_ms is None
     assert "-\\*" in report.to_markdown()
+
+
+def test_a_file_that_cannot_run_here_is_kept_and_has_no_numbers_of_what_it_computes(stub: Stub, tmp_path: Path) -> None:
+    stub.not_run = "there is no stub on this machine"
+    budget = Budget(size_bytes=1000, latency_p95_ms=1000.0, load_ms=1000.0)
+    with pytest.warns(ExportWarning, match="it was NOT run: there is no stub on this machine"):
+        report = evaluate(tmp_path, budget=budget)
+    row = report.rows[1]
+    assert (row.error, row.not_run, row.size_bytes) == (None, stub.not_run, 1)
+    assert row.metrics == {}
+    assert {row.samples, row.top1, row.max_relative, row.p50_ms, row.load_ms, row.peak_memory_bytes} == {None}
+    assert row.within_budget is None
+    assert (tmp_path / "model-fp32.stub").is_file()
+    assert "edge/stub/fp32_val_acc" not in report.metrics()
+    assert any("NOT run" in warning for warning in report.warnings)
+    (entry,) = Manifest.read(tmp_path).files
+    assert (entry.not_run, entry.agreement, entry.latency, entry.metrics) == (stub.not_run, {}, {}, {})
 
 
 def test_module_without_a_step_has_agreement_and_latency_and_a_note(stub: Stub, tmp_path: Path) -> None:

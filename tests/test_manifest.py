@@ -119,6 +119,7 @@ def test_a_row_without_a_file_has_no_entry() -> None:
         (entry(inputs=[{"name": None}]), r"files\[0\].inputs\[0\] lacks 'shape'"),
         (entry(metrics={"val_acc": "0.9"}), r"files\[0\].metrics.val_acc is '0.9' and not a finite number"),
         (entry(path="../model.tflite"), "leaves the folder"),
+        (entry(not_run=True), r"files\[0\].not_run is True and not a text"),
         (changed(files=entry()["files"] * 2), "'model-int8.tflite' is named twice"),
     ],
 )

@@ -138,6 +138,24 @@ def test_markdown_shows_no_latency_of_a_reference_and_says_why() -> None:
     assert "says nothing about the target" not in replace(REPORT, rows=(ROWS[0], ROWS[3])).to_markdown()
 
 
+def test_a_file_that_was_not_run_says_so_in_place_of_numbers() -> None:
+    row = Row("executorch", "int8", "trained", size_bytes=100, planned_memory_bytes=64, not_run="there is no | GPU")
+    report = replace(REPORT, rows=(*ROWS[:3], row))
+    lines = report.to_markdown().splitlines()
+    first, second = [line for line in lines if line.startswith("| executorch int8 (trained)")]
+    head = next(line for line in lines if line.startswith("| Candidate"))
+    assert first.count("|") == head.count("|")
+    assert first.split(" | ")[1:3] == ["not run", "not run"]  # its metrics
+    assert first.endswith("| 100 | - | - |" + " not run |" * 6 + " 64 |")
+    assert second.startswith("| executorch int8 (trained) |" + " not run |" * 5 + " - |")
+    assert "- executorch int8 (trained): there is no | GPU" in lines[lines.index("## Not run here") :]
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(report.table())
+    assert "executorch int8 (trained) NOT RUN here: there is no | GPU" in captured.get()
+    assert report.failures == []
+
+
 def test_markdown_says_what_failed_and_how_it_was_measured() -> None:
     text = REPORT.to_markdown()
     for part in (
