@@ -10,7 +10,7 @@ from typing import Any
 from lightning_edge.anatomy import Endpoint
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.base import Contents
-from lightning_edge.exporters.onnx_graph import VIEWS, Graph, all_nodes
+from lightning_edge.exporters.onnx_graph import VIEWS, Graph, all_nodes, attribute
 from lightning_edge.interface import Interface
 
 _EXTRA = "onnx"
@@ -44,6 +44,7 @@ _INT8_KERNELS = frozenset(
         "MatMul",
         "MaxPool",
         "Mul",
+        "Resize",
         "Sigmoid",
         "Softmax",
         "Where",
@@ -164,7 +165,10 @@ def _runs_in_int8(graph: Graph, node: Any) -> bool:
         return True
     if node.op_type not in _INT8_KERNELS:
         return False
-    floats = [name for name in node.input if name]
+    if node.op_type == "Resize" and attribute(node, "mode", b"nearest") != b"nearest":
+        return False
+    # A resize is told its sizes by its other inputs.
+    floats = [name for name in (node.input[:1] if node.op_type == "Resize" else node.input) if name]
     return all(_is_dequantized(graph, name) for name in floats) and all(
         _is_quantized(graph, name) for name in node.output if name
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 
+from lightning_edge.exporters.onnx_equivalents import subtractions, transposed_convolutions
 from lightning_edge.exporters.onnx_graph import Array, Graph, attribute, set_attribute
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -19,9 +20,10 @@ _PRODUCTS = frozenset({*_LAYERS, "MatMul"})
 
 
 def rewrite(model: Any) -> None:
-    """Apply every function of this module to a model, in place."""
+    """Apply every function of this module, and of `onnx_equivalents`, to a model, in place."""
     graph = Graph(model)
-    for step in (repeats, averages, paddings, activations, linears, integer_biases, unsigned, zero_points):
+    steps = (repeats, averages, paddings, activations, linears, integer_biases, unsigned)
+    for step in (*steps, subtractions, transposed_convolutions, zero_points):
         step(graph)
         graph.settle()
 

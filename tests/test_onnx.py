@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import lightning as L
 import pytest
@@ -209,6 +210,73 @@ def test_a_bias_beyond_int32_is_kept(tmp_path: Path) -> None:
     values = 1e-3 * torch.randn(8, 4)
     artifact = export(quantize(Faint().eval(), [values]), "onnx", tmp_path / "net.onnx", batches=[values])
     torch.testing.assert_close(artifact(values)[0][:, 1], torch.full((8,), 50.0), atol=0.5, rtol=0)
+
+
+@final
+class Between(nn.Module):
+    """An operation between two convolutions."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all three."""
+        outputs: Tensor = self.after(self.operation(self.before(x)))
+        return outputs
+
+
+def in_int8(operation: Callable[[Tensor], Tensor], path: Path) -> Artifact:
+    torch.manual_seed(0)
+    images = [torch.randn(4, 3, 7, 6)]
+    return export(quantize(Between(operation).eval(), images), "onnx", path, batches=images)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x: x - x.relu(), lambda x: x - 1.5, lambda x: x - x.mean((2, 3), keepdim=True), lambda x: x - x * x],
+    ids=["activations", "number", "image", "square"],
+)
+def test_differences_are_sums_on_int8_kernels(tmp_path: Path, operation: Callable[[Tensor], Tensor]) -> None:
+    artifact = in_int8(operation, tmp_path / "difference.onnx")
+    assert artifact.contents.float_ops == ()
+    assert "Sub" not in artifact.contents.ops
+    assert kernels(artifact.path)["QLinearAdd"] == 1
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps == 0
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"kernel_size": 2, "stride": 2},
+        {"kernel_size": 4, "stride": 2, "padding": 1, "bias": False},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        {"kernel_size": 3, "padding": 1, "groups": 2},
+        {"kernel_size": (5, 4), "stride": 3, "padding": (2, 1), "groups": 8},
+    ],
+    ids=str,
+)
+def test_transposed_convolutions_are_convolutions_on_int8_kernels(tmp_path: Path, layer: dict[str, Any]) -> None:
+    artifact = in_int8(nn.ConvTranspose2d(8, 8, **layer), tmp_path / "transposed.onnx")
+    assert artifact.contents.float_compute_ops == ()
+    assert kernels(artifact.path)["QLinearConv"] == 3
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps == 0
+
+
+@pytest.mark.parametrize("layer", [{"dilation": 2}, {"stride": (1, 2)}], ids=str)
+def test_a_transposed_convolution_that_cannot_be_one_is_refused(tmp_path: Path, layer: dict[str, Any]) -> None:
+    with pytest.raises(ExportError, match=r"transposed convolution in int8.*without dilation.*Keep it in float"):
+        in_int8(nn.ConvTranspose2d(8, 8, 3, **layer), tmp_path / "transposed.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_repeating_pixels_computes_nothing_in_float(tmp_path: Path) -> None:
+    artifact = in_int8(nn.Upsample(scale_factor=2.0), tmp_path / "larger.onnx")
+    assert artifact.contents.float_ops == ()
+    assert kernels(artifact.path)["QuantizeLinear"] == 1
 
 
 def test_an_output_that_is_given_twice_or_is_an_input(tmp_path: Path) -> None:
