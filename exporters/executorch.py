@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.errors import EdgeError, RunnerError, require
-from lightning_edge.exporters import executorch_backends, pte
+from lightning_edge.exporters import checks, executorch_backends, pte
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
 from lightning_edge.exporters.executorch_backends import XNNPACK, Backend
 from lightning_edge.network import Deployable
@@ -27,10 +27,19 @@ ACTIVATION_BITS = frozenset({8})
 
 Scheme = Literal["fp16", "int8_dynamic", "int4_dynamic"]
 
+# Weights of a row that share a scale, in XNNPACK's 4-bit kernels: this many or a multiple.
+_GROUP = 32
 _DELEGATE_NAMES = {XNNPACK: "XNNPACK", "CoreMLBackend": "Core ML", "VulkanBackend": "Vulkan"}
 
 
-def write(network: Deployable, path: Path, *, backend: Backend = "xnnpack", scheme: Scheme | None = None) -> None:
+def write(
+    network: Deployable,
+    path: Path,
+    *,
+    backend: Backend = "xnnpack",
+    scheme: Scheme | None = None,
+    group_size: int | None = _GROUP,
+) -> None:
     """Lower the network to a backend and write it.
 
     Args:
@@ -42,11 +51,14 @@ def write(network: Deployable, path: Path, *, backend: Backend = "xnnpack", sche
         scheme: How a float network's weights are stored, for XNNPACK: ``"fp16"``, which takes and gives float16 as
             well, or linear layers in 8 or 4 bits with their activations quantized on the fly. XNNPACK has no kernels
             for integer weights with float activations.
+        group_size: With ``"int4_dynamic"``, how many weights of a row share a scale, a multiple of 32; ``None`` for one
+            scale a channel. Layers whose inputs it does not divide stay float.
 
     Raises:
         ExportError: If ExecuTorch refuses the network, or the backend cannot take it.
-        ValueError: If the scheme is not one of the backend's.
+        ValueError: If the scheme is not one of the backend's, or there are no groups of that size.
     """
+    _check_groups(group_size, scheme)
     exir = require("executorch.exir", EXTRA)
     executorch_backends.check(network, backend, scheme)
     try:
@@ -54,7 +66,7 @@ def write(network: Deployable, path: Path, *, backend: Backend = "xnnpack", sche
             # torch.export's own copying is deprecated by itself, once for every node.
             warnings.simplefilter("ignore", FutureWarning)
             if scheme is not None:
-                network = _in_scheme(network, scheme)
+                network = _in_scheme(network, scheme, group_size)
             program = executorch_backends.program_of(network, backend)
             notes = network.interface.notes() or None
             with executorch_backends.lowering(backend) as partitioners:
@@ -72,19 +84,44 @@ def write(network: Deployable, path: Path, *, backend: Backend = "xnnpack", sche
         lowered.write_to_file(file)
 
 
-def _in_scheme(network: Deployable, scheme: Scheme) -> Deployable:
+def _check_groups(group_size: int | None, scheme: Scheme | None) -> None:
+    if group_size is None:
+        return
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < _GROUP or group_size % _GROUP:
+        raise ValueError(
+            f"executorch: group_size={group_size!r} is not allowed: XNNPACK's 4-bit kernels take groups of a multiple "
+            f"of {_GROUP} inputs. Give {_GROUP}, {2 * _GROUP}, ... or None for one scale a channel"
+        )
+    if group_size != _GROUP and scheme != "int4_dynamic":
+        raise ValueError(
+            f"executorch: group_size={group_size!r} says something of scheme='int4_dynamic' only, and this is "
+            f"scheme={scheme!r}; leave one out"
+        )
+
+
+def _in_scheme(network: Deployable, scheme: Scheme, group_size: int | None) -> Deployable:
     """Give a copy of a float network with other weights."""
     graph = copy.deepcopy(network.graph)
     if scheme == "fp16":
         halved = network.inputs.map(lambda tensor: tensor.half() if tensor.is_floating_point() else tensor)
         return Deployable(graph.half(), halved, network.precision, interface=network.interface)
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
-    from torchao.quantization.granularity import PerAxis
+    from torchao.quantization.granularity import PerAxis, PerGroup
 
     dtype = getattr(torch, scheme.split("_")[0])  # torch.int4 is not in torch's own types
-    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=PerAxis(0))
-    # XNNPACK takes 4-bit weights in groups of 32 inputs; check_scheme tells of what stays float.
-    inputs = 32 if scheme.startswith("int4") else 1
+    is_int4 = scheme == "int4_dynamic"
+    # XNNPACK takes 4-bit weights of rows of a multiple of 32 inputs, also where a row has one scale.
+    inputs = (group_size or _GROUP) if is_int4 else 1
+    granularity = PerGroup(group_size) if is_int4 and group_size is not None else PerAxis(0)
+    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
+    uneven = [
+        f"{name.removeprefix('network.')!r} ({module.in_features} inputs)"
+        for name, module in graph.named_modules()
+        if isinstance(module, nn.Linear) and module.in_features % inputs
+    ]
+    if uneven:
+        told = f"the inputs of {', '.join(uneven)} are no multiple of {inputs}, and these layers stay float"
+        checks.tell_of("executorch", told)
     quantize_(graph, config, lambda module, _: isinstance(module, nn.Linear) and module.in_features % inputs == 0)
     return Deployable(graph, network.inputs, network.precision, interface=network.interface)
 

@@ -18,6 +18,9 @@ TARGETS = {
     "onnx": "lightning_edge.exporters.onnx",
 }
 
+# Options that say how a float network's weights are stored.
+_OF_SCHEMES = frozenset({"scheme", "group_size", "block_size"})
+
 
 def target(name: str) -> Target:
     """Import a target's module.
@@ -79,5 +82,5 @@ def options_of(name: str, precision: Precision, options: Mapping[str, Mapping[st
     if precision == "fp32" and chosen:
         chosen = {option: value for option, value in chosen.items() if option not in target(name).INT8_OPTIONS}
     if precision == "int8":
-        chosen.pop("scheme", None)
+        chosen = {option: value for option, value in chosen.items() if option not in _OF_SCHEMES}
     return chosen

@@ -17,6 +17,7 @@ from lightning_edge.exporters import ExportWarning, export, options_of, schemes,
 from lightning_edge.exporters.base import Contents
 from lightning_edge.measure import Tolerance
 from lightning_edge.quantization import quantize
+from lightning_edge.zoo.digits import DigitsDataModule
 
 SUFFIXES = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite", "onnx": ".onnx"}
 TAKEN = {
@@ -170,3 +171,70 @@ def test_a_file_that_is_float_after_all_is_caught() -> None:
     for scheme in get_args(schemes.Scheme):
         with pytest.raises(ExportError, match=r"no weight .*.100 bytes are float"):
             schemes.check_scheme(Contents(int8_weight_bytes=0, float_weight_bytes=100, ops={}), scheme, "tflite")
+
+
+@cache
+def trained() -> tuple[nn.Module, Tensor]:
+    """A network of wide linear layers trained on handwritten digits, and those it was not trained on."""
+    pytest.importorskip("sklearn")
+    data = DigitsDataModule(batch_size=2000)
+    data.setup("fit")
+    images, labels = next(iter(data.train_dataloader()))
+    others, _ = next(iter(data.val_dataloader()))
+    # Rows of 576 weights: among 64 a scale of its own for each 32 is as often worse as better.
+    images, others = (nn.functional.interpolate(part, scale_factor=3, mode="bilinear") for part in (images, others))
+    torch.manual_seed(0)
+    layers = [nn.Linear(576, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    network = nn.Sequential(nn.Flatten(), *layers)
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    return network.eval(), others
+
+
+def error_of(group_size: int | None, folder: Path) -> tuple[float, Contents]:
+    """Root mean square difference of a file's outputs over that of the outputs, and what the file holds."""
+    network, x = trained()
+    path = folder / f"{group_size}.pte"
+    options: dict[str, Any] = {"scheme": "int4_dynamic", "group_size": group_size}
+    artifact = export(network, "executorch", path, inputs=x, batches=[x[:8]], isolated=False, **options)
+    with torch.no_grad():
+        reference = network(x)
+    return float((artifact(x)[0] - reference).norm() / reference.norm()), artifact.contents
+
+
+def test_groups_of_four_bit_weights_are_nearer_than_one_scale_a_channel(tmp_path: Path) -> None:
+    by_channel, plain = error_of(None, tmp_path)
+    in_groups, grouped = error_of(32, tmp_path)
+    assert grouped.int4_weight_bytes == plain.int4_weight_bytes == (576 * 256 + 256 * 256 + 256 * 10) // 2
+    assert grouped.float_weight_bytes == 0
+    assert in_groups < 0.75 * by_channel
+
+
+def test_layers_that_the_groups_do_not_divide_stay_float_and_are_named(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExportWarning)
+        artifact = export(
+            mlp(), "executorch", tmp_path / "net.pte", inputs=samples(), scheme="int4_dynamic", group_size=64
+        )
+    told = [str(warning.message) for warning in caught if issubclass(warning.category, ExportWarning)]
+    assert "executorch: the inputs of '2' (32 inputs) are no multiple of 64, and these layers stay float" in told
+    assert artifact.contents.int4_weight_bytes == 64 * 32 // 2
+    assert artifact.contents.float_weight_bytes == 4 * 32 * 8
+
+
+@pytest.mark.parametrize("group_size", [0, 16, 48, -32, True, 32.0])
+def test_groups_that_xnnpack_does_not_have_are_refused(group_size: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"scheme": "int4_dynamic", "group_size": group_size}
+    with pytest.raises(ValueError, match=r"group_size=.* is not allowed: .* multiple of 32 inputs.*or None"):
+        export(mlp(), "executorch", tmp_path / "net.pte", inputs=samples(), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_groups_are_of_four_bits_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"group_size=64 says something of scheme='int4_dynamic' only"):
+        export(mlp(), "executorch", tmp_path / "net.pte", inputs=samples(), scheme="int8_dynamic", group_size=64)
+    given = {"executorch": {"scheme": "int4_dynamic", "group_size": 64, "backend": "xnnpack"}}
+    assert options_of("executorch", "int8", given) == {"backend": "xnnpack"}
