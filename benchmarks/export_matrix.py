@@ -43,9 +43,8 @@ contents and run. The table is about conversion, not accuracy.
 - **float**: operations of an int8 file that compute in float.
 - **outside**: share of the multiply-accumulates that run outside the target's delegate, as far as runtime or file tell.
 - **int8 / fp32**: median latency of the int8 file over that of the float file on the same runtime, {repeats} calls of
-  each in turn, one thread, in a process of each, on a shared machine; for an int8 `.tflite` it includes quantizing the
-  input in NumPy, which is most of it for a tiny network. Core ML's is not measured, its packages run in the reference
-  interpreter.
+  each in turn, one thread, in a process of each, on a shared machine. Core ML's is not measured, its packages run in
+  the reference interpreter.
 - **s**: seconds to export, the network being converted already.
 
 `hf_*` are small networks built from `transformers` configurations.

@@ -8,10 +8,10 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from lightning_edge.exporters.front import as_file_takes, network_shape
 from lightning_edge.interface import Interface
 from lightning_edge.measure import Agreement
 from lightning_edge.network import Deployable, Inputs, Precision
+
+Result = TypeVar("Result")
 
 _OPERATOR = re.compile(r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*")
 
@@ -187,13 +189,31 @@ class Artifact:
         Raises:
             RunnerError: If it fails to run.
         """
+        return self.guarded(lambda: self.runner(tensors))
+
+    def guarded(self, call: Callable[[], Result]) -> Result:
+        """Make a call of the runner.
+
+        Raises:
+            RunnerError: If it fails, whatever the runtime raises.
+        """
         try:
             with torch.no_grad():
-                return self.runner(tensors)
+                return call()
         except EdgeError:
             raise
         except Exception as error:
             raise RunnerError(f"{self.path.name} failed in {self.runner.runtime}: {first_line(error)}") from error
+
+
+def held_call(runner: Runner, tensors: list[Tensor]) -> Callable[[], object]:
+    """Give a call of a runner on one sample, to be timed.
+
+    A runner may offer ``hold(tensors)``, which does beforehand what is this package's own and no part of the file: an
+    app that has int8 values does not quantize any.
+    """
+    hold: Callable[[list[Tensor]], Callable[[], object]] | None = getattr(runner, "hold", None)
+    return (lambda: runner(tensors)) if hold is None else hold(tensors)
 
 
 class Target(Protocol):

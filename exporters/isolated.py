@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_edge import errors
 from lightning_edge.errors import RunnerError
 from lightning_edge.exporters import messages
-from lightning_edge.exporters.base import Artifact, TensorSpec
+from lightning_edge.exporters.base import Artifact, TensorSpec, held_call
 from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.measure import stopwatch
 
@@ -189,7 +189,7 @@ def timed_call(artifact: Artifact, tensors: list[Tensor]) -> Callable[[], int]:
     """Give a function that runs a file once and tells how many nanoseconds that took.
 
     A file in a process of its own is timed there, on a sample that lies there: what it takes to ask is no part of it,
-    and neither is what makes of the network's inputs those of the file (`Artifact.ready`).
+    and neither is what makes of the network's inputs those of the file (`Artifact.ready`, `held_call`).
 
     Args:
         artifact: The file.
@@ -201,7 +201,8 @@ def timed_call(artifact: Artifact, tensors: list[Tensor]) -> Callable[[], int]:
     ready = artifact.ready(tensors)
     if isinstance(artifact.runner, Isolated):
         return artifact.runner.timed(ready)
-    return stopwatch(lambda: artifact.run_ready(ready))
+    call = held_call(artifact.runner, ready)
+    return stopwatch(lambda: artifact.guarded(call))
 
 
 def peak_memory_bytes(artifact: Artifact) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from importlib.metadata import version
@@ -196,6 +196,20 @@ class _Runner:
         self._interpreter.invoke()
         return [_dequantize(self._interpreter.get_tensor(details["index"]), details) for details in self._outs]
 
+    def hold(self, tensors: list[Tensor]) -> Callable[[], object]:
+        """Quantize one sample, and give the call that an app makes: values in the file's own types in and out."""
+        arrays = [
+            (details["index"], _array(tensor, details)) for tensor, details in zip(tensors, self._ins, strict=True)
+        ]
+
+        def call() -> list[Any]:
+            for index, array in arrays:
+                self._interpreter.set_tensor(index, array)
+            self._interpreter.invoke()
+            return [self._interpreter.get_tensor(details["index"]) for details in self._outs]
+
+        return call
+
     def intermediates(self, tensors: list[Tensor]) -> list[Intermediate]:
         """Run on one sample and give the quantized values inside the file.
 
@@ -220,7 +234,7 @@ class _Runner:
 
     def _feed(self, interpreter: Any, tensors: list[Tensor]) -> None:
         for tensor, details in zip(tensors, self._ins, strict=True):
-            interpreter.set_tensor(details["index"], _quantize(tensor, details).contiguous().numpy())
+            interpreter.set_tensor(details["index"], _array(tensor, details))
 
     def _spec(self, details: Any) -> TensorSpec:
         shape = tuple(int(size) for size in details["shape"])
@@ -235,6 +249,10 @@ def _torch_type(details: Any) -> torch.dtype:
 
 def _scale(details: Any) -> float:
     return float(details["quantization"][0])
+
+
+def _array(tensor: Tensor, details: Any) -> Any:
+    return _quantize(tensor, details).contiguous().numpy()
 
 
 def _quantize(tensor: Tensor, details: Any) -> Tensor:

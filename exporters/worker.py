@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_edge.errors import EdgeError
 from lightning_edge.exporters import messages
-from lightning_edge.exporters.base import Runner, first_line, import_runtime
+from lightning_edge.exporters.base import Runner, first_line, held_call, import_runtime
 
 _Reply = tuple[dict[str, Any], list[Tensor]]
 
@@ -34,7 +34,7 @@ class _Worker:
     def __init__(self) -> None:
         self._target: Any = None
         self._runner: Runner | None = None
-        self._sample: list[Tensor] = []
+        self._held: Callable[[], object] = list
         self._memory: _Memory | None = None
 
     def start(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
@@ -61,14 +61,16 @@ class _Worker:
 
     def keep(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Keep a sample for `time`."""
-        self._sample = tensors
+        assert self._runner is not None
+        self._held = held_call(self._runner, tensors)
         return {}, []
 
     def time(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Run on the kept sample and say how long it took, nanoseconds."""
-        start = time.perf_counter_ns()
-        self._run(self._sample)
-        return {"ns": time.perf_counter_ns() - start}, []
+        with torch.no_grad():
+            start = time.perf_counter_ns()
+            self._held()
+            return {"ns": time.perf_counter_ns() - start}, []
 
     def intermediates(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Run on one sample and say what the values inside the file were, if the runtime tells."""

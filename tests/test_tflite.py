@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from deployables import batches, network, weight_count
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters import Artifact, ExportWarning, checks, deployable, export, load, tflite_graph
+from lightning_edge.exporters.base import held_call
 from lightning_edge.network import Deployable, Precision
 from lightning_edge.quantization import quantize
 from lightning_edge.zoo.networks import ResNet8
@@ -92,6 +94,21 @@ def test_float_ends_keep_the_kernels_int8(folder: Path) -> None:
     inputs = batches("difference")[0]
     for one, other in zip(artifact(**inputs.kwargs), int8(**inputs.kwargs), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_what_is_timed_is_the_call_of_an_app(folder: Path) -> None:
+    """Integers in and out: quantizing a float batch is this package's own, and no part of the file."""
+    artifact = export(network("plain", "int8"), "tflite", folder / "held.tflite")
+    sample = batches("plain")[0].sample().tensors
+    call = held_call(artifact.runner, sample)
+    (given,) = call()  # type: ignore[misc]
+    assert given.dtype == np.int8
+    (scale,) = network("plain", "int8").output_scales
+    (values,) = artifact.run(sample)
+    steps = torch.as_tensor(given).float() - values / scale
+    assert torch.allclose(steps, steps.flatten()[:1].expand_as(steps), atol=1e-3)  # but for the zero point
+    artifact.run([torch.zeros_like(tensor) for tensor in sample])
+    assert np.array_equal(call()[0], given)  # type: ignore[index]
 
 
 def test_float_ends_keep_the_names_of_the_signature(folder: Path) -> None:
