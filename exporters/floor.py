@@ -6,6 +6,7 @@ from operator import attrgetter
 
 from torch import Tensor, fx, nn
 
+from lightning_edge.exporters.graphs import operation
 from lightning_edge.network import Deployable
 
 _FLOAT = 4
@@ -26,7 +27,7 @@ def floor_bytes(network: Deployable, scheme: str | None = None) -> int:
         scheme: How a float network's weights are stored.
     """
     if isinstance(network.graph, fx.GraphModule):
-        return sum(_bytes_of(tensor) for tensor in _values(network.graph))
+        return sum(_bytes_of(tensor) for tensor in _values(network.graph)) + _FLOAT * _whole_scales(network.graph)
     total = 0.0
     seen: set[int] = set()
     for module in network.graph.modules():
@@ -59,6 +60,17 @@ def _values(graph: fx.GraphModule) -> list[Tensor]:
         if node.op == "get_attr" and not all(_is_zero_point(node, reader) for reader in node.users):
             found[node.target] = attrgetter(node.target)(graph)
     return list(found.values())
+
+
+def _whole_scales(graph: fx.GraphModule) -> int:
+    """How many constants have one scale for all, which is a number in the graph and none of its constants."""
+    return len(
+        {
+            node.args[0]
+            for node in graph.graph.nodes
+            if operation(node) == "dequantize_per_tensor" and node.args[0].op == "get_attr"
+        }
+    )
 
 
 def _is_zero_point(node: fx.Node, reader: fx.Node) -> bool:

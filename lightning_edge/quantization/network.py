@@ -21,7 +21,7 @@ from lightning_edge.network import Inputs
 from lightning_edge.quantization.calls import CallShape
 from lightning_edge.quantization.capture import FoldedBatchNorm, TakenOut, capture
 from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
-from lightning_edge.quantization.plan import Plan
+from lightning_edge.quantization.plan import LinearWeights, Plan
 
 CHILD = "edge_quantizers"
 
@@ -173,6 +173,7 @@ def attach(
     live_batch_norm: bool = False,
     plan: Plan | None = None,
     written_out: bool = True,
+    linear_weights: LinearWeights = "per_channel",
 ) -> QuantizedForward:
     """Quantize ``network`` in place: from here on its calls go through fake-quantizers.
 
@@ -186,6 +187,7 @@ def attach(
         written_out: Whether activations are written in operations that every target has in int8, where the plan has
             no 16-bit activations; False for a checkpoint from before that was done, whose quantizers are those of the
             whole operations.
+        linear_weights: Whether the weight of a linear layer has a scale for each output or one for all.
 
     Returns:
         The child that was added; its ranges are empty until the network runs in training mode.
@@ -203,7 +205,7 @@ def attach(
     # LiteRT's converter has no 16-bit constants in sums and products.
     narrow = "int8_a16" not in (plan or {}).values()
     captured = capture(network, inputs, written_out=written_out and narrow)
-    quantizer = EdgeQuantizer(averaging, plan)
+    quantizer = EdgeQuantizer(averaging, plan, linear_weights)
     with quiet_torchao(), torch.random.fork_rng(devices=[]):  # torchao draws random numbers
         graph = prepare_qat_pt2e(captured.graph, quantizer)
     if not quantizer.quantized:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.network import attach, detach, quantized_forward
-from lightning_edge.quantization.plan import check_patterns, check_plan
+from lightning_edge.quantization.plan import LinearWeights, check_linear_weights, check_patterns, check_plan
 from lightning_edge.quantization.post_training import calibrate
 from lightning_edge.schedule import Batch, Change, Clock, Moment, Phase, check_moment, check_order
 from lightning_edge.succession import Succession
@@ -18,8 +19,9 @@ from lightning_edge.succession import Succession
 class Quantize(Phase):
     """Train on with int8 weights and activations, from ``start`` on.
 
-    Weights are symmetric with one scale per output channel, activations affine with one scale per tensor: the scheme
-    that ExecuTorch (XNNPACK), Core ML and LiteRT all accept (Jacob et al. 2018, arXiv:1712.05877).
+    Weights are symmetric with one scale per output channel, of linear layers as ``linear_weights`` says, activations
+    affine with one scale per tensor: the scheme that ExecuTorch (XNNPACK), Core ML and LiteRT all accept (Jacob et al.
+    2018, arXiv:1712.05877).
 
     Moments are epochs (whole numbers from 0) or fractions of training (0.0 to 1.0).
 
@@ -34,10 +36,12 @@ class Quantize(Phase):
         precisions: Pattern of module names -> ``"int8"``, ``"int8_a16"`` (int8 weights, 16-bit activations; LiteRT
             only) or ``"float"``; the last pattern that matches decides, what none matches is int8. `mixed_plan`
             makes one.
+        linear_weights: ``"per_channel"``, a scale for each output of a linear layer, or ``"per_tensor"``, one for
+            all of them: smaller files, and coarser weights where outputs differ in range. Convolutions keep theirs.
 
     Raises:
-        ValueError: If a moment is none, comes before ``start``, ``averaging`` is out of range, or ``skip`` or
-            ``precisions`` is not of that form.
+        ValueError: If a moment is none, comes before ``start``, ``averaging`` is out of range, or ``skip``,
+            ``precisions`` or ``linear_weights`` is not of that form.
     """
 
     name = "quantize"
@@ -50,6 +54,7 @@ class Quantize(Phase):
         averaging: float = 0.01,
         skip: list[str] | None = None,
         precisions: dict[str, str] | None = None,
+        linear_weights: LinearWeights = "per_channel",
     ) -> None:
         self.start = check_moment("start", start)
         for name, moment in (("freeze_observers", freeze_observers), ("fold_batch_norm", fold_batch_norm)):
@@ -63,6 +68,14 @@ class Quantize(Phase):
         self.skip = skip
         self.precisions = precisions
         self._layers = check_plan(precisions, skip)
+        self.linear_weights = check_linear_weights(linear_weights)
+
+    def settings(self) -> dict[str, Any]:
+        """Give the settings as plain values; of ``linear_weights`` only what checkpoints of earlier versions lack."""
+        settings = super().settings()
+        if self.linear_weights == "per_channel":
+            del settings["linear_weights"]
+        return settings
 
     def first_moment(self) -> Moment:
         """When fake-quantizers go in."""
@@ -101,6 +114,7 @@ class Quantize(Phase):
                 averaging=change["averaging"],
                 live_batch_norm=change["live_batch_norm"],
                 plan=change.get("layers", {}),
+                linear_weights=change.get("linear_weights", "per_channel"),
                 # Not in checkpoints of earlier versions, whose ranges are those of the operations as they were.
                 written_out=change.get("written_out", False),
             )
@@ -134,6 +148,8 @@ class Quantize(Phase):
                 for precision in dict.fromkeys(layers.values())
                 if precision != "int8"
             )
+            if change.get("linear_weights") == "per_tensor":
+                others += ", one scale for each linear layer's weight"
             return f"int8 fake-quantizers on weights and activations, {norm}{others}"
         return {"freeze_observers": "ranges frozen", "fold_batch_norm": "BatchNorm statistics frozen and folded"}[
             change["kind"]
@@ -149,6 +165,7 @@ class Quantize(Phase):
             "averaging": self.averaging,
             "written_out": True,
             "layers": dict(self._layers),
+            "linear_weights": self.linear_weights,
             "live_batch_norm": self.fold_batch_norm is not None and not clock.reached(self.fold_batch_norm),
             "args": list(shapes.args),
             "kwargs": dict(shapes.kwargs),

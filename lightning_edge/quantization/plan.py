@@ -15,6 +15,7 @@ from torch.fx import Node
 from lightning_edge.errors import CompressionError
 
 LayerPrecision = Literal["int8", "int8_a16", "float"]
+LinearWeights = Literal["per_channel", "per_tensor"]
 Plan = Mapping[str, LayerPrecision]
 
 _SHOWN = 40
@@ -46,6 +47,17 @@ def check_plan(precisions: Mapping[str, str] | None, skip: Sequence[str] | None)
         joined.pop(pattern, None)  # to the end, where it has the last word
         joined[pattern] = cast(LayerPrecision, precision)
     return joined
+
+
+def check_linear_weights(value: str) -> LinearWeights:
+    """Make sure that this says how many scales the weight of a linear layer has.
+
+    Raises:
+        ValueError: If it is neither word.
+    """
+    if value not in get_args(LinearWeights):
+        raise ValueError(f"linear_weights={value!r} is not one of {get_args(LinearWeights)}")
+    return cast(LinearWeights, value)
 
 
 def check_patterns(plan: Plan, names: Iterable[str], network: str) -> None:

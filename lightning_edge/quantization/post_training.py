@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.network import attach, float_copy, quantized_forward
-from lightning_edge.quantization.plan import check_plan
+from lightning_edge.quantization.plan import LinearWeights, check_linear_weights, check_plan
 from lightning_edge.surgery import in_mode
 
 
@@ -21,6 +21,7 @@ def quantize(
     skip: Sequence[str] | None = None,
     precisions: Mapping[str, str] | None = None,
     validation_batches: Iterable[Any] | None = None,
+    linear_weights: LinearWeights = "per_channel",
 ) -> nn.Module:
     """Quantize a trained network without training: post-training quantization.
 
@@ -34,6 +35,8 @@ def quantize(
             makes one.
         validation_batches: What the network will be fed in use; where it differs from the calibration batches, a
             warning says so, see `check_calibration`.
+        linear_weights: ``"per_channel"``, a scale for each output of a linear layer, or ``"per_tensor"``, one for
+            all of them: smaller files, and coarser weights where outputs differ in range. Convolutions keep theirs.
 
     Returns:
         A copy in eval mode whose calls go through fake-quantizers with the observed ranges. `convert` and
@@ -41,16 +44,17 @@ def quantize(
 
     Raises:
         CompressionError: If the network cannot be captured, has nothing to quantize, or a pattern matches nothing.
-        ValueError: If there is no batch, or ``skip`` or ``precisions`` is not of that form.
+        ValueError: If there is no batch, or ``skip``, ``precisions`` or ``linear_weights`` is not of that form.
     """
     joined = check_plan(precisions, skip)
+    scales = check_linear_weights(linear_weights)
     network = float_copy(model).eval()
     child = None
     with torch.no_grad():
         for batch in calibration_batches:
             inputs = Inputs.of(batch)
             if child is None:
-                child = attach(network, inputs, averaging=None, plan=joined)
+                child = attach(network, inputs, averaging=None, plan=joined, linear_weights=scales)
             calibrate(network, inputs)
     if child is None:
         raise ValueError("calibration_batches is empty; give at least one batch of what the network is fed")

@@ -1,8 +1,9 @@
 """Where quantizers go: our annotations on torchao's base classes, the same for every target.
 
 The scheme is the one ExecuTorch (XNNPACK), Core ML and LiteRT all accept: int8 activations, affine, one scale per
-tensor; int8 weights, symmetric, one scale per output channel. Each operation of the graph falls in one of a few
-kinds, which are the tables below; what is in none of them stays float, and so does what a plan says shall.
+tensor; int8 weights, symmetric, one scale per output channel, or for linear layers one per tensor where asked. Each
+operation of the graph falls in one of a few kinds, which are the tables below; what is in none of them stays float, and
+so does what a plan says shall.
 
 Import this module only where torchao may be imported.
 """
@@ -33,7 +34,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.quantization.fake_quantize import FakeQuantize
 from lightning_edge.quantization.masks import masked_scores
 from lightning_edge.quantization.nodes import FIXED_RANGE as KNOWN_RANGE
-from lightning_edge.quantization.plan import Plan, check_patterns, node_names, precision_of
+from lightning_edge.quantization.plan import LinearWeights, Plan, check_patterns, node_names, precision_of
 
 aten = torch.ops.aten
 
@@ -138,9 +139,12 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         averaging: Weight of the newest batch in the moving average of activation ranges; ``None`` for
             post-training quantization, which searches the range of least error over all batches instead.
         plan: What becomes of which layers; all int8 if not given.
+        linear_weights: Whether the weight of a linear layer has a scale for each output or one for all.
     """
 
-    def __init__(self, averaging: float | None, plan: Plan | None = None) -> None:
+    def __init__(
+        self, averaging: float | None, plan: Plan | None = None, linear_weights: LinearWeights = "per_channel"
+    ) -> None:
         super().__init__()
         observer: Callable[..., Any] = HistogramObserver
         wide: Callable[..., Any] = MinMaxObserver
@@ -149,6 +153,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         self._narrow_activation = _activation_spec(FakeQuantize.with_args(observer=observer))
         self._wide_activation = _wide_activation_spec(FakeQuantize.with_args(observer=wide))
         self._plan: Plan = plan or {}
+        self._one_scale = {aten.linear.default} if linear_weights == "per_tensor" else set()
         self._float: set[Node] = set()
         self._wide: set[Node] = set()
         self.quantized: list[str] = []
@@ -230,7 +235,8 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
             return
         axis = WEIGHTED[node.target]
         grouped_transpose = axis == 1 and len(node.args) > 6 and node.args[6] != 1
-        inputs = {x: self._activation, weight: _weight_spec(None if grouped_transpose else axis)}
+        whole = grouped_transpose or node.target in self._one_scale
+        inputs = {x: self._activation, weight: _weight_spec(None if whole else axis)}
         self._annotate(node, inputs, self._activation)
 
     def _annotate_op(self, node: Node, operands: list[Any], output: QuantizationSpec | None = None) -> None:
