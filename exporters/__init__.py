@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
+import torch
 from torch import nn
 
 from lightning_edge.errors import ExportError
@@ -182,7 +183,8 @@ def stage(
     place = StagedPath(path)
     try:
         with writing(path):
-            module.write(in_file_form(network, interface), place.staged, **options)
+            form = in_file_form(network, *_written(module, interface))
+            module.write(form, place.staged, **options)
         contents = inspect_file(module, place.staged, path.name)
         checks.check_contents(network, contents, target, wants_delegate=options.get("backend") != "portable")
         if scheme is not None:
@@ -232,8 +234,8 @@ def export(
         time_limit_s: As for `load`.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run on the runtime's own CPU kernels
             and not in the target's delegate; any if not given.
-        interface: How the file is called: names of its inputs and outputs, layout. As the converters do it if not
-            given; `load` takes what the network takes either way.
+        interface: How the file is called: names, layout, pixels, labels. As the converters do it if not given;
+            `load` takes what the network takes either way.
         options: The target's own options; for a float network also ``scheme="fp16"``, ``"int8_weight_only"``,
             ``"int4_weight_only"``, ``"int8_dynamic"`` or ``"int4_dynamic"``, as far as the target has it.
 
@@ -256,6 +258,13 @@ def export(
         allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
         checks.check_agreement(staged.network, staged.artifact, agreement, allowed)
         return replace(staged.accept(), agreement=agreement)
+
+
+def _written(module: Target, interface: Interface) -> tuple[Interface, torch.dtype]:
+    """How a target's file takes images: as uint8, or as images, which have no layout and come as floats."""
+    if interface.pixels is not None and getattr(module, "IMAGES", False):
+        return replace(interface, layout="nchw"), torch.float32
+    return interface, torch.uint8
 
 
 # `stage` and `export` take an argument of that name.

@@ -9,7 +9,7 @@ import io
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import EdgeError, ExportError, RunnerError, require
-from lightning_edge.exporters.front import as_file_takes, network_shape
+from lightning_edge.exporters.front import as_file_sees, as_file_takes, as_network_takes, network_dtype, network_shape
 from lightning_edge.interface import Interface
 from lightning_edge.measure import Agreement
 from lightning_edge.network import Deployable, Inputs, Precision
@@ -70,6 +70,11 @@ class Contents:
     placements: Placements | None = None
     interface: Interface = field(default_factory=Interface)
     delegates: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, if it keeps any."""
+        return self.interface.labels
 
     @property
     def precision(self) -> Precision:
@@ -147,7 +152,10 @@ class Artifact:
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What it is called with, in the network's own layout."""
         interface = self.contents.interface
-        return tuple(replace(spec, shape=network_shape(spec.shape, interface)) for spec in self.runner.inputs)
+        return tuple(
+            TensorSpec(network_shape(spec.shape, interface), network_dtype(spec.shape, spec.dtype, interface))
+            for spec in self.runner.inputs
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Run on a batch, sample by sample; returns the flattened outputs, batch first.
@@ -177,11 +185,29 @@ class Artifact:
     def ready(self, tensors: list[Tensor]) -> list[Tensor]:
         """Check the flattened inputs of one sample, and make of them what the file itself takes.
 
+        Where that is pixels, images may be given as uint8 as well, in the network's own layout.
+
         Raises:
-            RunnerError: If number, shape or type of the inputs is not what the network took.
+            RunnerError: If number, shape or type of the inputs is not what the network took, or a file that takes
+                pixels is given values that are none.
         """
         interface = self.contents.interface
-        return [as_file_takes(tensor, interface) for tensor in conform(tensors, self.inputs, self.path.name)]
+        given = conform([as_network_takes(tensor, interface) for tensor in tensors], self.inputs, self.path.name)
+        try:
+            return [as_file_takes(tensor, interface) for tensor in given]
+        except ValueError as error:
+            raise RunnerError(f"{self.path.name}: {error}") from error
+
+    def sees(self, inputs: Inputs) -> Inputs:
+        """Give a call of the network with the values that the file makes of it: whole pixels, if it takes those.
+
+        Raises:
+            RunnerError: If it takes pixels and values are none.
+        """
+        try:
+            return inputs.map(lambda tensor: as_file_sees(tensor, self.contents.interface))
+        except ValueError as error:
+            raise RunnerError(f"{self.path.name}: {error}") from error
 
     def run_ready(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on what `ready` gave.
@@ -218,6 +244,9 @@ def held_call(runner: Runner, tensors: list[Tensor]) -> Callable[[], object]:
 
 class Target(Protocol):
     """One module per target offers these names and nothing else is asked of it.
+
+    One whose files take images as such and not as tensors may say ``IMAGES = True``: the pixels of such inputs come
+    into its graph as float32, in NCHW whatever the layout.
 
     A target may also say ``RUNTIME``, the modules that running a file takes, so that importing them is no part of
     loading it, and ``IN_PROCESS = True`` if this package's own code runs its files, which needs no process of its own.

@@ -222,6 +222,7 @@ def agreement_of(network: Deployable, artifact: Artifact, batches: Iterable[Any]
         inputs = sort_keywords(Inputs.of(batch)).map(
             lambda tensor: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()
         )
+        inputs = artifact.sees(inputs)
         comparison.update(reference_outputs(network, inputs), artifact(*inputs.args, **inputs.kwargs))
     return comparison.result()
 

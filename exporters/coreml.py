@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.export.graph_signature import ConstantArgument
 
 from lightning_edge.anatomy import Endpoint, Placements
-from lightning_edge.errors import ExportError, RunnerError
+from lightning_edge.errors import ExportError, RunnerError, require
 from lightning_edge.exporters import coreml_placement
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, first_line
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
 from lightning_edge.exporters.mil_ops import DTYPES, MOVES
-from lightning_edge.exporters.mlpackage import check_names, compact, coremltools, notes, quiet, read
+from lightning_edge.exporters.mlpackage import check_interface, compact, coremltools, notes, quiet, read
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 
@@ -36,6 +36,7 @@ RUNTIME = ("coremltools",)
 IN_PROCESS = sys.platform != "darwin"
 INT8_OPTIONS: frozenset[str] = frozenset()
 ACTIVATION_BITS = frozenset({8})
+IMAGES = True
 
 ComputePrecision = Literal["float16", "float32"]
 Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "palette8", "palette6", "palette4", "sparse"]
@@ -55,6 +56,7 @@ _WEIGHTS: dict[str, tuple[str, ...]] = {
 _SPARSE_FROM = 0.1
 # An activation that clips is part of the operation before it: the quantizer behind it clips anyway.
 _CLIPS = frozenset({"relu", "relu6", "clip"})
+_IMAGES = 4  # dimensions
 _DTYPE_NAMES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
@@ -101,7 +103,7 @@ def write(
         )
     if scheme == "int4_weight_only" and minimum_ios < 18:
         raise ValueError(f"minimum_ios={minimum_ios!r}: scheme='int4_weight_only' needs minimum_ios=18 or later")
-    check_names(network.interface)
+    check_interface(network)
     if scheme == "fp16":
         compute_precision = "float16"
     try:
@@ -181,7 +183,11 @@ def inspect(path: Path) -> Contents:
         RunnerError: If the package cannot be read.
         MissingExtraError: If coremltools is not installed.
     """
-    return replace(contents(read(path)), interface=Interface.of_notes(notes(path)))
+    found, interface = contents(read(path)), Interface.of_notes(notes(path))
+    if interface.pixels is not None:
+        images = (replace(end, dtype="uint8") if len(end.shape) == _IMAGES else end for end in found.inputs)
+        found = replace(found, inputs=tuple(images))
+    return replace(found, interface=interface)
 
 
 def placements(path: Path) -> Placements | None:
@@ -335,6 +341,14 @@ class _Reference:
             torch.set_num_threads(before)
 
 
+def _fed(tensor: Tensor, dtype: str) -> Any:
+    """Give one input as Core ML's Python interface takes it; uint8 are the pixels of an image."""
+    if tensor.dtype != torch.uint8:
+        return tensor.detach().to(torch.int32 if dtype == "int32" else torch.float32).numpy()
+    picture = tensor[0].permute(1, 2, 0)
+    return require("PIL.Image", EXTRA).fromarray((picture if len(tensor[0]) > 1 else picture[:, :, 0]).numpy())
+
+
 @final
 class _CoreML:
     """The package run by Core ML on macOS, on all compute units."""
@@ -359,10 +373,8 @@ class _CoreML:
         if len(tensors) != len(self._inputs):
             names = ", ".join(variable.name for variable in self._inputs)
             raise RunnerError(f"the program takes {len(self._inputs)} inputs ({names}), {len(tensors)} given")
-        fed = {
-            variable.name: tensor.detach().to(torch.int32 if variable.dtype == "int32" else torch.float32).numpy()
-            for variable, tensor in zip(self._inputs, tensors, strict=True)
-        }
+        pairs = zip(self._inputs, tensors, strict=True)
+        fed = {variable.name: _fed(tensor, variable.dtype) for variable, tensor in pairs}
         try:
             given = self._model.predict(fed)
         except Exception as error:  # whatever Core ML reports

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_edge.exporters.base import sort_keywords
-from lightning_edge.exporters.front import Front, as_file_takes
+from lightning_edge.exporters.front import Front, front_of, in_layout
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable, Inputs
+
+_IMAGES = 4  # dimensions
 
 
 @final
@@ -21,10 +24,10 @@ class _FileForm(nn.Module):
     they come in another order, and ExecuTorch cannot fold the BatchNorm of a module that has a number for a name.
     """
 
-    def __init__(self, network: nn.Module, call: Inputs, interface: Interface) -> None:
+    def __init__(self, network: nn.Module, call: Inputs, front: Front) -> None:
         super().__init__()
         self.network = network
-        self.front = Front(interface)
+        self.front = front
         self._constants = {
             key: value for key, value in (*enumerate(call.args), *call.kwargs.items()) if not _has_tensors(value)
         }
@@ -51,12 +54,15 @@ def _without_none(outputs: Any) -> Any:
     return outputs
 
 
-def in_file_form(network: Deployable, interface: Interface | None = None) -> Deployable:
+def in_file_form(
+    network: Deployable, interface: Interface | None = None, pixel_type: torch.dtype = torch.uint8
+) -> Deployable:
     """Give the network as every file has it: keywords sorted by name, arguments that are no tensors built in.
 
     Args:
         network: The network.
         interface: How the file is to be called.
+        pixel_type: Type of images that are pixels.
     """
     interface = interface or Interface()
     call = sort_keywords(network.inputs)
@@ -66,11 +72,21 @@ def in_file_form(network: Deployable, interface: Interface | None = None) -> Dep
         tuple(value for value in call.args if _has_tensors(value)),
         {name: value for name, value in call.kwargs.items() if _has_tensors(value)},
     )
-    unfolded = None if network.unfolded is None else _FileForm(network.unfolded, call, interface)
+    unfolded = (
+        None
+        if network.unfolded is None
+        else _FileForm(network.unfolded, call, front_of(network, interface, folded=False))
+    )
+
+    def given(tensor: Tensor) -> Tensor:
+        if interface.pixels is not None and tensor.dim() == _IMAGES:
+            tensor = torch.zeros_like(tensor, dtype=pixel_type)
+        return in_layout(tensor.contiguous(), interface)
+
     # In the memory order that `conform` gives: ExecuTorch writes the order of the sample into the file, and does not
     # look at that of what it is fed.
-    inputs = inputs.map(lambda tensor: as_file_takes(tensor.contiguous(), interface))
-    graph = _FileForm(network.graph, call, interface)
+    inputs = inputs.map(given)
+    graph = _FileForm(network.graph, call, front_of(network, interface))
     scales = network.output_scales
     return Deployable(graph, inputs, network.precision, unfolded, scales, interface=interface)
 

@@ -21,11 +21,15 @@ import numpy
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.mil import Constant, Operand, Operation, Program, Variable
 from lightning_edge.interface import Interface
+from lightning_edge.network import Deployable
 
 _GRAPH = Path("Data/com.apple.CoreML/model.mlmodel")
 _WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 
 
+_IMAGES = 4  # dimensions
+# Core ML's numbers for gray and for RGB, by channels.
+_COLOR_SPACES = {1: 10, 3: 20}
 _CHATTY = ("coremltools", "torch.utils._pytree")
 
 
@@ -192,10 +196,22 @@ def compact(path: Path, output_names: Sequence[str], interface: Interface) -> No
         block.outputs[:] = fresh
         for feature, name in zip(spec.description.output, fresh, strict=True):
             feature.name = name
+    if interface.pixels is not None:
+        _as_images(spec)
     for name, text in interface.notes().items():
         spec.description.metadata.userDefined[name] = text
     (path / _GRAPH).write_bytes(spec.SerializeToString(deterministic=True))
     _write_manifest(path)
+
+
+def _as_images(spec: Any) -> None:
+    """Declare 4-D inputs as images, which the program itself goes on taking as numbers from 0 to 255."""
+    for feature in spec.description.input:
+        shape = list(feature.type.multiArrayType.shape)
+        if len(shape) == _IMAGES:
+            _, channels, height, width = shape
+            image = feature.type.imageType
+            image.height, image.width, image.colorSpace = height, width, _COLOR_SPACES[channels]
 
 
 def notes(path: Path) -> dict[str, str]:
@@ -207,12 +223,19 @@ def notes(path: Path) -> dict[str, str]:
     return dict(spec.description.metadata.userDefined)
 
 
-def check_names(interface: Interface) -> None:
-    """Refuse names that Core ML does not allow.
+def check_interface(network: Deployable) -> None:
+    """Refuse names that Core ML does not allow, and images of pixels that it has none of.
 
     Raises:
         ValueError: Naming the first.
     """
+    interface = network.interface
+    channels = {tensor.shape[1] for tensor in network.inputs.tensors if tensor.dim() == _IMAGES}
+    if interface.pixels is not None and not channels <= _COLOR_SPACES.keys():
+        raise ValueError(
+            f"Interface(pixels=...): Core ML has images of {' or '.join(map(str, _COLOR_SPACES))} channels, and the "
+            f"network takes {max(channels)}. Leave pixels out for this target"
+        )
     names = [*interface.inputs, *interface.outputs]
     for name, allowed in zip(names, feature_names(names, []), strict=True):
         if name != allowed:

@@ -47,6 +47,7 @@ class Graph:
         self.proto = model.graph
         self._model = model
         self.int8 = self._onnx.TensorProto.INT8
+        self.uint8 = self._onnx.TensorProto.UINT8
         self._added = 0
         self._names = {name for node in self.nodes for name in node.output}
         self._names.update(value.name for value in model.graph.initializer)

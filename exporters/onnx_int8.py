@@ -23,7 +23,7 @@ def rewrite(model: Any) -> None:
     """Apply every function of this module, and of `onnx_equivalents`, to a model, in place."""
     graph = Graph(model)
     steps = (repeats, averages, paddings, activations, linears, integer_biases, unsigned)
-    for step in (*steps, subtractions, transposed_convolutions, zero_points):
+    for step in (*steps, subtractions, transposed_convolutions, pixels, zero_points):
         step(graph)
         graph.settle()
 
@@ -225,6 +225,20 @@ def linears(graph: Graph) -> None:
         if add is not None:
             nodes.append(node)
     graph.settle(nodes)
+
+
+def pixels(graph: Graph) -> None:
+    """Dequantize pixels as they are: uint8 made float and quantized again in steps of 1 from 0 is the same integer."""
+    types = graph.types()
+    for node in graph.nodes:
+        cast = graph.maker(node.input[0], "Cast") if node.op_type == _QUANTIZE else None
+        source = None if cast is None else types.get(cast.input[0])
+        if cast is None or source is None or source.elem_type != graph.uint8 or graph.constant(node.input[1]) != 1.0:
+            continue
+        zero = graph.constant(node.input[2])
+        if zero is not None and zero.dtype == numpy.uint8 and zero == 0:
+            for reader in graph.readers[node.output[0]]:
+                reader.input[:] = [cast.input[0] if name == node.output[0] else name for name in reader.input]
 
 
 def _integer_readers(graph: Graph, name: str) -> list[Any] | None:

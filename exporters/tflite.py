@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_edge.anatomy import Placements
 from lightning_edge.errors import ExportError, require
-from lightning_edge.exporters import float_layers, tflite_contents, tflite_graph, tflite_placement
+from lightning_edge.exporters import float_layers, tflite_contents, tflite_graph, tflite_metadata, tflite_placement
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
 from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.network import Deployable, Inputs
@@ -64,14 +64,17 @@ def write(
     _check_order(model, network.inputs)
     tflite_graph.widen_biases(model)
     tflite_graph.join_signs(model)
+    tflite_graph.keep_pixels(model)
     tflite_graph.shorten_names(model)
     if io == "float":
         tflite_graph.float_ends(model)
     tflite_graph.name_ends(model, network.interface.inputs, network.interface.outputs)
-    for name, text in network.interface.notes().items():
-        tflite_graph.set_note(model, name, text)
+    interface = network.interface
+    for name, text in replace(interface, labels=()).notes().items():  # those have a place of their own
+        tflite_graph.set_note(model, name, text.encode())
+    tflite_metadata.describe(model, interface)
     tflite_graph.share_empty_buffers(model)
-    path.write_bytes(tflite_graph.pack(model))
+    path.write_bytes(tflite_metadata.with_labels(tflite_graph.pack(model), interface.labels))
 
 
 def inspect(path: Path) -> Contents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_edge.exporters.tflite_graph import (
     parse,
     schema_module,
 )
+from lightning_edge.exporters.tflite_metadata import labels_of
 from lightning_edge.interface import Interface
 
 # Operations that only move or convert values: not computation, whatever type the values have.
@@ -100,7 +102,7 @@ def contents(path: Path) -> Contents:
         int4_weight_bytes=sum(bytes_of["int4"].values()),
         inputs=_endpoints(model, "inputs"),
         outputs=_endpoints(model, "outputs"),
-        interface=Interface.of_notes(notes(data)),
+        interface=replace(Interface.of_notes(notes(data)), labels=labels_of(data)),
     )
 
 

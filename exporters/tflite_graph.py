@@ -167,12 +167,37 @@ def join_signs(model: Any) -> None:
             read = _read(graph)
 
 
-def set_note(model: Any, name: str, value: str) -> None:
-    """Keep a short text in the file's metadata."""
+def keep_pixels(model: Any) -> None:
+    """Quantize pixels as they are: a cast of uint8 to float before a quantization in steps of 1 is none.
+
+    What takes uint8 is then an integer with a scale of 1, and one operation between integers makes int8 of it.
+    """
+    schema = schema_module()
+    graph = model.subgraphs[0]
+    casts = {int(op.outputs[0]): op for op in graph.operators if op_name(model, op) == "CAST"}
+    gone = []
+    for op in graph.operators:
+        cast = casts.get(int(op.inputs[0])) if op_name(model, op) == "QUANTIZE" else None
+        quantized = graph.tensors[int(op.outputs[0])]
+        source = None if cast is None else graph.tensors[int(cast.inputs[0])]
+        if cast is None or source is None or source.type != schema.TensorType.UINT8:
+            continue
+        if list(quantized.quantization.scale) == [1.0] and list(quantized.quantization.zeroPoint) == [-128]:
+            op.inputs = [cast.inputs[0]]
+            gone.append(cast)
+    read = _read(graph)
+    graph.operators = [op for op in graph.operators if not any(op is c for c in gone) or op.outputs[0] in read]
+    for tensor in graph.tensors if gone else ():
+        if tensor.type == schema.TensorType.UINT8:
+            tensor.quantization = schema.QuantizationParametersT(scale=[1.0], zeroPoint=[0])
+
+
+def set_note(model: Any, name: str, value: bytes) -> None:
+    """Keep a few bytes in the file's metadata."""
     schema = schema_module()
     import numpy
 
-    model.buffers.append(schema.BufferT(data=numpy.frombuffer(value.encode(), dtype=numpy.uint8)))
+    model.buffers.append(schema.BufferT(data=numpy.frombuffer(value, dtype=numpy.uint8)))
     note = schema.MetadataT(name=name, buffer=len(model.buffers) - 1)
     model.metadata = [*(model.metadata or []), note]
 

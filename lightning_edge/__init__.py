@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from lightning_edge.exporters import export, load
     from lightning_edge.factorization import Factorize
-    from lightning_edge.interface import Interface
+    from lightning_edge.interface import Interface, Pixels
     from lightning_edge.manifest import Manifest
     from lightning_edge.measure import Timing, Tolerance
     from lightning_edge.pruning import Prune
@@ -56,7 +56,7 @@ _HOMES = {
     ),
     "lightning_edge.exporters": ("export", "load"),
     "lightning_edge.factorization": ("Factorize",),
-    "lightning_edge.interface": ("Interface",),
+    "lightning_edge.interface": ("Interface", "Pixels"),
     "lightning_edge.manifest": ("Manifest",),
     "lightning_edge.measure": ("Timing", "Tolerance"),
     "lightning_edge.pruning": ("Prune",),
@@ -91,6 +91,7 @@ __all__ = [
     "ManifestError",
     "MissingExtraError",
     "OfflineFallbackWandbLogger",
+    "Pixels",
     "Prune",
     "Quantize",
     "RecordError",

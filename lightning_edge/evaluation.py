@@ -312,7 +312,7 @@ class _Evaluation:
                     return
                 scales = network.output_scales if network.precision == "int8" else ()
                 comparison = Comparison(scales, class_scores=not reference.reconstructs)
-                metrics = self._validation.run(reference.answers(staged.artifact, comparison))
+                metrics = self._validation.run(reference.answers(staged.artifact, comparison, staged.artifact.sees))
                 agreement = comparison.result()
                 memory = peak_memory_bytes(staged.artifact)
                 row = compared(replace(row, metrics=metrics, peak_memory_bytes=memory), agreement)

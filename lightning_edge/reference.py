@@ -47,13 +47,17 @@ class Reference:
         return self.sample
 
     def answers(
-        self, artifact: Callable[..., Sequence[Tensor]] | None = None, comparison: Comparison | None = None
+        self,
+        artifact: Callable[..., Sequence[Tensor]] | None = None,
+        comparison: Comparison | None = None,
+        sees: Callable[[Inputs], Inputs] | None = None,
     ) -> Callable[..., Any]:
         """Begin a pass: answer calls with this network, or with a file's outputs in this network's structure.
 
         Args:
             artifact: The file that answers.
             comparison: Collects how far its outputs lie from this network's.
+            sees: Gives the values that the file makes of a call's, which this network is then called with too.
         """
         index = -1
 
@@ -63,6 +67,8 @@ class Reference:
             inputs = Inputs(args, kwargs).map(lambda tensor: tensor.detach().cpu())
             if isinstance(self.network, Deployable):
                 inputs = self.network.arranged(inputs)
+            if sees is not None:
+                inputs = sees(inputs)
             expected = self._outputs(index, inputs)
             if artifact is None:
                 return pytree.tree_map_only(Tensor, Tensor.clone, expected)

@@ -17,6 +17,7 @@ from lightning_edge.anatomy import Endpoint
 from lightning_edge.errors import EdgeError, ManifestError
 from lightning_edge.exporters.base import size_bytes
 from lightning_edge.exporters.loading import not_run_here
+from lightning_edge.interface import Interface
 from lightning_edge.manifest import FileEntry, Manifest
 from lightning_edge.report import digest
 from lightning_edge.rows import sample_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Check = Literal["exists", "digest", "bytes", "contents", "runs"]
 CHECKS: tuple[Check, ...] = ("exists", "digest", "bytes", "contents", "runs")
 
+_IMAGES = 4  # dimensions
 _AGAIN = "Export it again, or take it from where the manifest came from"
 
 
@@ -189,7 +191,7 @@ def _run(path: Path, entry: FileEntry) -> Iterator[Finding]:
             return
         if artifact.not_run is not None:
             return
-        outputs = artifact.run([_sample(endpoint) for endpoint in entry.sample])
+        outputs = artifact.run([_sample(endpoint, entry.interface) for endpoint in entry.sample])
     except (EdgeError, ValueError) as error:
         advice = "Install what its runtime needs, or export it again"
         yield Finding(entry.path, "runs", "a file that loads and runs", str(error), advice)
@@ -202,8 +204,10 @@ def _run(path: Path, entry: FileEntry) -> Iterator[Finding]:
         yield Finding(entry.path, "runs", "finite outputs", "values that are not finite", _AGAIN)
 
 
-def _sample(endpoint: Endpoint) -> Tensor:
-    """A sample that any network takes: the same numbers from 0 to 1 each time, zeros for integers."""
+def _sample(endpoint: Endpoint, interface: Interface) -> Tensor:
+    """A sample that any network takes: the same numbers from 0 to 1 each time, zeros for integers and pixels."""
+    if interface.pixels is not None and len(endpoint.shape) == _IMAGES:
+        return torch.zeros(endpoint.shape, dtype=torch.uint8)
     dtype = getattr(torch, endpoint.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{endpoint.dtype!r} is no type that a file takes")

@@ -43,7 +43,7 @@ ROOMS = {
     "litert_torch": ("exporters.tflite", "exporters.tflite_graph"),
     "ai_edge_litert": ("exporters.tflite", "exporters.tflite_graph"),
     "ai_edge_quantizer": ("exporters.tflite", "exporters.tflite_graph"),
-    "flatbuffers": ("exporters.tflite", "exporters.tflite_graph"),
+    "flatbuffers": ("exporters.tflite", "exporters.tflite_graph", "exporters.tflite_metadata"),
     "ethosu": ("exporters.vela",),
     "onnx": ("exporters.onnx", "exporters.onnx_graph", "exporters.onnx_file", "exporters.onnx_int8"),
     "onnxscript": ("exporters.onnx",),

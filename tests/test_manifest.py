@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning_edge.anatomy import Endpoint, Placement, Placements
 from lightning_edge.budget import Excess, Verdict
 from lightning_edge.errors import EdgeError, ManifestError
 from lightning_edge.exporters import export, target
-from lightning_edge.interface import Interface
+from lightning_edge.interface import Interface, Pixels
 from lightning_edge.manifest import NAME, SCHEMA, FileEntry, Manifest, check_path
 from lightning_edge.provenance import Commit, commit_of
 from lightning_edge.report import Report, Row
@@ -26,6 +26,8 @@ from lightning_edge.rows import of_artifact, write_manifest
 from lightning_edge.verification import unlisted, verify
 
 SMALL = "difference"
+
+INTERFACE = Interface(inputs=("image",), layout="nhwc", pixels=Pixels((0.5,), (0.25,)), labels=("a", "b"))
 
 ROW = Row(
     "tflite",
@@ -47,7 +49,7 @@ ROW = Row(
     sample=(Endpoint(None, (1, 640), "float32"),),
     placements=Placements("the runtime", (Placement("FULLY_CONNECTED", "delegate", 1, 2560),)),
     budget=Verdict("exceeded", (Excess("size_bytes", 50, 100),), ("peak_memory_bytes",)),
-    interface=Interface(inputs=("image",), layout="nhwc"),
+    interface=INTERFACE,
     runtime="LiteRT",
 )
 MANIFEST = Manifest.of(
@@ -107,9 +109,9 @@ def test_a_row_without_a_file_has_no_entry() -> None:
         (changed(git={"commit": "c"}), "git lacks 'dirty'"),
         (changed(git={"commit": "c", "dirty": 1}), "git.dirty is 1 and not true or false"),
         (changed(versions={"torch": 2}), "versions.torch is 2 and not a text"),
-        (entry(interface={}), r"files\[0\].interface lacks 'inputs', 'outputs', 'layout'"),
+        (entry(interface={}), r"files\[0\].interface lacks 'inputs', 'outputs', 'layout', 'pixels'"),
         (
-            entry(interface={"inputs": 1, "outputs": [], "layout": "nchw"}),
+            entry(interface={**asdict(INTERFACE), "inputs": 1}),
             r"Interface\(inputs=1\): give a list",
         ),
         (entry(size_bytes=-1), r"files\[0\].size_bytes is -1 and not a whole number of 0 or more"),

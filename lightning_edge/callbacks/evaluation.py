@@ -61,7 +61,7 @@ class DeviceEvaluationCallback(Callback):
         budget: What a file may cost. One that costs more is kept, said to in the report, and warned of.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that a file may leave to its runtime's own CPU
             kernels; a target with more fails. Any if not given.
-        interface: How the files are called: names of inputs and outputs, layout.
+        interface: How the files are called: names, layout, pixels, labels.
 
     Attributes:
         report: The report of the last fit; ``None`` before, and on all processes but the first.
