@@ -193,7 +193,8 @@ def stage(
         checks.check_fallback(contents.placements, max_fallback, target)
         artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
         checks.tell_not_run(artifact)
-        return Staged(network, replace(artifact, floor_bytes=floor_bytes(network, scheme)), place)
+        floor = floor_bytes(network, scheme, sparse=bool(options.get("sparse_weights")))
+        return Staged(network, replace(artifact, floor_bytes=floor), place)
     except BaseException:
         place.discard()
         raise

@@ -45,7 +45,8 @@ class Contents:
         undelegated_ops: Names of operations left to the runtime's own kernels; ``None`` where the file does not tell.
         planned_memory_bytes: Memory the file plans for activations, ``None`` where it does not tell.
         palette_weight_bytes: Bytes of such weights stored as indices into a table of values, without the tables.
-        sparse_weight_bytes: Bytes of such weights stored as their values that are not zero and one bit for each place.
+        sparse_weight_bytes: Bytes of such weights stored as their values that are not zero and one bit for each place;
+            where these values are integers, they are among the integers and only the bits are here.
         inputs: What the file takes, in its own order and layout.
         outputs: What it gives.
         placements: Where its operations run, as far as the file tells; ``None`` where it does not.

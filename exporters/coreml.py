@@ -20,8 +20,9 @@ from torch.export.graph_signature import ConstantArgument
 
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import ExportError, RunnerError, require
-from lightning_edge.exporters import coreml_placement
+from lightning_edge.exporters import coreml_placement, coreml_weights
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, first_line
+from lightning_edge.exporters.coreml_weights import Scheme
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
 from lightning_edge.exporters.mil_ops import DTYPES, MOVES
 from lightning_edge.exporters.mlpackage import check_interface, compact, coremltools, notes, quiet, read
@@ -34,12 +35,11 @@ NEEDS = ("coremltools",)
 RUNTIME = ("coremltools",)
 # The reference interpreter is our own code, on torch; importing coremltools once more would take it ten seconds.
 IN_PROCESS = sys.platform != "darwin"
-INT8_OPTIONS: frozenset[str] = frozenset()
+INT8_OPTIONS: frozenset[str] = frozenset({"sparse_weights"})
 ACTIVATION_BITS = frozenset({8})
 IMAGES = True
 
 ComputePrecision = Literal["float16", "float32"]
-Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "palette8", "palette6", "palette4", "sparse"]
 
 # How it says that the file it writes weights to, before it has a package, took no more.
 _TEMPORARY = "[MIL FileWriter]"
@@ -52,8 +52,8 @@ _WEIGHTS: dict[str, tuple[str, ...]] = {
     "constexpr_lut_to_dense": ("indices",),
     "constexpr_sparse_to_dense": ("nonzero_data", "mask"),
 }
-# A weight is stored sparse from this share of zeros on: below, the bits that say where they are outweigh them.
-_SPARSE_FROM = 0.1
+# What makes the two inputs of a sparse weight of integers: one bit for each place, and the integers that are not zero.
+_SPARSE_INTEGERS = "constexpr_sparse_blockwise_shift_scale"
 # An activation that clips is part of the operation before it: the quantizer behind it clips anyway.
 _CLIPS = frozenset({"relu", "relu6", "clip"})
 _IMAGES = 4  # dimensions
@@ -75,6 +75,8 @@ def write(
     minimum_ios: int = 17,
     compute_precision: ComputePrecision = "float32",
     scheme: Scheme | None = None,
+    block_size: int | None = None,
+    sparse_weights: bool = False,
 ) -> None:
     """Write the network as an ML Program with named inputs and outputs.
 
@@ -87,9 +89,12 @@ def write(
         scheme: How a float network's weights are stored. ``"fp16"`` computes in float16 as well; int4 needs iOS 18.
             A palette is a table of 256, 64 or 16 values for each weight, found by k-means; ``"sparse"`` leaves out
             the zeros that training made (`Sparsify`).
+        block_size: With ``"int4_weight_only"``, how many inputs of a layer share a scale, 16 or more; ``None`` for one
+            scale a channel, which is also what layers get whose inputs it does not divide.
+        sparse_weights: Whether an int8 network's weights are stored without their zeros, from iOS 18 on.
 
     Raises:
-        ExportError: If coremltools cannot convert the network.
+        ExportError: If coremltools cannot convert the network, or ``sparse_weights`` makes it no smaller.
         ValueError: If an option is not one of those allowed.
         MissingExtraError: If coremltools is not installed.
     """
@@ -101,8 +106,9 @@ def write(
         raise ValueError(
             f"minimum_ios={minimum_ios!r} is not a version this coremltools writes int8 programs for; give 17 or later"
         )
-    if scheme == "int4_weight_only" and minimum_ios < 18:
-        raise ValueError(f"minimum_ios={minimum_ios!r}: scheme='int4_weight_only' needs minimum_ios=18 or later")
+    coreml_weights.check(minimum_ios, scheme, block_size, sparse_weights, network.precision == "int8")
+    if block_size is not None:
+        coreml_weights.tell_uneven(network.graph, block_size)
     check_interface(network)
     if scheme == "fp16":
         compute_precision = "float16"
@@ -117,9 +123,12 @@ def write(
                 skip_model_load=True,
             )
             if scheme not in (None, "fp16"):
-                model = _in_scheme(model, scheme)
-            model.save(str(path))
-    except OSError:
+                model = coreml_weights.in_scheme(model, scheme, block_size)
+            if sparse_weights:
+                coreml_weights.save_without_zeros(model, path, network)
+            else:
+                model.save(str(path))
+    except (OSError, ExportError):
         raise
     except Exception as error:  # the converter raises whatever an operation leads it to
         if _TEMPORARY in str(error):
@@ -132,27 +141,8 @@ def write(
             f"{type(error).__name__}: {error}. Replace the operation named there with one it converts, "
             "or export to another target."
         ) from error
-    compact(path, network.output_names(), network.interface)
-
-
-def _in_scheme(model: Any, scheme: Scheme) -> Any:
-    """Store each weight as the scheme says, however small it is."""
-    from coremltools.optimize import coreml
-
-    if scheme == "sparse":
-        sparse = coreml.OpThresholdPrunerConfig(
-            threshold=0.0, minimum_sparsity_percentile=_SPARSE_FROM, weight_threshold=0
-        )
-        return coreml.prune_weights(model, coreml.OptimizationConfig(global_config=sparse))
-    if scheme.startswith("palette"):
-        bits = int(scheme.removeprefix("palette"))
-        palette = coreml.OpPalettizerConfig(mode="kmeans", nbits=bits, weight_threshold=0)
-        return coreml.palettize_weights(model, coreml.OptimizationConfig(global_config=palette))
-    dtype = scheme.split("_")[0]
-    config = coreml.OpLinearQuantizerConfig(
-        mode="linear_symmetric", dtype=dtype, granularity="per_channel", weight_threshold=0
-    )
-    return coreml.linear_quantize_weights(model, coreml.OptimizationConfig(global_config=config))
+    if not sparse_weights:
+        compact(path, network.output_names(), network.interface)
 
 
 def _output_types(tools: Any, program: torch.export.ExportedProgram) -> list[Any]:
@@ -255,10 +245,23 @@ def _count_weight(
         found["float"][origin] = origin.size_bytes
         return
     maker = makers.get(origin)
+    if maker is not None and (integers := _sparse_integers(maker, makers)) is not None:
+        for key, kind in (("nonzero_data", "int8"), ("data_mask", "sparse")):
+            part = integers.inputs[key]
+            assert isinstance(part, Constant)
+            found[kind][part] = _packed_bytes(part)
+        return
     for key in _WEIGHTS.get(maker.kind, ()) if maker is not None else ():
         stored = maker.inputs.get(key) if maker is not None else None
         if isinstance(stored, Constant):
             found[_kind(maker, stored)][stored] = _packed_bytes(stored)
+
+
+def _sparse_integers(maker: Operation, makers: Mapping[Variable, Operation]) -> Operation | None:
+    """What holds the integers of a sparse weight; ``None`` where it is none, or one of floats."""
+    values = maker.inputs.get("nonzero_data") if maker.kind == "constexpr_sparse_to_dense" else None
+    before = makers.get(values) if isinstance(values, Variable) else None
+    return before if before is not None and before.kind == _SPARSE_INTEGERS else None
 
 
 def _kind(maker: Operation | None, stored: Constant) -> str:

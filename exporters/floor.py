@@ -14,7 +14,7 @@ _FLOAT = 4
 _WEIGHT = {"int8_weight_only": 1.0, "int8_dynamic": 1.0, "int4_weight_only": 0.5, "int4_dynamic": 0.5}
 
 
-def floor_bytes(network: Deployable, scheme: str | None = None) -> int:
+def floor_bytes(network: Deployable, scheme: str | None = None, *, sparse: bool = False) -> int:
     """Count the bytes below which no file of a network can come without coding its values in fewer bits.
 
     int8: a byte for each weight, four for each bias (an int32) and each scale; zero points of weights are 0 and need
@@ -25,9 +25,12 @@ def floor_bytes(network: Deployable, scheme: str | None = None) -> int:
     Args:
         network: What is exported.
         scheme: How a float network's weights are stored.
+        sparse: Whether an int8 network's weights are stored without their zeros: a bit for each place, a byte for each
+            that is not zero.
     """
     if isinstance(network.graph, fx.GraphModule):
-        return sum(_bytes_of(tensor) for tensor in _values(network.graph)) + _FLOAT * _whole_scales(network.graph)
+        values = sum(_bytes_of(tensor, sparse) for tensor in _values(network.graph))
+        return values + _FLOAT * _whole_scales(network.graph)
     total = 0.0
     seen: set[int] = set()
     for module in network.graph.modules():
@@ -77,5 +80,7 @@ def _is_zero_point(node: fx.Node, reader: fx.Node) -> bool:
     return "quantize_per_channel" in str(reader.target) and reader.args[2] is node
 
 
-def _bytes_of(tensor: Tensor) -> int:
+def _bytes_of(tensor: Tensor, sparse: bool) -> int:
+    if sparse and not tensor.is_floating_point() and tensor.element_size() == 1:
+        return min(tensor.numel(), int(tensor.count_nonzero()) + (tensor.numel() + 7) // 8)
     return tensor.numel() * (_FLOAT if tensor.is_floating_point() else tensor.element_size())

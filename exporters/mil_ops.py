@@ -116,6 +116,11 @@ def _dense_sparse(nonzero_data: Any, mask: Any, shape: list[int] | None = None) 
     return result
 
 
+def _sparse_blockwise(data_mask: Any, nonzero_data: Any, scale: Tensor, offset: Any = None) -> tuple[Tensor, Tensor]:
+    mask = tensor(data_mask)
+    return mask, _dense_blockwise(_dense_sparse(nonzero_data, mask), scale, offset)[mask != 0]
+
+
 def _cast(x: Any, dtype: str) -> Tensor:
     return tensor(x).to(DTYPES[dtype])
 
@@ -277,6 +282,7 @@ OPS: Mapping[str, Callable[..., Any]] = {
     "constexpr_blockwise_shift_scale": _dense_blockwise,
     "constexpr_cast": lambda source_val, output_dtype: _cast(source_val, output_dtype),
     "constexpr_lut_to_dense": _dense_palette,
+    "constexpr_sparse_blockwise_shift_scale": _sparse_blockwise,
     "constexpr_sparse_to_dense": _dense_sparse,
     "quantize": quantize,
     "dequantize": dequantize,

@@ -238,3 +238,99 @@ def test_groups_are_of_four_bits_only(tmp_path: Path) -> None:
         export(mlp(), "executorch", tmp_path / "net.pte", inputs=samples(), scheme="int8_dynamic", group_size=64)
     given = {"executorch": {"scheme": "int4_dynamic", "group_size": 64, "backend": "xnnpack"}}
     assert options_of("executorch", "int8", given) == {"backend": "xnnpack"}
+
+
+def blocks_of(path: Path) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes of the integers and the scales of each weight in a Core ML package."""
+    from lightning_edge.exporters import mlpackage
+
+    operations = mlpackage.read(path).operations
+    kept = [operation.inputs for operation in operations if operation.kind == "constexpr_blockwise_shift_scale"]
+    return [(inputs["data"].value.shape, inputs["scale"].value.shape) for inputs in kept]  # type: ignore[union-attr]
+
+
+def test_four_bits_in_blocks_are_read_back_and_nearer(tmp_path: Path) -> None:
+    network, x = trained()
+    errors = []
+    for block_size in (None, 64):
+        path = tmp_path / f"{block_size}.mlpackage"
+        options: dict[str, Any] = {"scheme": "int4_weight_only", "minimum_ios": 18, "block_size": block_size}
+        artifact = export(network, "coreml", path, inputs=x, batches=[x[:8]], **options)
+        assert artifact.contents.int4_weight_bytes == (576 * 256 + 256 * 256 + 256 * 10) // 2
+        assert artifact.contents.float_weight_bytes == 0
+        with torch.no_grad():
+            reference = network(x)
+        errors.append(float((artifact(x)[0] - reference).norm() / reference.norm()))
+    by_channel, in_blocks = errors
+    assert in_blocks < 0.75 * by_channel
+    assert blocks_of(path) == [((256, 576), (256, 9)), ((256, 256), (256, 4)), ((10, 256), (10, 4))]
+
+
+def test_layers_that_blocks_do_not_divide_have_one_scale_a_channel_and_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "net.mlpackage"
+    options: dict[str, Any] = {"scheme": "int4_weight_only", "minimum_ios": 18, "block_size": 64}
+    with pytest.warns(ExportWarning, match=r"of '2' \(32 inputs\) are no multiple of 64, and have one scale a ch"):
+        artifact = export(mlp(), "coreml", path, inputs=samples(), **options)
+    assert artifact.contents.int4_weight_bytes == WEIGHTS // 2
+    assert blocks_of(path) == [((32, 64), (32, 1)), ((8, 32), (8, 1))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "int4_weight_only", "block_size": 8}, r"block_size=8 is not allowed: give a whole number of 16"),
+        ({"scheme": "int4_weight_only", "block_size": 32.0}, r"block_size=32\.0 is not allowed"),
+        ({"scheme": "int8_weight_only", "block_size": 32}, r"says something of scheme='int4_weight_only' only"),
+        ({"sparse_weights": True}, r"sparse_weights is for int8 networks; for a float one give scheme='sparse'"),
+    ],
+)
+def test_ways_of_core_ml_to_store_weights_that_do_not_go_together(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(mlp(), "coreml", tmp_path / "net.mlpackage", inputs=samples(), minimum_ios=18, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def thinned() -> nn.Module:
+    """The network with seven of eight weights of its first layer zero, as `Sparsify` leaves them."""
+    network = copy.deepcopy(mlp())
+    with torch.no_grad():
+        network[0].weight.view(-1, 8)[:, 1:] = 0.0
+    return network
+
+
+def test_zeros_are_left_out_of_an_int8_core_ml_package_and_change_nothing(tmp_path: Path) -> None:
+    quantized = quantize(thinned(), [samples()])
+    made = {
+        sparse: export(
+            quantized,
+            "coreml",
+            tmp_path / f"{sparse}.mlpackage",
+            batches=[samples()],
+            minimum_ios=18,
+            sparse_weights=sparse,
+        )
+        for sparse in (False, True)
+    }
+    assert torch.equal(made[True](samples())[0], made[False](samples())[0])
+    contents = made[True].contents
+    kept = contents.int8_weight_bytes - 8 * 32  # the second layer is whole
+    assert 32 * 8 - 4 < kept <= 32 * 8  # of the first one in eight, but for what rounds to zero
+    assert contents.sparse_weight_bytes == 32 * 64 // 8
+    assert contents.float_weight_bytes == made[False].contents.sparse_weight_bytes == 0
+    assert (contents.precision, contents.float_compute_ops) == ("int8", ())
+    assert made[True].size_bytes < made[False].size_bytes
+    floors = [made[sparse].floor_bytes for sparse in (False, True)]
+    assert floors[0] is not None
+    assert floors[1] == floors[0] - 32 * 64 + kept + 32 * 64 // 8
+
+
+def test_an_int8_network_without_zeros_gets_no_smaller_and_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"makes the package no smaller \(\d+ bytes against \d+\): .*Sparsify first"):
+        export(quantize(mlp(), [samples()]), "coreml", tmp_path / "net.mlpackage", minimum_ios=18, sparse_weights=True)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="minimum_ios=17: sparse_weights of int8 networks need minimum_ios=18"):
+        export(quantize(mlp(), [samples()]), "coreml", tmp_path / "net.mlpackage", sparse_weights=True)
+    given = {"coreml": {"sparse_weights": True, "minimum_ios": 18}}
+    assert options_of("coreml", "fp32", given) == {"minimum_ios": 18}
