@@ -164,7 +164,7 @@ def _check_manifest(path: Path) -> None:
         raise RunnerError(f"{str(path)!r} has a Manifest.json that leads to {root!r} and not to {_GRAPH}")
 
 
-def compact(path: Path, output_names: Sequence[str], interface: Interface) -> None:
+def compact(path: Path, output_names: Sequence[str], interface: Interface | None = None) -> None:
     """Rewrite a saved package in place: name inputs and outputs, shorten the other names, share equal constants.
 
     The debug map that coremltools leaves beside the data and the date and random identifiers in it go too, so
@@ -176,6 +176,7 @@ def compact(path: Path, output_names: Sequence[str], interface: Interface) -> No
         output_names: Names for the outputs in order; see `feature_names`.
         interface: Names of inputs, if it has any, and what is noted in the package.
     """
+    interface = interface or Interface()
     with quiet():
         from coremltools.proto import Model_pb2
 

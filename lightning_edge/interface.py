@@ -1,4 +1,4 @@
-"""How the files of a network are called: names, layout, batch, and what is built into them.
+"""How the files of a network are called: names, layout, and what is built into them.
 
 One description for every target. Knows neither torch nor any file format: `exporters.front` puts it into a graph.
 """
