@@ -24,7 +24,8 @@ from lightning_edge.exporters import coreml_placement, coreml_weights
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, first_line
 from lightning_edge.exporters.coreml_weights import Scheme
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
-from lightning_edge.exporters.mil_ops import DTYPES, MOVES
+from lightning_edge.exporters.mil_ops import MOVES
+from lightning_edge.exporters.mil_values import DTYPES
 from lightning_edge.exporters.mlpackage import check_interface, compact, coremltools, notes, quiet, read
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_edge.errors import RunnerError
-from lightning_edge.exporters.mil_ops import DTYPES, MOVES, OPS, tensor
+from lightning_edge.exporters.mil_ops import MOVES, OPS
+from lightning_edge.exporters.mil_values import DTYPES, tensor
 
 SUPPORTED_OPS = tuple(sorted(["const", *OPS]))
 """Every MIL operation the interpreter runs."""

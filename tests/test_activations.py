@@ -74,7 +74,7 @@ class Swish(nn.Module):
 
 NETWORKS: dict[str, type[nn.Module]] = {"gated": Gated, "numbers": Numbers, "swish": Swish}
 # What stays float, and why: XNNPACK's partitioner takes a sigmoid in fp32 only (SigmoidConfig of executorch 1.4).
-FLOAT = {("swish", "executorch"): ("Sigmoid",), ("numbers", "onnx"): ("Sub",)}
+FLOAT = {("swish", "executorch"): ("Sigmoid",)}
 
 
 def images(batch: int) -> Tensor:

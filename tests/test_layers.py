@@ -30,6 +30,7 @@ ROWS = [
 ]
 WITHOUT_TORCH = {"errors", "schedule", "rendering", "monitor", "report", "mistakes", "anatomy", "budget", "macs"}
 WITHOUT_TORCH |= {"provenance", "manifest", "interface"}
+PTE = ("", "_coreml", "_tally", "_vulkan")
 ROOMS = {
     "lightning": ("callbacks", "zoo", "tracking", "validation", "cli"),
     "jsonargparse": ("cli",),
@@ -38,8 +39,14 @@ ROOMS = {
     "torchao": ("quantization", "exporters"),
     "torch_pruning": ("pruning",),
     "wandb": ("tracking",),
-    "executorch": ("exporters.executorch", "exporters.pte"),
-    "coremltools": ("exporters.coreml", "exporters.mlpackage", "exporters.mil", "exporters.coreml_placement"),
+    "executorch": ("exporters.executorch", "exporters.executorch_backends", *(f"exporters.pte{part}" for part in PTE)),
+    "coremltools": (
+        "exporters.coreml",
+        "exporters.coreml_placement",
+        "exporters.coreml_weights",
+        "exporters.mil",
+        "exporters.mlpackage",
+    ),
     "litert_torch": ("exporters.tflite", "exporters.tflite_graph"),
     "ai_edge_litert": ("exporters.tflite", "exporters.tflite_graph"),
     "ai_edge_quantizer": ("exporters.tflite", "exporters.tflite_graph"),

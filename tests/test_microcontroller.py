@@ -220,7 +220,7 @@ def to_two_graphs(model: Any, schema: Any) -> None:
 
 
 def to_planned(model: Any, schema: Any) -> None:
-    tflite_graph.set_note(model, "OfflineMemoryAllocation", "plan")
+    tflite_graph.set_note(model, "OfflineMemoryAllocation", b"plan")
 
 
 @pytest.mark.parametrize(
