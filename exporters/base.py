@@ -181,7 +181,8 @@ class Artifact:
         Raises:
             RunnerError: If number, shape or type of the inputs is not what the file takes, or it fails to run.
         """
-        return self.run_ready(self.ready(tensors))
+        ready = self.ready(tensors)
+        return self.guarded(lambda: self.runner(ready))
 
     def ready(self, tensors: list[Tensor]) -> list[Tensor]:
         """Check the flattened inputs of one sample, and make of them what the file itself takes.
@@ -209,14 +210,6 @@ class Artifact:
             return inputs.map(lambda tensor: as_file_sees(tensor, self.contents.interface))
         except ValueError as error:
             raise RunnerError(f"{self.path.name}: {error}") from error
-
-    def run_ready(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run on what `ready` gave.
-
-        Raises:
-            RunnerError: If it fails to run.
-        """
-        return self.guarded(lambda: self.runner(tensors))
 
     def guarded(self, call: Callable[[], Result]) -> Result:
         """Make a call of the runner.

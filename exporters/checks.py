@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lightning_edge.anatomy import Placements
 from lightning_edge.comparison import Comparison
@@ -299,6 +299,25 @@ def tell_not_run(artifact: Artifact) -> None:
             f"{artifact.path.name} was written and its contents were checked, but it was NOT run: {artifact.not_run}. "
             "Nothing shows that it computes what the network does",
         )
+
+
+def tell_uneven(target: str, network: nn.Module, inputs_of: Callable[[nn.Module], int], size: int, then: str) -> None:
+    """Warn of the layers whose inputs are no whole number of groups.
+
+    Args:
+        target: Name of the target.
+        network: A network in the form of a file.
+        inputs_of: How many inputs of a layer are divided; 0 where none are.
+        size: Inputs in a group.
+        then: What becomes of such a layer.
+    """
+    uneven = [
+        f"{name.removeprefix('network.')!r} ({inputs} inputs)"
+        for name, module in network.named_modules()
+        if (inputs := inputs_of(module)) % size
+    ]
+    if uneven:
+        _warn(target, f"the inputs of {', '.join(uneven)} are no multiple of {size}, and {then}")
 
 
 def tell_of(target: str, message: str | None) -> None:

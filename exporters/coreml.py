@@ -26,8 +26,8 @@ from lightning_edge.exporters.coreml_weights import Scheme
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
 from lightning_edge.exporters.mil_ops import MOVES
 from lightning_edge.exporters.mil_values import DTYPES
-from lightning_edge.exporters.mlpackage import check_interface, compact, coremltools, notes, quiet, read
-from lightning_edge.interface import Interface
+from lightning_edge.exporters.mlpackage import check_interface, compact, coremltools, quiet, read
+from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
 from lightning_edge.network import Deployable
 
 SUFFIX = ".mlpackage"
@@ -57,7 +57,6 @@ _WEIGHTS: dict[str, tuple[str, ...]] = {
 _SPARSE_INTEGERS = "constexpr_sparse_blockwise_shift_scale"
 # An activation that clips is part of the operation before it: the quantizer behind it clips anyway.
 _CLIPS = frozenset({"relu", "relu6", "clip"})
-_IMAGES = 4  # dimensions
 _DTYPE_NAMES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
@@ -174,9 +173,10 @@ def inspect(path: Path) -> Contents:
         RunnerError: If the package cannot be read.
         MissingExtraError: If coremltools is not installed.
     """
-    found, interface = contents(read(path)), Interface.of_notes(notes(path))
+    program = read(path)
+    found, interface = contents(program), Interface.of_notes(program.notes)
     if interface.pixels is not None:
-        images = (replace(end, dtype="uint8") if len(end.shape) == _IMAGES else end for end in found.inputs)
+        images = (replace(end, dtype="uint8") if len(end.shape) == IMAGE_DIMENSIONS else end for end in found.inputs)
         found = replace(found, inputs=tuple(images))
     return replace(found, interface=interface)
 

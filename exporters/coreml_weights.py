@@ -75,14 +75,7 @@ def in_scheme(model: Any, scheme: Scheme, block_size: int | None = None) -> Any:
 
 def tell_uneven(network: nn.Module, block_size: int) -> None:
     """Warn of the layers whose inputs are no whole number of blocks."""
-    uneven = [
-        f"{name.removeprefix('network.')!r} ({inputs} inputs)"
-        for name, module in network.named_modules()
-        if (inputs := _inputs(module)) % block_size
-    ]
-    if uneven:
-        told = f"the inputs of {', '.join(uneven)} are no multiple of {block_size}, and have one scale a channel"
-        checks.tell_of("coreml", told)
+    checks.tell_uneven("coreml", network, _inputs, block_size, "have one scale a channel")
 
 
 def save_without_zeros(model: Any, path: Path, network: Deployable) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_edge.errors import EdgeError, RunnerError, require
 from lightning_edge.exporters import checks, executorch_backends, pte
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
-from lightning_edge.exporters.executorch_backends import XNNPACK, Backend
+from lightning_edge.exporters.executorch_backends import Backend
 from lightning_edge.network import Deployable
 
 SUFFIX = ".pte"
@@ -29,7 +29,7 @@ Scheme = Literal["fp16", "int8_dynamic", "int4_dynamic"]
 
 # Weights of a row that share a scale, in XNNPACK's 4-bit kernels: this many or a multiple.
 _GROUP = 32
-_DELEGATE_NAMES = {XNNPACK: "XNNPACK", "CoreMLBackend": "Core ML", "VulkanBackend": "Vulkan"}
+_DELEGATE_NAMES = {pte.XNNPACK: "XNNPACK", pte.CORE_ML: "Core ML", pte.VULKAN: "Vulkan"}
 
 
 def write(
@@ -114,14 +114,11 @@ def _in_scheme(network: Deployable, scheme: Scheme, group_size: int | None) -> D
     inputs = (group_size or _GROUP) if is_int4 else 1
     granularity = PerGroup(group_size) if is_int4 and group_size is not None else PerAxis(0)
     config = Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
-    uneven = [
-        f"{name.removeprefix('network.')!r} ({module.in_features} inputs)"
-        for name, module in graph.named_modules()
-        if isinstance(module, nn.Linear) and module.in_features % inputs
-    ]
-    if uneven:
-        told = f"the inputs of {', '.join(uneven)} are no multiple of {inputs}, and these layers stay float"
-        checks.tell_of("executorch", told)
+
+    def inputs_of(module: nn.Module) -> int:
+        return module.in_features if isinstance(module, nn.Linear) else 0
+
+    checks.tell_uneven("executorch", graph, inputs_of, inputs, "these layers stay float")
     quantize_(graph, config, lambda module, _: isinstance(module, nn.Linear) and module.in_features % inputs == 0)
     return Deployable(graph, network.inputs, network.precision, interface=network.interface)
 
@@ -141,7 +138,7 @@ def not_run_here(contents: Contents) -> str | None:
     Args:
         contents: What the file says of itself.
     """
-    others = [name for name in contents.delegates if name != XNNPACK]
+    others = [name for name in contents.delegates if name != pte.XNNPACK]
     if not others:
         return None
     there = require(RUNTIME[0], EXTRA)._get_registered_backend_names()

@@ -18,8 +18,6 @@ from lightning_edge.network import Deployable
 
 Backend = Literal["xnnpack", "portable", "coreml", "vulkan"]
 
-XNNPACK = "XnnpackBackend"
-
 _EXTRA = "executorch"
 _KEY_DIGITS = 16
 _MINIMUM_IOS = 17

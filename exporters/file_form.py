@@ -10,10 +10,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.exporters.front import Front, front_of, in_layout
-from lightning_edge.interface import Interface
+from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
 from lightning_edge.network import Deployable, Inputs
-
-_IMAGES = 4  # dimensions
 
 
 @final
@@ -79,7 +77,7 @@ def in_file_form(
     )
 
     def given(tensor: Tensor) -> Tensor:
-        if interface.pixels is not None and tensor.dim() == _IMAGES:
+        if interface.pixels is not None and tensor.dim() == IMAGE_DIMENSIONS:
             tensor = torch.zeros_like(tensor, dtype=pixel_type)
         return in_layout(tensor.contiguous(), interface)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -13,10 +14,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from lightning_edge.exporters.graphs import operation
-from lightning_edge.interface import Interface, Pixels
+from lightning_edge.interface import IMAGE_DIMENSIONS, Interface, Pixels
 from lightning_edge.network import Deployable, flatten_outputs
 
-_IMAGES = 4  # dimensions
 _WHITE = 255
 # How far beyond black and white a value may lie, in pixels: by as much resizing overshoots.
 _OVERSHOOT = 1.0
@@ -70,7 +70,7 @@ class Front(nn.Module):
 
     def forward(self, tensor: Tensor) -> Tensor:
         """Give 4-D tensors in the network's own layout, NCHW, and as its values; others as they are."""
-        if tensor.dim() != _IMAGES:
+        if tensor.dim() != IMAGE_DIMENSIONS:
             return tensor
         if self.pixels is not None:  # first: XNNPACK has no transpose of uint8
             tensor = tensor.to(self.scale.dtype)
@@ -94,7 +94,7 @@ class Front(nn.Module):
 
 def front_of(network: Deployable, interface: Interface, *, folded: bool = True) -> Front:
     """Make the front of a network's files."""
-    channels = next((tensor.shape[1] for tensor in network.inputs.tensors if tensor.dim() == _IMAGES), 1)
+    channels = next((tensor.shape[1] for tensor in network.inputs.tensors if tensor.dim() == IMAGE_DIMENSIONS), 1)
     return Front(interface, channels, int8=_quantizes_images(network), folded=folded)
 
 
@@ -104,7 +104,7 @@ def as_file_takes(tensor: Tensor, interface: Interface) -> Tensor:
     Raises:
         ValueError: If the file takes pixels, and values lie beyond black and white.
     """
-    if tensor.dim() != _IMAGES:
+    if tensor.dim() != IMAGE_DIMENSIONS:
         return tensor
     if interface.pixels is not None:
         tensor = _pixels(tensor, interface.pixels).round().clamp(0, _WHITE).to(torch.uint8)
@@ -113,7 +113,7 @@ def as_file_takes(tensor: Tensor, interface: Interface) -> Tensor:
 
 def in_layout(tensor: Tensor, interface: Interface) -> Tensor:
     """Give an image in the file's own layout."""
-    if tensor.dim() == _IMAGES and interface.layout == "nhwc":
+    if tensor.dim() == IMAGE_DIMENSIONS and interface.layout == "nhwc":
         # A copy, not contiguous(): that leaves the strides of one channel as they are, and ExecuTorch reads them.
         return tensor.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     return tensor
@@ -155,7 +155,7 @@ def as_file_sees(tensor: Tensor, interface: Interface) -> Tensor:
 
 def network_shape(shape: tuple[int, ...], interface: Interface) -> tuple[int, ...]:
     """Give the shape that the network takes where the file takes this one."""
-    if len(shape) == _IMAGES and interface.layout == "nhwc":
+    if len(shape) == IMAGE_DIMENSIONS and interface.layout == "nhwc":
         batch, height, width, channels = shape
         return batch, channels, height, width
     return shape
@@ -163,7 +163,7 @@ def network_shape(shape: tuple[int, ...], interface: Interface) -> tuple[int, ..
 
 def network_dtype(shape: tuple[int, ...], dtype: torch.dtype, interface: Interface) -> torch.dtype:
     """Give the type that the network takes where the file takes this one."""
-    return torch.float32 if len(shape) == _IMAGES and interface.pixels is not None else dtype
+    return torch.float32 if len(shape) == IMAGE_DIMENSIONS and interface.pixels is not None else dtype
 
 
 def check_interface(interface: Interface, network: Deployable) -> None:
@@ -186,7 +186,7 @@ def check_interface(interface: Interface, network: Deployable) -> None:
             f"Interface(outputs={list(interface.outputs)}) names {len(interface.outputs)} outputs, and the network "
             f"gives {len(outputs)}: {', '.join(outputs)}. Name each, in the order in which the network gives them"
         )
-    images = [tensor for tensor in tensors if tensor.dim() == _IMAGES]
+    images = [tensor for tensor in tensors if tensor.dim() == IMAGE_DIMENSIONS]
     if interface.layout == "nhwc" and not images:
         raise ValueError(f"Interface(layout='nhwc') is for 4-D inputs, and the network takes {told}. Leave it out")
     if interface.pixels is not None:
@@ -206,11 +206,17 @@ def _check_pixels(pixels: Pixels, images: list[Tensor], told: str) -> None:
         )
 
 
+def place_of_scores(ranks: Sequence[int]) -> int | None:
+    """Say which output holds class scores, by the outputs' dimensions: the first of two, else the first of more."""
+    return ranks.index(2) if 2 in ranks else next((place for place, rank in enumerate(ranks) if rank > 2), None)
+
+
 def _check_labels(labels: tuple[str, ...], network: Deployable) -> None:
     with torch.no_grad():
         outputs = flatten_outputs(network(*network.inputs.args, **network.inputs.kwargs))
     shapes = [tuple(output.shape) for output in outputs]
-    scores = next((shape for shape in shapes if len(shape) == 2), next((s for s in shapes if len(s) > 2), None))
+    place = place_of_scores([len(shape) for shape in shapes])
+    scores = None if place is None else shapes[place]
     if scores is None or scores[1] != len(labels):
         found = "no output is of the shape (batch, classes)" if scores is None else f"the network gives {scores[1]}"
         raise ValueError(
@@ -224,7 +230,11 @@ def _quantizes_images(network: Deployable) -> bool:
     if not isinstance(network.graph, fx.GraphModule):
         return False
     given = [node for node in network.graph.graph.nodes if node.op == "placeholder"]
-    images = [node for node in given if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim() == _IMAGES]
+    images = [
+        node
+        for node in given
+        if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim() == IMAGE_DIMENSIONS
+    ]
     readers = [reader for node in images for reader in node.users]
     return bool(readers) and all(
         operation(reader) == "quantize_per_tensor" and reader.args[5] == torch.int8 for reader in readers
@@ -234,7 +244,7 @@ def _quantizes_images(network: Deployable) -> bool:
 def _are_pixels(tensor: Tensor, interface: Interface) -> bool:
     """Whether an input is an image of pixels; one with other channels is left for who checks shapes."""
     channels = 1 if interface.pixels is None else interface.pixels.channels
-    return interface.pixels is not None and tensor.dim() == _IMAGES and channels in (1, tensor.shape[1])
+    return interface.pixels is not None and tensor.dim() == IMAGE_DIMENSIONS and channels in (1, tensor.shape[1])
 
 
 def _each(values: tuple[float, ...], channels: int) -> Tensor:

@@ -67,11 +67,19 @@ class Operation:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A straight-line MIL function; ``outputs`` may be constants or inputs as well as results."""
+    """A straight-line MIL function; ``outputs`` may be constants or inputs as well as results.
+
+    Attributes:
+        inputs: What it takes.
+        operations: What it computes, in order.
+        outputs: What it gives.
+        notes: Texts that the package it was read from keeps by name.
+    """
 
     inputs: tuple[Variable, ...]
     operations: tuple[Operation, ...]
     outputs: tuple[Variable | Constant, ...]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def decode(constant: Constant) -> Any:

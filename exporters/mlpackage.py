@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,13 @@ import numpy
 
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.mil import Constant, Operand, Operation, Program, Variable
-from lightning_edge.interface import Interface
+from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
 from lightning_edge.network import Deployable
 
 _GRAPH = Path("Data/com.apple.CoreML/model.mlmodel")
 _WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 
 
-_IMAGES = 4  # dimensions
 # Core ML's numbers for gray and for RGB, by channels.
 _COLOR_SPACES = {1: 10, 3: 20}
 _CHATTY = ("coremltools", "torch.utils._pytree")
@@ -140,7 +140,7 @@ def read(path: Path) -> Program:
                     f"{str(path)!r} holds a Core ML {spec.WhichOneof('Type')}, not an ML Program; export it again"
                 )
             program = load.load(spec, spec.specificationVersion, file_weights_dir=str((path / _WEIGHTS).parent))
-            return plain(program.functions["main"])
+            return replace(plain(program.functions["main"]), notes=dict(spec.description.metadata.userDefined))
     except RunnerError:
         raise
     except Exception as error:  # the loader raises whatever a damaged file leads it to
@@ -209,19 +209,10 @@ def _as_images(spec: Any) -> None:
     """Declare 4-D inputs as images, which the program itself goes on taking as numbers from 0 to 255."""
     for feature in spec.description.input:
         shape = list(feature.type.multiArrayType.shape)
-        if len(shape) == _IMAGES:
+        if len(shape) == IMAGE_DIMENSIONS:
             _, channels, height, width = shape
             image = feature.type.imageType
             image.height, image.width, image.colorSpace = height, width, _COLOR_SPACES[channels]
-
-
-def notes(path: Path) -> dict[str, str]:
-    """Read the texts that a package keeps by name."""
-    with quiet():
-        from coremltools.proto import Model_pb2
-
-    spec = Model_pb2.Model.FromString((path / _GRAPH).read_bytes())
-    return dict(spec.description.metadata.userDefined)
 
 
 def check_interface(network: Deployable) -> None:
@@ -231,7 +222,7 @@ def check_interface(network: Deployable) -> None:
         ValueError: Naming the first.
     """
     interface = network.interface
-    channels = {tensor.shape[1] for tensor in network.inputs.tensors if tensor.dim() == _IMAGES}
+    channels = {tensor.shape[1] for tensor in network.inputs.tensors if tensor.dim() == IMAGE_DIMENSIONS}
     if interface.pixels is not None and not channels <= _COLOR_SPACES.keys():
         raise ValueError(
             f"Interface(pixels=...): Core ML has images of {' or '.join(map(str, _COLOR_SPACES))} channels, and the "

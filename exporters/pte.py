@@ -18,6 +18,8 @@ from lightning_edge.interface import Interface
 
 # The one method that computes.
 METHOD = "forward"
+# Names of delegates in files and runtimes.
+XNNPACK, CORE_ML, VULKAN = "XnnpackBackend", "CoreMLBackend", "VulkanBackend"
 _NODE = "XNN"
 # XNNPACK's nodes that multiply by weights or matrices, with the fields of their two factors.
 _PRODUCTS = {
@@ -239,7 +241,7 @@ def _kernel_macs(name: str, plan: Any, arguments: Any) -> int:
 
 
 _READERS: dict[str, Callable[[bytes, str, Tally], None]] = {
-    "XnnpackBackend": lambda payload, name, tally: _count_graph(_graph(payload), name, tally),
-    "VulkanBackend": lambda payload, name, tally: pte_vulkan.count(payload, tally),
-    "CoreMLBackend": pte_coreml.count,
+    XNNPACK: lambda payload, name, tally: _count_graph(_graph(payload), name, tally),
+    VULKAN: lambda payload, name, tally: pte_vulkan.count(payload, tally),
+    CORE_ML: pte_coreml.count,
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_edge.errors import require
 from lightning_edge.exporters import tflite_graph
+from lightning_edge.exporters.front import place_of_scores
 from lightning_edge.interface import Interface
 
 NAME = "TFLITE_METADATA"
@@ -43,7 +44,7 @@ def describe(model: Any, interface: Interface) -> None:
     graph = model.subgraphs[0]
     builder = require("flatbuffers", "tflite").Builder(1024)
     ends = {side: [graph.tensors[int(index)] for index in getattr(graph, side)] for side in ("inputs", "outputs")}
-    scores = _scores(ends["outputs"])
+    scores = place_of_scores([len(end.shape) for end in ends["outputs"]])
     inputs = [_tensor(builder, end, interface, labelled=False) for end in ends["inputs"]]
     outputs = [_tensor(builder, end, interface, labelled=at == scores) for at, end in enumerate(ends["outputs"])]
     sides = {_INPUTS: _offsets(builder, inputs), _OUTPUTS: _offsets(builder, outputs)}
@@ -71,12 +72,6 @@ def labels_of(data: bytes) -> tuple[str, ...]:
             return tuple(archive.read(LABELS).decode().split("\n")[:-1])
     except (zipfile.BadZipFile, KeyError):
         return ()
-
-
-def _scores(outputs: Sequence[Any]) -> int:
-    """The place of the output that holds class scores: the first of two dimensions, else the first of more."""
-    ranks = [len(tensor.shape) for tensor in outputs]
-    return ranks.index(2) if 2 in ranks else next((at for at, rank in enumerate(ranks) if rank > 2), -1)
 
 
 def _tensor(builder: Any, tensor: Any, interface: Interface, *, labelled: bool) -> int:

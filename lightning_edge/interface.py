@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 # What the notes of an interface begin with in a file.
 PREFIX = "lightning_edge."
+# Dimensions of an input that layout and pixels are about: batch, channels, height and width.
+IMAGE_DIMENSIONS = 4
 
 Layout = Literal["nchw", "nhwc"]
 

@@ -17,7 +17,7 @@ from lightning_edge.anatomy import Endpoint
 from lightning_edge.errors import EdgeError, ManifestError
 from lightning_edge.exporters.base import size_bytes
 from lightning_edge.exporters.loading import not_run_here
-from lightning_edge.interface import Interface
+from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
 from lightning_edge.manifest import FileEntry, Manifest
 from lightning_edge.report import digest
 from lightning_edge.rows import sample_of
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Check = Literal["exists", "digest", "bytes", "contents", "runs"]
 CHECKS: tuple[Check, ...] = ("exists", "digest", "bytes", "contents", "runs")
 
-_IMAGES = 4  # dimensions
 _AGAIN = "Export it again, or take it from where the manifest came from"
 
 
@@ -206,7 +205,7 @@ def _run(path: Path, entry: FileEntry) -> Iterator[Finding]:
 
 def _sample(endpoint: Endpoint, interface: Interface) -> Tensor:
     """A sample that any network takes: the same numbers from 0 to 1 each time, zeros for integers and pixels."""
-    if interface.pixels is not None and len(endpoint.shape) == _IMAGES:
+    if interface.pixels is not None and len(endpoint.shape) == IMAGE_DIMENSIONS:
         return torch.zeros(endpoint.shape, dtype=torch.uint8)
     dtype = getattr(torch, endpoint.dtype, None)
     if not isinstance(dtype, torch.dtype):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from models import MODELS, Model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_edge.exporters import deployable
+from lightning_edge.exporters import Artifact, ExportWarning, deployable, export
 from lightning_edge.network import Deployable, Inputs, Precision
 from lightning_edge.quantization import quantize
 
@@ -113,3 +116,11 @@ def network(name: str, precision: Precision) -> Deployable:
 def weight_count(name: str) -> int:
     """Values in the weights of its convolution and linear layers."""
     return sum(layer.weight.numel() for layer in module(name).modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+
+
+def exported(model: nn.Module, target: str, path: Path, **options: Any) -> tuple[Artifact, list[str]]:
+    """The file, and what the export warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExportWarning)
+        artifact = export(model, target, path, **options)
+    return artifact, [str(warning.message) for warning in caught if issubclass(warning.category, ExportWarning)]

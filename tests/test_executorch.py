@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import final
 
 import pytest
 import torch
-from deployables import batches, module, network, weight_count
+from deployables import batches, exported, module, network, weight_count
 from torch import Tensor, nn
 
 from lightning_edge.errors import ExportError, RunnerError
@@ -33,11 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def written(folder: Path, name: str, precision: Precision) -> tuple[Artifact, list[str]]:
     """The file, and what the export warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ExportWarning)
-        path = folder / f"{name}-{precision}.pte"
-        artifact = export(network(name, precision), "executorch", path, batches=batches(name))
-    return artifact, [str(warning.message) for warning in caught if issubclass(warning.category, ExportWarning)]
+    path = folder / f"{name}-{precision}.pte"
+    return exported(network(name, precision), "executorch", path, batches=batches(name))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +13,13 @@ from typing import Any, final
 import lightning as L
 import pytest
 import torch
-from deployables import batches, network, weight_count
+from deployables import batches, exported, network, weight_count
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Quantize
 from lightning_edge.errors import ExportError, MissingExtraError, RunnerError
-from lightning_edge.exporters import Artifact, ExportWarning, checks, export, load
+from lightning_edge.exporters import Artifact, checks, export, load
 from lightning_edge.exporters.onnx import open_openvino
 from lightning_edge.measure import Timing
 from lightning_edge.network import Precision
@@ -40,11 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def written(folder: Path, name: str, precision: Precision, **options: str) -> tuple[Artifact, list[str]]:
     """The file, and what the export warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ExportWarning)
-        path = folder / f"{'-'.join((name, precision, *options.values()))}.onnx"
-        artifact = export(network(name, precision), "onnx", path, batches=batches(name), **options)
-    return artifact, [str(warning.message) for warning in caught if issubclass(warning.category, ExportWarning)]
+    path = folder / f"{'-'.join((name, precision, *options.values()))}.onnx"
+    return exported(network(name, precision), "onnx", path, batches=batches(name), **options)
 
 
 def kernels(path: Path) -> Counter[str]:

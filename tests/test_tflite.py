@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deployables import batches, network, weight_count
+from deployables import batches, exported, network, weight_count
 from torch import Tensor, nn
 
 from lightning_edge.errors import ExportError
-from lightning_edge.exporters import Artifact, ExportWarning, checks, deployable, export, load, tflite_graph
+from lightning_edge.exporters import Artifact, checks, deployable, export, load, tflite_graph
 from lightning_edge.exporters.base import held_call
 from lightning_edge.network import Deployable, Precision
 from lightning_edge.quantization import quantize
@@ -32,11 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def written(folder: Path, name: str, precision: Precision, **options: str) -> tuple[Artifact, list[str]]:
     """The file, and what the export warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ExportWarning)
-        path = folder / f"{'-'.join((name, precision, *options.values()))}.tflite"
-        artifact = export(network(name, precision), "tflite", path, batches=batches(name), **options)
-    return artifact, [str(warning.message) for warning in caught if issubclass(warning.category, ExportWarning)]
+    path = folder / f"{'-'.join((name, precision, *options.values()))}.tflite"
+    return exported(network(name, precision), "tflite", path, batches=batches(name), **options)
 
 
 def ends(path: Path) -> tuple[list[Any], list[Any]]:
