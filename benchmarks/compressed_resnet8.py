@@ -24,16 +24,13 @@ from rich.console import Console
 from lightning_edge import Distill, EdgeCompressionCallback, Prune, Quantize, exporters, quantize
 from lightning_edge.evaluation import evaluate_module, raise_failures, torch_threads
 from lightning_edge.exporters.isolated import timed_call
-from lightning_edge.measure import Timing, Tolerance, interleaved_latency
+from lightning_edge.measure import Timing, interleaved_latency
 from lightning_edge.validation import Validation, calibration_inputs
 from lightning_edge.zoo.cifar10 import CIFAR10DataModule
 from lightning_edge.zoo.networks import ResNet8, load_reference_weights
 from lightning_edge.zoo.task import Classifier
 
 TARGETS = ["executorch", "coreml", "tflite"]
-# Wider than by default, 3: pooled values have the step of what they are averages of, which the last layer makes several
-# of its own of, so that one pooled value rounded the other way is some steps of the output.
-TOLERANCE = Tolerance(most_steps=5.0)
 
 
 class EpochLines(L.Callback):
@@ -126,7 +123,6 @@ def main() -> None:
             options.output,
             calibration=lambda: calibration,
             baseline=compression.baseline(module),
-            tolerance=TOLERANCE,
             timing=Timing(repeats=options.repeats),
             name="resnet8",
         )

@@ -228,6 +228,38 @@ def test_state_goes_on_under_the_same_keys() -> None:
     assert quantized_forward(second)[1].frozen is False
 
 
+@pytest.mark.parametrize(
+    ("pool", "becomes"),
+    [
+        (nn.AdaptiveAvgPool2d(1), ["mean.dim"]),
+        (nn.AvgPool2d(8), ["mean.dim"]),
+        (nn.AvgPool2d((6, 8), stride=5), ["slice.Tensor", "mean.dim"]),
+        (nn.AvgPool2d(8, padding=1), ["avg_pool2d.default"]),
+        (nn.AvgPool2d(8, divisor_override=9), ["avg_pool2d.default"]),
+        (nn.AvgPool2d(4), ["avg_pool2d.default"]),
+        (nn.AdaptiveAvgPool2d(2), ["adaptive_avg_pool2d.default"]),
+        (nn.Sequential(nn.AvgPool2d(8), nn.AvgPool2d(1), nn.AdaptiveAvgPool2d(1)), ["mean.dim"]),
+    ],
+    ids=str,
+)
+def test_an_average_over_the_image_has_a_range_of_its_own(pool: nn.Module, becomes: list[str]) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), pool, nn.Flatten(), nn.LazyLinear(3)).eval()
+    x = images(4)
+    expected = network(x)
+    graph = capture(network, Inputs.of(x)).graph
+    kinds = {"mean.dim", "slice.Tensor", "avg_pool2d.default", "adaptive_avg_pool2d.default"}
+    names = [str(node.target).removeprefix("aten.") for node in graph.graph.nodes]
+    assert [name for name in names if name in kinds] == becomes
+    torch.testing.assert_close(graph(x), expected)
+    child = attach(network, Inputs.of(x))
+    ranges = {module for name, module in child.bind().named_modules() if "activation_post_process" in name}
+    with torch.no_grad():
+        calibrate(network, Inputs.of(x))
+    scales = {float(module.scale) for module in ranges if getattr(module, "is_per_channel", True) is False}
+    # Of the images, the layer and the output, and of the mean.
+    assert len(scales) == (4 if "mean.dim" in becomes else 3)
+
+
 def test_with_16_bit_activations_nothing_is_written_out() -> None:
     x = Inputs.of(images(4))
     child = attach(copy.deepcopy(network("gated")), x, plan={"head": "int8_a16"})

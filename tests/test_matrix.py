@@ -28,7 +28,6 @@ REFUSED = {
     ("recurrent", "onnx"): r"computes in float: GRU",
     ("recurrent", "tflite"): r"computes in float: 6 x FULLY_CONNECTED",
     ("shared", "tflite"): r"computes in float: FULLY_CONNECTED",
-    ("transposed", "onnx"): r"computes in float: ConvTranspose",
     ("transposed", "tflite"): r"computes in float: TRANSPOSE_CONV",
 }
 

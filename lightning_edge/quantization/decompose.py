@@ -11,6 +11,8 @@ everywhere, and what is trained is what ships:
 - SiLU(x) = x * sigmoid(x), so that the sigmoid has its own, known range.
 - A number in a sum or product is a constant with a quantizer of its own.
 - A mean over height and width keeps them, and a reshape behind it drops them: the form that has kernels.
+- A pool that averages a whole image is that mean. Means lie closer together than what they are means of, and kernels of
+  means rescale, where those of pools do not: in a range of its own a mean has finer steps, of which less is amplified.
 """
 
 from __future__ import annotations
@@ -105,11 +107,38 @@ def _mean(graph: GraphModule, node: Node) -> Node:
     return call(graph, aten.flatten.using_ints, kept, 1, instead_of=node)
 
 
-def _pool(graph: GraphModule, node: Node) -> Node:
-    """An average over one value is that value."""
+def _adaptive_pool(graph: GraphModule, node: Node) -> Node:
+    """A pool to one value is the mean over height and width."""
     x = node.args[0]
     assert isinstance(x, Node)
-    return x if x.meta["val"].shape == node.meta["val"].shape and tuple(x.meta["val"].shape[2:]) == (1, 1) else node
+    return _mean_of_all(graph, node, x) if _gives_one_value(node) else node
+
+
+def _pool(graph: GraphModule, node: Node) -> Node:
+    """A pool with room for one window is the mean of what the window covers."""
+    x, window, *others = node.args
+    assert isinstance(x, Node)
+    assert isinstance(window, list | tuple)
+    padding, divisor = [*others[1:2], 0][0], [*others[4:5], None][0]
+    padded = any(padding) if isinstance(padding, list | tuple) else padding
+    if padded or divisor is not None or not _gives_one_value(node):
+        return node
+    for dim, size in zip((2, 3), (*window, *window), strict=False):
+        if x.meta["val"].shape[dim] > size:
+            x = call(graph, aten.slice.Tensor, x, dim, 0, size, instead_of=node)
+    return _mean_of_all(graph, node, x)
+
+
+def _gives_one_value(node: Node) -> bool:
+    """Whether a pool leaves one value of each channel."""
+    shape = node.meta["val"].shape
+    return len(shape) == 4 and tuple(shape[2:]) == (1, 1)
+
+
+def _mean_of_all(graph: GraphModule, node: Node, x: Node) -> Node:
+    if tuple(x.meta["val"].shape[2:]) == (1, 1):
+        return x
+    return call(graph, aten.mean.dim, x, [2, 3], True, instead_of=node)
 
 
 def _is_tensor_like(x: Node, node: Node) -> bool:
@@ -122,7 +151,8 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], Node]] = {
     aten.hardswish.default: _hard_swish,
     aten.silu.default: _silu,
     aten.mean.dim: _mean,
-    aten.adaptive_avg_pool2d.default: _pool,
+    aten.adaptive_avg_pool2d.default: _adaptive_pool,
+    aten.avg_pool2d.default: _pool,
     aten.add.Tensor: _sum_or_product,
     aten.sub.Tensor: _sum_or_product,
     aten.mul.Tensor: _sum_or_product,
