@@ -20,13 +20,8 @@ from torch import nn
 
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters import checks, schemes
-from lightning_edge.exporters.base import (
-    Artifact,
-    Contents,
-    Runner,
-    Target,
-    TensorSpec,
-)
+from lightning_edge.exporters.base import Artifact, Contents, Runner, Target
+from lightning_edge.exporters.calls import TensorSpec
 from lightning_edge.exporters.checks import ExportWarning
 from lightning_edge.exporters.file_form import in_file_form, in_plain_order
 from lightning_edge.exporters.floor import floor_bytes
@@ -163,6 +158,7 @@ def stage(
         The file, to be accepted or discarded.
 
     Raises:
+        AgreementError: If a file for several samples a call gives something else for many than for one.
         ExportError: If the target refuses the network, writes something else than asked, or cannot write.
         RunnerError: If the file does not load.
         ValueError: If an argument is not allowed.
@@ -177,6 +173,11 @@ def stage(
     checks.check_activations(network, target, module.ACTIVATION_BITS)
     interface = interface or Interface()
     check_interface(interface, network)
+    if interface.max_batch > 1 and not getattr(module, "BATCHES", False):
+        raise ValueError(
+            f"{target}: Interface(max_batch={interface.max_batch}) is not for this target, whose files take one sample "
+            "a call; those of onnx and coreml take several. Leave max_batch out, or the target"
+        )
     scheme = options.get("scheme")
     if scheme is not None and network.precision == "int8":
         raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
@@ -193,6 +194,7 @@ def stage(
         checks.check_fallback(contents.placements, max_fallback, target)
         artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
         checks.tell_not_run(artifact)
+        checks.check_batches(network, artifact)
         floor = floor_bytes(network, scheme, sparse=bool(options.get("sparse_weights")))
         return Staged(network, replace(artifact, floor_bytes=floor), place)
     except BaseException:

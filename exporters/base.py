@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import EdgeError, ExportError, RunnerError, require
+from lightning_edge.exporters.calls import TensorSpec, conform, stack
 from lightning_edge.exporters.front import as_file_sees, as_file_takes, as_network_takes, network_dtype, network_shape
 from lightning_edge.interface import Interface
 from lightning_edge.measure import Agreement
@@ -83,21 +84,8 @@ class Contents:
         return "int8" if self.int8_weight_bytes or self.int4_weight_bytes else "fp32"
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a runner takes as one input.
-
-    Attributes:
-        shape: Shape of one sample, batch of one first.
-        dtype: Type the runner takes; a float type also where the file itself holds quantized integers.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class Runner(Protocol):
-    """Runs one loaded file on one sample.
+    """Runs one loaded file on one sample, or on several at once where the file is written for that.
 
     Attributes:
         runtime: What runs it, with version, delegate and thread count; says so where it is not the target's own.
@@ -111,7 +99,7 @@ class Runner(Protocol):
     inputs: tuple[TensorSpec, ...]
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run on the flattened inputs of one sample (batch of one); float inputs and outputs are real values."""
+        """Run on the flattened inputs of one call, mostly one sample; float inputs and outputs are real values."""
         ...
 
 
@@ -159,7 +147,7 @@ class Artifact:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """Run on a batch, sample by sample; returns the flattened outputs, batch first.
+        """Run on a batch, sample by sample or as many at once as the file takes; gives the outputs, batch first.
 
         Raises:
             RunnerError: If number, shape or type of the inputs is not what the file takes, or it fails to run.
@@ -173,10 +161,11 @@ class Artifact:
             return stack([self.run(inputs.tensors)])
         if inputs.batch_size == 0:
             raise RunnerError(f"{self.path.name} was given a batch of 0 samples; give at least one")
-        return stack([self.run(inputs.sample(start).tensors) for start in range(inputs.batch_size)])
+        most = self.contents.interface.max_batch
+        return stack([self.run(inputs.sample(start, most).tensors) for start in range(0, inputs.batch_size, most)])
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run on the flattened inputs of one sample, after checking them against the file.
+        """Run on the flattened inputs of one call, after checking them against the file.
 
         Raises:
             RunnerError: If number, shape or type of the inputs is not what the file takes, or it fails to run.
@@ -185,7 +174,7 @@ class Artifact:
         return self.guarded(lambda: self.runner(ready))
 
     def ready(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Check the flattened inputs of one sample, and make of them what the file itself takes.
+        """Check the flattened inputs of one call, and make of them what the file itself takes.
 
         Where that is pixels, images may be given as uint8 as well, in the network's own layout.
 
@@ -194,7 +183,8 @@ class Artifact:
                 pixels is given values that are none.
         """
         interface = self.contents.interface
-        given = conform([as_network_takes(tensor, interface) for tensor in tensors], self.inputs, self.path.name)
+        values = [as_network_takes(tensor, interface) for tensor in tensors]
+        given = conform(values, self.inputs, self.path.name, interface.max_batch)
         try:
             return [as_file_takes(tensor, interface) for tensor in given]
         except ValueError as error:
@@ -243,9 +233,10 @@ class Target(Protocol):
     into its graph as float32, in NCHW whatever the layout.
 
     A target may also say ``RUNTIME``, the modules that running a file takes, so that importing them is no part of
-    loading it, and ``IN_PROCESS = True`` if this package's own code runs its files, which needs no process of its own.
-    One whose runtime tells where it runs a file's operations may also offer ``placements(path)``, which gives
-    `Placements` or ``None``. One whose files may be for another machine offers ``not_run_here(contents)``, which says
+    loading it, ``BATCHES = True`` if its files can take several samples in a call, and ``IN_PROCESS = True`` if this
+    package's own code runs its files, which needs no process of its own. One whose runtime tells where it runs a file's
+    operations may also offer ``placements(path)``, which gives `Placements` or ``None``. One whose files may be for
+    another machine offers ``not_run_here(contents)``, which says
     why this one cannot run a file, or gives ``None``.
 
     Attributes:
@@ -296,39 +287,6 @@ def sort_keywords(inputs: Inputs) -> Inputs:
     return Inputs(inputs.args, dict(sorted(inputs.kwargs.items())))
 
 
-def conform(tensors: list[Tensor], specs: tuple[TensorSpec, ...], name: str) -> list[Tensor]:
-    """Check one sample's tensors against what a file takes, and convert float to float and integer to integer.
-
-    Args:
-        tensors: The flattened inputs of one sample.
-        specs: What the file takes.
-        name: Name of the file, for the message.
-
-    Raises:
-        RunnerError: If number, shape or kind of the tensors differ from ``specs``.
-    """
-    given = ", ".join(f"{list(tensor.shape)} {_short(tensor.dtype)}" for tensor in tensors) or "nothing"
-    expected = ", ".join(f"{list(spec.shape)} {_short(spec.dtype)}" for spec in specs)
-    fits = len(tensors) == len(specs) and all(
-        tuple(tensor.shape) == spec.shape and tensor.dtype.is_floating_point == spec.dtype.is_floating_point
-        for tensor, spec in zip(tensors, specs, strict=True)
-    )
-    if not fits:
-        raise RunnerError(
-            f"{name} was given {given} per sample but takes {expected}. "
-            "Call it as the network it came from: same arguments, batch first, keyword arguments by name"
-        )
-    return [tensor.to(spec.dtype).contiguous() for tensor, spec in zip(tensors, specs, strict=True)]
-
-
-def stack(samples: list[list[Tensor]]) -> list[Tensor]:
-    """Join the outputs of single samples, batch first; an output without dimensions becomes one value per sample."""
-    return [
-        torch.cat([part.reshape(1) if part.dim() == 0 else part for part in parts])
-        for parts in zip(*samples, strict=True)
-    ]
-
-
 def size_bytes(path: Path) -> int:
     """Count the bytes of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in _files(path))
@@ -372,7 +330,3 @@ def explain(target: str, error: BaseException, advice: str) -> ExportError:
 
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from lightning_edge.anatomy import Placements
 from lightning_edge.comparison import Comparison
 from lightning_edge.errors import AgreementError, ExportError
-from lightning_edge.exporters.base import Artifact, Contents, sort_keywords, stack
+from lightning_edge.exporters.base import Artifact, Contents, sort_keywords
+from lightning_edge.exporters.calls import stack
 from lightning_edge.exporters.divergence import explanation
 from lightning_edge.exporters.graphs import CLIPS, VIEWS, operation
 from lightning_edge.measure import Agreement, Tolerance
@@ -237,6 +238,27 @@ def reference_outputs(network: Deployable, inputs: Inputs) -> list[Tensor]:
         # An output without batch dimension, such as a mean over it, means something else for one sample.
         samples = [inputs.sample(start) for start in range(size)]
         return stack([flatten_outputs(network(*sample.args, **sample.kwargs)) for sample in samples])
+
+
+def check_batches(network: Deployable, artifact: Artifact) -> None:
+    """Make sure that a file for several samples a call gives for as many as it takes what it gives for one.
+
+    Raises:
+        AgreementError: If it does not.
+        RunnerError: If it fails to run on one sample, or on as many as it takes.
+    """
+    most = artifact.contents.interface.max_batch
+    if most == 1:
+        return
+    one = artifact.sees(sort_keywords(network.inputs))
+    alone, together = (artifact.run(inputs.tensors) for inputs in (one, one.repeated(most)))
+    comparison = Comparison(network.output_scales if network.precision == "int8" else ())
+    comparison.update([output.repeat_interleave(most, 0) for output in alone], together)
+    if violations := Tolerance().violations(comparison.result(), network.precision, network.output_names()):
+        raise AgreementError(
+            f"{artifact.target}: {artifact.path.name} gives something else for {most} samples in a call than for one: "
+            f"{'; '.join(violations)}. Nothing was written. Leave max_batch out of the Interface."
+        )
 
 
 def check_agreement(network: Deployable, artifact: Artifact, agreement: Agreement, tolerance: Tolerance) -> None:

@@ -21,7 +21,8 @@ from torch.export.graph_signature import ConstantArgument
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import ExportError, RunnerError, require
 from lightning_edge.exporters import coreml_placement, coreml_weights
-from lightning_edge.exporters.base import Contents, Runner, TensorSpec, first_line
+from lightning_edge.exporters.base import Contents, Runner, first_line
+from lightning_edge.exporters.calls import TensorSpec, of_one_sample
 from lightning_edge.exporters.coreml_weights import Scheme
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
 from lightning_edge.exporters.mil_ops import MOVES
@@ -39,6 +40,7 @@ IN_PROCESS = sys.platform != "darwin"
 INT8_OPTIONS: frozenset[str] = frozenset({"sparse_weights"})
 ACTIVATION_BITS = frozenset({8})
 IMAGES = True
+BATCHES = True
 
 ComputePrecision = Literal["float16", "float32"]
 
@@ -225,7 +227,7 @@ def contents(program: Program) -> Contents:
 
 def _endpoints(values: Iterable[Any]) -> tuple[Endpoint, ...]:
     return tuple(
-        Endpoint(value.name, value.shape, _DTYPE_NAMES.get(value.dtype, value.dtype))
+        Endpoint(value.name, of_one_sample(value.shape), _DTYPE_NAMES.get(value.dtype, value.dtype))
         for value in values
         if isinstance(value, Variable)
     )
@@ -316,7 +318,7 @@ def open(path: Path, threads: int) -> Runner:
 
 
 def _specs(program: Program) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(variable.shape, DTYPES[variable.dtype]) for variable in program.inputs)
+    return tuple(TensorSpec(of_one_sample(variable.shape), DTYPES[variable.dtype]) for variable in program.inputs)
 
 
 @final

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_edge import macs
 from lightning_edge.anatomy import Place, Placements
 from lightning_edge.errors import require
+from lightning_edge.exporters.calls import of_one_sample
 from lightning_edge.exporters.mil import Constant, Operation, Program, Variable
 
 _EXTRA = "coreml"
@@ -82,7 +83,7 @@ def _costs(program: Program) -> Iterator[tuple[Operation, int]]:
 
 def _macs(operation: Operation) -> int:
     shapes = {name: _shape(operand) for name, operand in operation.inputs.items()}
-    output = operation.outputs[0].shape if operation.outputs else ()
+    output = of_one_sample(operation.outputs[0].shape) if operation.outputs else ()
     if operation.kind == "conv":
         return macs.convolution(output, shapes["weight"], shapes["weight"][0])
     if operation.kind == "conv_transpose":
@@ -100,5 +101,5 @@ def _macs(operation: Operation) -> int:
 
 def _shape(operand: Any) -> tuple[int, ...]:
     if isinstance(operand, Variable):
-        return operand.shape
+        return of_one_sample(operand.shape)
     return () if isinstance(operand, tuple) or isinstance(operand.value, str) else tuple(operand.value.shape)

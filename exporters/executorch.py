@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_edge.errors import EdgeError, RunnerError, require
 from lightning_edge.exporters import checks, executorch_backends, pte
-from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
+from lightning_edge.exporters.base import Contents, Runner, explain
+from lightning_edge.exporters.calls import TensorSpec
 from lightning_edge.exporters.executorch_backends import Backend
 from lightning_edge.network import Deployable
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from lightning_edge import errors
 from lightning_edge.errors import RunnerError
 from lightning_edge.exporters import messages
-from lightning_edge.exporters.base import Artifact, TensorSpec, held_call
+from lightning_edge.exporters.base import Artifact, held_call
+from lightning_edge.exporters.calls import TensorSpec
 from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.measure import stopwatch
 

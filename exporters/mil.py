@@ -27,7 +27,7 @@ _EXACT = MOVES | {"relu", "relu6", "max_pool", "maximum", "minimum", "abs"}
 
 @dataclass(frozen=True, eq=False)
 class Variable:
-    """A value the program computes or is fed: its name, MIL type and shape."""
+    """A value the program computes or is fed: its name, MIL type and shape, -1 where that is free."""
 
     name: str
     dtype: str
@@ -237,7 +237,7 @@ class Interpreter:
             names = ", ".join(variable.name for variable in self._program.inputs)
             raise RunnerError(f"the program takes {len(self._program.inputs)} inputs ({names}), {len(tensors)} given")
         for variable, given in zip(self._program.inputs, tensors, strict=True):
-            if tuple(given.shape) != variable.shape:
+            if not _is_of(given, variable):
                 raise RunnerError(
                     f"input {variable.name!r} has shape {list(variable.shape)}, a tensor of {list(given.shape)} was "
                     "given; give one sample of the shape the network was exported with"
@@ -264,11 +264,18 @@ class Interpreter:
             values[slot] = None
 
 
+def _is_of(value: Tensor, variable: Variable) -> bool:
+    """Whether a tensor has the shape of a variable, where that is not free."""
+    return value.dim() == len(variable.shape) and all(
+        size in (-1, found) for size, found in zip(variable.shape, value.shape, strict=True)
+    )
+
+
 def _check(operation: Operation, results: Sequence[Any]) -> None:
     """Hold what an operation gave against what the program declares, so that a wrong reading cannot pass."""
     for output, result in zip(operation.outputs, results, strict=True):
         value = tensor(result)
-        if tuple(value.shape) != output.shape or value.dtype != DTYPES.get(output.dtype, value.dtype):
+        if not _is_of(value, output) or value.dtype != DTYPES.get(output.dtype, value.dtype):
             raise RunnerError(
                 f"{operation.kind!r} ({operation.name!r}) gave {value.dtype} {list(value.shape)}, but the program "
                 f"declares {output.dtype} {list(output.shape)}; the reference interpreter reads this form of it wrongly"

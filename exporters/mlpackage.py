@@ -228,6 +228,11 @@ def check_interface(network: Deployable) -> None:
             f"Interface(pixels=...): Core ML has images of {' or '.join(map(str, _COLOR_SPACES))} channels, and the "
             f"network takes {max(channels)}. Leave pixels out for this target"
         )
+    if interface.pixels is not None and interface.max_batch > 1:
+        raise ValueError(
+            f"Interface(pixels=..., max_batch={interface.max_batch}): Core ML takes one image a call. Leave "
+            "one of both out"
+        )
     names = [*interface.inputs, *interface.outputs]
     for name, allowed in zip(names, feature_names(names, []), strict=True):
         if name != allowed:

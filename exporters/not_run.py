@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_edge.errors import RunnerError
-from lightning_edge.exporters.base import Contents, TensorSpec
+from lightning_edge.exporters.base import Contents
+from lightning_edge.exporters.calls import TensorSpec
 
 
 @final

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters import onnx_file, onnx_graph, onnx_int8, onnx_schemes
-from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
+from lightning_edge.exporters.base import Contents, Runner, explain
+from lightning_edge.exporters.calls import TensorSpec, of_one_sample
 from lightning_edge.network import Deployable, Inputs
 
 SUFFIX = ".onnx"
@@ -26,6 +27,7 @@ RUNTIME = ("onnxruntime",)
 INT8_OPTIONS: frozenset[str] = frozenset()
 # ONNX can say 16 bits from opset 21 on; ONNX Runtime converts to them and back, and computes in float between.
 ACTIVATION_BITS = frozenset({8})
+BATCHES = True
 
 Scheme = Literal["fp16", "int8_weight_only", "int8_dynamic"]
 
@@ -79,7 +81,7 @@ def open(path: Path, threads: int) -> Runner:
         threads: Threads within an operation; operations run one after the other.
 
     Raises:
-        RunnerError: If an input has no fixed shape, or is no tensor of numbers.
+        RunnerError: If an input is of no fixed shape but for the batch, or is no tensor of numbers.
     """
     return _OnnxRuntime(path, threads)
 
@@ -226,11 +228,15 @@ def _spec_of(value: Any) -> TensorSpec:
 
 
 def _spec(name: str, shape: list[Any], kind: str) -> TensorSpec:
-    if not all(isinstance(size, int) for size in shape):
-        raise RunnerError(f"input {name!r} has the shape {shape}; only files whose sizes are all fixed numbers are run")
+    sizes = of_one_sample(shape)
+    if not all(isinstance(size, int) for size in sizes):
+        raise RunnerError(
+            f"input {name!r} has the shape {shape}; only files whose sizes are all fixed numbers, but for the first, "
+            "are run"
+        )
     if kind not in _DTYPES:
         raise RunnerError(f"input {name!r} is a {kind}; a file is run only if it takes one of {', '.join(_DTYPES)}")
-    return TensorSpec(tuple(shape), _DTYPES[kind])
+    return TensorSpec(sizes, _DTYPES[kind])
 
 
 # By the names that ONNX Runtime gives them.

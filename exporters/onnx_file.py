@@ -10,6 +10,7 @@ from typing import Any
 from lightning_edge.anatomy import Endpoint
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.base import Contents
+from lightning_edge.exporters.calls import of_one_sample
 from lightning_edge.exporters.onnx_graph import VIEWS, Graph, all_nodes, attribute
 from lightning_edge.interface import Interface
 
@@ -153,9 +154,9 @@ def _endpoints(onnx: Any, values: Iterable[Any]) -> tuple[Endpoint, ...]:
     found = []
     for value in values:
         kind = value.type.tensor_type
-        shape = tuple(int(size.dim_value) if size.HasField("dim_value") else -1 for size in kind.shape.dim)
+        sizes = [int(size.dim_value) if size.HasField("dim_value") else -1 for size in kind.shape.dim]
         dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-        found.append(Endpoint(value.name, shape, dtype))
+        found.append(Endpoint(value.name, of_one_sample(sizes), dtype))
     return tuple(found)
 
 

@@ -117,11 +117,11 @@ class Graph:
         return self._onnx.helper.make_node(kind, list(inputs), list(outputs or [self.new_name()]), **attributes)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the values, as far as they can be inferred and are fixed."""
+        """Shapes of the values, as far as they can be inferred; -1 for a batch of any size, the rest being fixed."""
         return {
-            name: tuple(dim.dim_value for dim in kind.shape.dim)
+            name: tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim)
             for name, kind in self.types().items()
-            if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim)
+            if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim[1:])
         }
 
     def types(self) -> dict[str, Any]:
@@ -231,6 +231,10 @@ def tidy(model: Any) -> None:
     graph.proto.ClearField("value_info")
     graph.proto.ClearField("quantization_annotation")
     graph.proto.name = "network"
+    for value in (*graph.proto.input, *graph.proto.output):
+        for dim in value.type.tensor_type.shape.dim[:1]:
+            if dim.dim_param:
+                dim.dim_param = "batch"
     for number, node in enumerate(all_nodes(graph.proto)):
         for field in ("doc_string", "metadata_props"):
             node.ClearField(field)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lightning_edge.anatomy import Placements
 from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters import float_layers, tflite_contents, tflite_graph, tflite_metadata, tflite_placement
-from lightning_edge.exporters.base import Contents, Runner, TensorSpec, explain
+from lightning_edge.exporters.base import Contents, Runner, explain
+from lightning_edge.exporters.calls import TensorSpec
 from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.network import Deployable, Inputs
 

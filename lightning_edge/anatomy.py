@@ -22,7 +22,7 @@ class Endpoint:
 
     Attributes:
         name: Its name; ``None`` in a format that numbers them only.
-        shape: Its shape, in the file's own layout.
+        shape: Its shape, in the file's own layout; that of one sample where the batch is free.
         dtype: Its type by PyTorch's name without ``torch.``: ``"int8"``, ``"float32"``.
         scale: For a quantized one, the step: real value = ``scale`` * (integer - ``zero_point``).
         zero_point: For a quantized one, the integer that stands for 0.

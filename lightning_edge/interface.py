@@ -89,6 +89,7 @@ class Interface:
         pixels: How images are made of pixels; with it the file takes 4-D inputs as uint8 from 0 to 255.
         labels: Names of the classes, kept in the file: as many as the first output of shape ``(batch, classes)`` has,
             or the second dimension of the first output where none has two.
+        max_batch: The most samples that the file takes in one call; it takes any number from 1 to that.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -99,6 +100,7 @@ class Interface:
     layout: Layout = "nchw"
     pixels: Pixels | None = None
     labels: tuple[str, ...] = ()
+    max_batch: int = 1
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs", "labels"):
@@ -118,6 +120,8 @@ class Interface:
             raise ValueError(f"Interface names {', '.join(twice)} twice; every input and output needs its own name")
         if self.layout not in get_args(Layout):
             raise ValueError(f"Interface(layout={self.layout!r}) is not one of {get_args(Layout)}")
+        if type(self.max_batch) is not int or self.max_batch < 1:
+            raise ValueError(f"Interface(max_batch={self.max_batch!r}): give a whole number of samples, 1 or more")
         if any("\n" in label or "\r" in label for label in self.labels):
             raise ValueError("Interface: a label has a line break in it; files keep one label a line")
 

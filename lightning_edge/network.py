@@ -6,6 +6,7 @@ network in eval mode, or a converted int8 graph, together with one sample of wha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -61,6 +62,12 @@ class Inputs:
             if tensor.dim() > 0:
                 return tensor.shape[0]
         raise ValueError(f"no tensor with a batch dimension among the inputs {self!r}; give at least one")
+
+    def repeated(self, times: int) -> Inputs:
+        """Repeat a call of one sample; what carries no batch stays as it is."""
+        return self.map(
+            lambda tensor: tensor.repeat(times, *(1 for _ in tensor.shape[1:])) if _carries_batch(tensor) else tensor
+        )
 
     def sample(self, start: int = 0, size: int = 1) -> Inputs:
         """Cut ``size`` samples from position ``start`` on; tensors that do not carry the batch stay whole."""
@@ -120,14 +127,19 @@ class Deployable(nn.Module):
         return self.graph(*inputs.args, **inputs.kwargs)
 
     def program(self, *, fold_weights: bool = True) -> torch.export.ExportedProgram:
-        """Export for a batch of one, the form every target takes.
+        """Export for a batch of one, or for as many as the interface says: the form every target takes.
 
         Args:
             fold_weights: Whether int8 weights are constants (True) or float weights followed by their
                 quantize operations (False). Means nothing for ``fp32``.
+
+        Raises:
+            ValueError: If the interface asks for several samples in a call, and an output is not one for each.
         """
         graph = self.graph if fold_weights or self.unfolded is None else self.unfolded
         with torch.no_grad():
+            if self.interface.max_batch > 1:
+                return _for_any_batch(graph, self.inputs, self.interface.max_batch)
             return torch.export.export(graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)
 
     def output_names(self) -> list[str]:
@@ -141,6 +153,60 @@ class Deployable(nn.Module):
         if len(keys) == 1 and not any(isinstance(entry, pytree.MappingKey) for entry in paths[0]):
             return ["output"]
         return ["_".join(part) if not part[0].isdigit() else "output_" + "_".join(part) for part in keys]
+
+
+def _carries_batch(tensor: Tensor) -> bool:
+    """Whether a tensor of a call with one sample is one for each sample."""
+    return tensor.dim() > 0 and tensor.shape[0] == 1
+
+
+def _for_any_batch(graph: nn.Module, inputs: Inputs, most: int) -> torch.export.ExportedProgram:
+    """Export a module that takes any arguments, the first dimension of those that carry the batch being free.
+
+    Raises:
+        ValueError: If an output is not one value for each sample.
+    """
+    batch = torch.export.Dim("batch", min=1, max=most)
+
+    def free(leaf: Any) -> Any:
+        return {0: batch} if isinstance(leaf, Tensor) and _carries_batch(leaf) else None
+
+    args, kwargs = pytree.tree_map(free, (inputs.args, dict(inputs.kwargs)))
+    # Two samples: a dimension of one is taken to be always one.
+    several = inputs.repeated(2)
+    program = torch.export.export(
+        _Named(graph, list(kwargs)),
+        several.args,
+        dict(several.kwargs),
+        dynamic_shapes={**({"args": args} if args else {}), **kwargs},
+        strict=False,
+    )
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    for place, name in enumerate(program.graph_signature.user_outputs):
+        value = values.get(name)
+        if isinstance(value, Tensor) and (not value.dim() or isinstance(value.shape[0], int)):
+            raise ValueError(
+                f"Interface(max_batch={most}): output {place} of the network has the shape {list(value.shape)} for any "
+                "number of samples, and not one value for each. Give such a network one sample a call, max_batch=1"
+            )
+    return program
+
+
+class _Named(nn.Module):
+    """A module with its keyword arguments by name: torch.export fails at free dimensions in ``**kwargs``."""
+
+    def __init__(self, graph: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.named = graph  # not "graph", which is a word of an exported module's own
+        self.training = graph.training
+        kind = inspect.Parameter
+        named = [kind(name, kind.KEYWORD_ONLY) for name in names]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return graph(*args, **kwargs)
+
+        forward.__signature__ = inspect.Signature([kind("args", kind.VAR_POSITIONAL), *named])  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 def flatten_outputs(outputs: Any) -> list[Tensor]:

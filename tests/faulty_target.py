@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_edge.exporters.base import Contents, TensorSpec
+from lightning_edge.exporters.base import Contents
+from lightning_edge.exporters.calls import TensorSpec
 from lightning_edge.network import Deployable
 
 SUFFIX = ".faulty"
