@@ -20,9 +20,10 @@ from torch.export.graph_signature import ConstantArgument
 
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import ExportError, RunnerError, require
-from lightning_edge.exporters import coreml_placement, coreml_weights
+from lightning_edge.exporters import coreml_placement, coreml_weights, mil_inside
 from lightning_edge.exporters.base import Contents, Runner, TensorSpec, first_line
 from lightning_edge.exporters.coreml_weights import Scheme
+from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
 from lightning_edge.exporters.mil_ops import MOVES
 from lightning_edge.exporters.mil_values import DTYPES
@@ -326,7 +327,7 @@ class _Reference:
     is_reference = True
 
     def __init__(self, path: Path, threads: int) -> None:
-        program = read(path)
+        program = self._program = read(path)
         self._interpreter = Interpreter(program)
         self.inputs = _specs(program)
         self._threads = threads
@@ -343,6 +344,10 @@ class _Reference:
             return self._interpreter(tensors)
         finally:
             torch.set_num_threads(before)
+
+    def intermediates(self, tensors: list[Tensor]) -> list[Intermediate]:
+        """Run on one sample and give the quantized values inside the program."""
+        return mil_inside.intermediates(self._program, tensors)
 
 
 def _fed(tensor: Tensor, dtype: str) -> Any:
