@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ _PRODUCTS = {
     "scaled_dot_product_attention": 2,
 }
 _LAYERS = frozenset({"conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "linear"})
+_RECURRENT = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu"})
 _ADDED_FIRST = frozenset({"addmm", "baddbmm"})
 
 
@@ -94,7 +96,8 @@ def check_contents(network: Deployable, contents: Contents, target: str, *, want
 
     Raises:
         ExportError: If an int8 network became a file without int8 weights, or with more products in float than
-            `float_products` of the network; or if nothing is handed to the target's delegate.
+            `float_products` of the network, where none are of recurrent layers; or if nothing is handed to the
+            target's delegate.
     """
     if wants_delegate and contents.delegated_ops == 0:
         raise ExportError(
@@ -112,7 +115,9 @@ def check_contents(network: Deployable, contents: Contents, target: str, *, want
             f"({contents.float_weight_bytes} bytes are float). Operations in it: {_counted(contents.ops)}."
         )
     wanted = float_products(network.graph)
-    if len(contents.float_compute_ops) > len(wanted):
+    if len(contents.float_compute_ops) > len(wanted) and not (
+        has_recurrent_layers(network.graph) and _holds_int8_weights(network.graph, contents)
+    ):
         allowed = f" (of the network itself, {_counted(wanted)} may stay in float)" if wanted else ""
         raise ExportError(
             f"{target}: the network is int8 but the file computes in float: {_counted(contents.float_compute_ops)}"
@@ -192,6 +197,26 @@ def float_products(graph: torch.nn.Module) -> list[str]:
             if not (quantized and _is_constant(factors[1])):
                 found += [name] * _PRODUCTS[name]
     return found
+
+
+def has_recurrent_layers(graph: torch.nn.Module) -> bool:
+    """Whether a converted graph has recurrent layers: float, and as many products as a target makes of each."""
+    return isinstance(graph, fx.GraphModule) and any(operation(node) in _RECURRENT for node in graph.graph.nodes)
+
+
+def _holds_int8_weights(graph: torch.nn.Module, contents: Contents) -> bool:
+    """Whether a file holds the weights of all int8 layers of a converted graph as int8, if need be without zeros."""
+    assert isinstance(graph, fx.GraphModule)
+    weights: dict[str, Tensor] = {}
+    for node in graph.graph.nodes:
+        if operation(node) in _LAYERS and _is_constant(node.args[1]) and _is_dequantized(node.args[1]):
+            stored = node.args[1]
+            while stored.op != "get_attr":
+                stored = stored.args[0]
+            weights[stored.target] = attrgetter(stored.target)(graph)
+    sparse = contents.sparse_weight_bytes > 0
+    held = sum(int(weight.count_nonzero()) if sparse else weight.numel() for weight in weights.values())
+    return contents.int8_weight_bytes >= held
 
 
 def float_layers(graph: torch.nn.Module) -> list[fx.Node]:

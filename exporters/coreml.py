@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -20,10 +20,11 @@ from torch.export.graph_signature import ConstantArgument
 
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import ExportError, RunnerError, require
-from lightning_edge.exporters import coreml_placement, coreml_weights
+from lightning_edge.exporters import coreml_forms, coreml_placement, coreml_weights, mil_inside
 from lightning_edge.exporters.base import Contents, Runner, first_line
 from lightning_edge.exporters.calls import TensorSpec, of_one_sample
 from lightning_edge.exporters.coreml_weights import Scheme
+from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.exporters.mil import Constant, Interpreter, Operation, Program, Variable
 from lightning_edge.exporters.mil_ops import MOVES
 from lightning_edge.exporters.mil_values import DTYPES
@@ -60,14 +61,6 @@ _SPARSE_INTEGERS = "constexpr_sparse_blockwise_shift_scale"
 # An activation that clips is part of the operation before it: the quantizer behind it clips anyway.
 _CLIPS = frozenset({"relu", "relu6", "clip"})
 _DTYPE_NAMES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
-
-
-# The converter knows where() with tensors, but not with a number on its right.
-_SCALAR_CHOICES: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.where.ScalarOther: lambda condition, chosen, other: torch.where(
-        condition, chosen, torch.full((), other, dtype=chosen.dtype)
-    ),
-}
 
 
 def write(
@@ -116,7 +109,7 @@ def write(
         compute_precision = "float16"
     try:
         with quiet():
-            program = _tensors_only(network.program().run_decompositions(_SCALAR_CHOICES))
+            program = _tensors_only(coreml_forms.in_its_forms(network.program()))
             model = tools.convert(
                 program,
                 outputs=_output_types(tools, program),
@@ -328,7 +321,7 @@ class _Reference:
     is_reference = True
 
     def __init__(self, path: Path, threads: int) -> None:
-        program = read(path)
+        program = self._program = read(path)
         self._interpreter = Interpreter(program)
         self.inputs = _specs(program)
         self._threads = threads
@@ -345,6 +338,10 @@ class _Reference:
             return self._interpreter(tensors)
         finally:
             torch.set_num_threads(before)
+
+    def intermediates(self, tensors: list[Tensor]) -> list[Intermediate]:
+        """Run on one sample and give the quantized values inside the program."""
+        return mil_inside.intermediates(self._program, tensors)
 
 
 def _fed(tensor: Tensor, dtype: str) -> Any:

@@ -18,6 +18,8 @@ from lightning_edge.network import Deployable, Inputs
 # ResNet-8 lay up to 1.1 steps off on average by rounding alone. What is no rounding lies further off.
 _MEAN_STEPS = 2.0
 _SAME_SCALE = 1e-5
+# Files in half precision round their scales, and those of sums are quotients of such.
+_SAME_SCALE_IN_HALF = 2e-3
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Intermediate:
     scale: float
     zero_point: int
     values: Tensor
+
+
+def as_int8(operation: str, scale: float, zero_point: int, values: Tensor) -> Intermediate:
+    """Make an `Intermediate` of what a file holds: uint8 is int8 that lies 128 higher."""
+    if values.dtype == torch.uint8:
+        values, zero_point = (values.short() - 128).to(torch.int8), zero_point - 128
+    return Intermediate(operation, scale, zero_point, values)
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,15 @@ def first_divergence(network: Deployable, inputs: Inputs, found: Sequence[Interm
         Where they part; ``None`` if no layer by itself lies far off.
     """
     for layer, scale, zero_point, values in _graph_values(network.graph, network.arranged(inputs)):
-        alike = [
-            (difference, other.operation)
-            for other in found
-            if other.zero_point == zero_point and abs(other.scale - scale) <= _SAME_SCALE * scale
-            for difference in _differences(values, other.values)
-        ]
+        for tolerance in (_SAME_SCALE, _SAME_SCALE_IN_HALF):
+            alike = [
+                (difference, other.operation)
+                for other in found
+                if other.zero_point == zero_point and abs(other.scale - scale) <= tolerance * scale
+                for difference in _differences(values, other.values)
+            ]
+            if alike:
+                break
         if not alike:
             continue
         difference, name = min(alike, key=lambda pair: float(pair[0].mean()))

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.errors import RunnerError, require
-from lightning_edge.exporters import onnx_file, onnx_graph, onnx_int8, onnx_schemes
+from lightning_edge.exporters import onnx_file, onnx_graph, onnx_inside, onnx_int8, onnx_schemes
 from lightning_edge.exporters.base import Contents, Runner, explain
 from lightning_edge.exporters.calls import TensorSpec, of_one_sample
+from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.network import Deployable, Inputs
 
 SUFFIX = ".onnx"
@@ -160,7 +161,8 @@ class _OnnxRuntime:
     is_reference = False
 
     def __init__(self, path: Path, threads: int) -> None:
-        self._session = _session(path.read_bytes(), threads)
+        self._data, self._threads = path.read_bytes(), threads
+        self._session = _session(self._data, threads)
         self.inputs = tuple(_spec(value.name, value.shape, value.type) for value in self._session.get_inputs())
         self._names = [value.name for value in self._session.get_inputs()]
         count = "1 thread" if threads == 1 else f"{threads} threads"
@@ -168,8 +170,16 @@ class _OnnxRuntime:
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one sample."""
+        return self._run(self._session, None, tensors)
+
+    def intermediates(self, tensors: list[Tensor]) -> list[Intermediate]:
+        """Run on one sample and give the quantized values inside the file."""
+        inside = onnx_inside.Inside(self._data)
+        return inside.read(self._run(_session(inside.data, self._threads), inside.names, tensors))
+
+    def _run(self, session: Any, names: list[str] | None, tensors: list[Tensor]) -> list[Tensor]:
         feed = {name: tensor.numpy() for name, tensor in zip(self._names, tensors, strict=True)}
-        return [torch.as_tensor(array) for array in self._session.run(None, feed)]
+        return [torch.as_tensor(array) for array in session.run(names, feed)]
 
 
 def _session(data: bytes, threads: int) -> Any:

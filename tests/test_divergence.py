@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from lightning_edge.errors import AgreementError
 from lightning_edge.exporters import Artifact, checks, deployable, export, load, tflite_graph
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.exporters.divergence import Divergence, Intermediate, explanation, first_divergence
+from lightning_edge.exporters.mil import Constant
+from lightning_edge.exporters.mlpackage import read
 from lightning_edge.measure import Tolerance
 from lightning_edge.network import Deployable, Inputs
 from lightning_edge.quantization import quantize
@@ -158,3 +162,91 @@ def test_keywords_and_inputs_in_any_order_are_the_networks_own(tmp_path: Path) -
     found = artifact.runner.intermediates(sort_keywords(swapped).tensors)  # type: ignore[attr-defined]
     assert len(found) > 3
     assert first_divergence(deployed, swapped, found) is None
+
+
+class Residual(Layers):
+    """With a sum, whose scales coremltools writes in another way."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.relu(self.stem(images))
+        hidden = torch.relu(self.body(hidden) + hidden)
+        scores: Tensor = self.head(hidden.mean((2, 3)))
+        return scores
+
+
+SUFFIXES = {"onnx": ".onnx", "coreml": ".mlpackage"}
+
+
+@pytest.fixture(scope="module")
+def residual(images: list[Tensor]) -> Deployable:
+    torch.manual_seed(0)
+    return deployable(quantize(Residual().eval(), images))
+
+
+@pytest.fixture(scope="module", params=["onnx", "coreml", "coreml float16"])
+def other(
+    request: pytest.FixtureRequest, residual: Deployable, images: list[Tensor], tmp_path_factory: Any
+) -> Artifact:
+    target, _, half = request.param.partition(" ")
+    pytest.importorskip("coremltools" if target == "coreml" else "onnxruntime")
+    if target == "coreml" and sys.platform == "darwin":
+        pytest.skip("Core ML itself does not give the values inside a file")
+    options: dict[str, Any] = {"compute_precision": half} if half else {}
+    path = tmp_path_factory.mktemp("other") / f"net{SUFFIXES[target]}"
+    return export(residual, target, path, batches=images, **options)
+
+
+def spoiled(good: Artifact, path: Path, layer: int) -> Artifact:
+    """The file with the weights of one convolution or linear layer in another order."""
+    if good.target == "coreml":
+        program = read(good.path)
+        kind = "constexpr_affine_dequantize"
+        weights = [operation for operation in program.operations if operation.kind == kind]
+        stored = weights[layer].inputs["quantized_data"]
+        assert isinstance(stored, Constant)
+        assert not isinstance(stored.value, str)
+        turned = replace(stored, value=numpy.roll(stored.value, stored.value.size // 2))
+        made = replace(weights[layer], inputs={**weights[layer].inputs, "quantized_data": turned})
+        runner: Any = copy.copy(good.runner)
+        steps = tuple(made if operation is weights[layer] else operation for operation in program.operations)
+        runner._program = replace(program, operations=steps)
+        return replace(good, runner=runner)
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(good.path)
+    int8 = [value for value in model.graph.initializer if value.data_type == onnx.TensorProto.INT8]
+    weight = [value for value in int8 if numpy.prod(value.dims) > 8][layer]
+    array = onnx.numpy_helper.to_array(weight)
+    weight.raw_data = numpy.roll(array, array.size // 2).tobytes()
+    onnx.save(model, path)
+    return load(path)
+
+
+@pytest.mark.parametrize(("layer", "name"), [(0, "stem"), (1, "body"), (2, "head")])
+def test_the_layer_with_the_fault_is_named_in_other_files(
+    other: Artifact, residual: Deployable, tmp_path: Path, layer: int, name: str
+) -> None:
+    artifact = spoiled(other, tmp_path / "bad.onnx", layer)
+    assert explanation(residual, artifact).startswith(f"The first layer that differs is '{name}' (")
+
+
+def test_other_good_files_diverge_nowhere_and_have_every_layer(other: Artifact, residual: Deployable) -> None:
+    assert explanation(residual, other) == "On the network's own sample no single layer lies far off"
+    found = other.runner.intermediates(residual.inputs.tensors)  # type: ignore[attr-defined]
+    for name in ("stem", "body", "add", "mean_dim", "head"):
+        # With all values wrong, each layer in turn is the first that is looked at and differs.
+        wrong = [Intermediate(one.operation, one.scale, one.zero_point, one.values.int() + 50) for one in found]
+        first = first_divergence(residual, residual.inputs, wrong)
+        assert first is not None
+        assert first.layer == name
+        found = [one for one in found if one.operation != first.operation]
+
+
+def test_an_onnx_file_in_a_process_of_its_own_and_in_this_one_give_the_same(
+    residual: Deployable, images: list[Tensor], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    artifact = export(residual, "onnx", tmp_path / "net.onnx", batches=images)
+    bad = spoiled(artifact, tmp_path / "bad.onnx", 1)
+    here = load(bad.path, isolated=False)
+    assert "'body' (Conv " in explanation(residual, bad)
+    assert explanation(residual, bad) == explanation(residual, here)

@@ -23,10 +23,6 @@ EPOCHS, BATCH = 4, 4
 
 # What a target does not take, and the reason it gives before anything is written.
 REFUSED = {
-    ("recurrent", "coreml"): r"Unsupported fx node gru.*export to another target",
-    ("recurrent", "executorch"): r"computes in float: 7 x FullyConnected",
-    ("recurrent", "onnx"): r"computes in float: GRU",
-    ("recurrent", "tflite"): r"computes in float: 6 x FULLY_CONNECTED",
     ("shared", "tflite"): r"computes in float: FULLY_CONNECTED",
     ("transposed", "tflite"): r"computes in float: TRANSPOSE_CONV",
 }

@@ -1,0 +1,26 @@
+"""Operations that coremltools' converter does not know, written out in those that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_ATEN = torch.ops.aten
+_RECURRENT = (_ATEN.gru.input, _ATEN.lstm.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input)
+# It knows where() with tensors, but not with a number on its right.
+_SCALAR_CHOICES: dict[Any, Callable[..., Any]] = {
+    _ATEN.where.ScalarOther: lambda condition, chosen, other: torch.where(
+        condition, chosen, torch.full((), other, dtype=chosen.dtype)
+    ),
+}
+
+
+def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Write out what it does not know: choices between a tensor and a number, recurrent layers step by step."""
+    table: dict[Any, Callable[..., Any]] = dict(_SCALAR_CHOICES)
+    if any(node.target in _RECURRENT for node in program.graph.nodes):
+        known = torch.export.default_decompositions()
+        table |= {target: known[target] for target in _RECURRENT}
+    return program.run_decompositions(table)
