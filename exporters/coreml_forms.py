@@ -23,4 +23,5 @@ def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.Exported
     if any(node.target in _RECURRENT for node in program.graph.nodes):
         known = torch.export.default_decompositions()
         table |= {target: known[target] for target in _RECURRENT}
-    return program.run_decompositions(table)
+    written: torch.export.ExportedProgram = program.run_decompositions(table)
+    return written
