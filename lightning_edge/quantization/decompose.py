@@ -9,7 +9,8 @@ everywhere, and what is trained is what ships:
 - hard-swish(x) = u * clip(u + 3 / sqrt(6), 0, sqrt(6)) with u = x / sqrt(6). Behind a layer u comes from its weights:
   an addition that saturates, and a product.
 - SiLU(x) = x * sigmoid(x), so that the sigmoid has its own, known range.
-- A number in a sum or product is a constant with a quantizer of its own.
+- A number in a sum or product is a constant with a quantizer of its own. A number minus x is -x and a sum, of which the
+  weights of a layer take both.
 - A mean over height and width keeps them, and a reshape behind it drops them: the form that has kernels.
 - A pool that averages a whole image is that mean. Means lie closer together than what they are means of, and kernels of
   means rescale, where those of pools do not: in a range of its own a mean has finer steps, of which less is amplified.
@@ -93,6 +94,16 @@ def _sum_or_product(graph: GraphModule, node: Node) -> Node:
     return _with_number(graph, node, target, x, number, "number")
 
 
+def _number_minus(graph: GraphModule, node: Node) -> Node:
+    x, number = node.args[:2]
+    factor = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
+    assert isinstance(factor, int | float)
+    assert isinstance(number, int | float)
+    if not factor or not math.isfinite(number) or _is_constant(x) or not _is_tensor_like(x, node):
+        return node
+    return _scaled(graph, node, x, -float(factor), float(number))
+
+
 def _mean(graph: GraphModule, node: Node) -> Node:
     """An average over height and width that drops them becomes one that keeps them, and a reshape behind it."""
     x, dims = node.args[:2]
@@ -141,8 +152,8 @@ def _mean_of_all(graph: GraphModule, node: Node, x: Node) -> Node:
     return call(graph, aten.mean.dim, x, [2, 3], True, instead_of=node)
 
 
-def _is_tensor_like(x: Node, node: Node) -> bool:
-    value = x.meta["val"]
+def _is_tensor_like(x: Any, node: Node) -> bool:
+    value = x.meta["val"] if isinstance(x, Node) else None
     return isinstance(value, torch.Tensor) and value.dtype == node.meta["val"].dtype
 
 
@@ -157,6 +168,7 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], Node]] = {
     aten.sub.Tensor: _sum_or_product,
     aten.mul.Tensor: _sum_or_product,
     aten.div.Tensor: _sum_or_product,
+    aten.rsub.Scalar: _number_minus,
 }
 
 
