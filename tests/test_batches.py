@@ -48,7 +48,6 @@ def calls(name: str) -> Inputs:
     ("name", "precision"),
     [
         ("difference", "fp32"),
-        ("difference", "int8"),
         ("attention", "int8"),
         ("residual", "int8"),
         ("two_inputs", "fp32"),

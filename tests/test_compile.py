@@ -131,6 +131,7 @@ def test_a_compiled_network_trains_through_the_switch_in_a_fit() -> None:
     torch.testing.assert_close(convert(task)(images), network(images), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_may_be_the_first_to_observe() -> None:
     torch._dynamo.reset()
     network = small().train()

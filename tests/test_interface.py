@@ -98,7 +98,7 @@ def test_images_may_have_their_channels_last(folder: Path, name: str, precision:
         torch.testing.assert_close(output, reference, rtol=0.0, atol=2.01 * step or 1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_channels_last_leaves_nothing_more_outside_the_delegate(folder: Path, name: str, precision: Precision) -> None:
     last, first = (

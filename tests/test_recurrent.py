@@ -36,7 +36,7 @@ class Sequence(nn.Module):
 
 @cache
 def sounds() -> Tensor:
-    return torch.randn(8, 4, 5, generator=torch.Generator().manual_seed(0))
+    return torch.randn(8, 4, 3, generator=torch.Generator().manual_seed(0))
 
 
 @cache

@@ -205,6 +205,7 @@ def error_of(group_size: int | None, folder: Path) -> tuple[float, Contents]:
     return float((artifact(x)[0] - reference).norm() / reference.norm()), artifact.contents
 
 
+@pytest.mark.slow
 def test_groups_of_four_bit_weights_are_nearer_than_one_scale_a_channel(tmp_path: Path) -> None:
     by_channel, plain = error_of(None, tmp_path)
     in_groups, grouped = error_of(32, tmp_path)
