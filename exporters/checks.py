@@ -209,11 +209,9 @@ def _holds_int8_weights(graph: torch.nn.Module, contents: Contents) -> bool:
     assert isinstance(graph, fx.GraphModule)
     weights: dict[str, Tensor] = {}
     for node in graph.graph.nodes:
-        if operation(node) in _LAYERS and _is_constant(node.args[1]) and _is_dequantized(node.args[1]):
-            stored = node.args[1]
-            while stored.op != "get_attr":
-                stored = stored.args[0]
-            weights[stored.target] = attrgetter(stored.target)(graph)
+        stored = _constant(node.args[1]) if operation(node) in _LAYERS else None
+        if stored is not None and _is_dequantized(node.args[1]):
+            weights[str(stored.target)] = attrgetter(str(stored.target))(graph)
     sparse = contents.sparse_weight_bytes > 0
     held = sum(int(weight.count_nonzero()) if sparse else weight.numel() for weight in weights.values())
     return contents.int8_weight_bytes >= held
@@ -325,12 +323,17 @@ def _is_quantized(node: fx.Node) -> bool:
 
 
 def _is_constant(value: Any) -> bool:
+    return _constant(value) is not None
+
+
+def _constant(value: Any) -> fx.Node | None:
+    """The constant that a value is, moved about or converted; ``None`` for one that is computed."""
     while isinstance(value, fx.Node) and value.op != "get_attr":
         name = operation(value)
         if name not in VIEWS and not name.startswith(("quantize_", "dequantize_")):
-            return False
+            return None
         value = value.args[0]
-    return isinstance(value, fx.Node)
+    return value if isinstance(value, fx.Node) else None
 
 
 def _counted(names: Iterable[str]) -> str:

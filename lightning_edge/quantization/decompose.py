@@ -43,6 +43,8 @@ _LAYERS = {
     aten.conv_transpose2d.input,
     aten.linear.default,
 }
+# Of aten.avg_pool2d, behind its input and the size of its window.
+_POOL_ARGUMENTS = ("stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _CHANNELS_FIRST = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
 
 
@@ -130,9 +132,10 @@ def _pool(graph: GraphModule, node: Node) -> Node:
     x, window, *others = node.args
     assert isinstance(x, Node)
     assert isinstance(window, list | tuple)
-    padding, divisor = [*others[1:2], 0][0], [*others[4:5], None][0]
-    padded = any(padding) if isinstance(padding, list | tuple) else padding
-    if padded or divisor is not None or not _gives_one_value(node):
+    given = dict(zip(_POOL_ARGUMENTS, others, strict=False))
+    padding = given.get("padding") or (0,)
+    assert isinstance(padding, list | tuple)
+    if any(padding) or given.get("divisor_override") is not None or not _gives_one_value(node):
         return node
     for dim, size in zip((2, 3), (*window, *window), strict=False):
         if x.meta["val"].shape[dim] > size:
