@@ -23,7 +23,7 @@ Barrier = Callable[[fx.Graph, Any], fx.Node]
 
 
 def sign_times_size(graph: fx.Graph, source: Any) -> fx.Node:
-    """Write ``sign(x) * |x|``; `tflite_graph.join_signs` takes it out of the file again."""
+    """Write ``sign(x) * |x|``; `tflite_simplify` takes it out of the file again."""
     sign = graph.call_function(_ATEN.sign.default, (source,))
     return graph.call_function(_ATEN.mul.Tensor, (sign, graph.call_function(_ATEN.abs.default, (source,))))
 

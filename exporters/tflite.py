@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from lightning_edge.anatomy import Placements
 from lightning_edge.errors import ExportError, require
-from lightning_edge.exporters import float_layers, tflite_contents, tflite_graph, tflite_metadata, tflite_placement
+from lightning_edge.exporters import (
+    float_layers,
+    tflite_contents,
+    tflite_graph,
+    tflite_metadata,
+    tflite_placement,
+    tflite_simplify,
+)
 from lightning_edge.exporters.base import Contents, Runner, explain
 from lightning_edge.exporters.calls import TensorSpec
 from lightning_edge.exporters.divergence import Intermediate
@@ -63,9 +70,8 @@ def write(
     converted = _convert(network)
     model = tflite_graph.parse(converted if scheme is None else _in_scheme(converted, scheme))
     _check_order(model, network.inputs)
+    tflite_simplify.simplify(model)
     tflite_graph.widen_biases(model)
-    tflite_graph.join_signs(model)
-    tflite_graph.keep_pixels(model)
     tflite_graph.shorten_names(model)
     if io == "float":
         tflite_graph.float_ends(model)
@@ -228,7 +234,7 @@ class _Runner:
         kept.allocate_tensors()
         self._feed(kept, tensors)
         kept.invoke()
-        names = tflite_graph.makers(tflite_graph.parse(self._data))
+        names = tflite_graph.maker_names(tflite_graph.parse(self._data))
         return [
             Intermediate(names[index], _scale(details), int(details["quantization"][1]), torch.as_tensor(values))
             for details in kept.get_tensor_details()

@@ -75,7 +75,7 @@ def op_name(model: Any, op: Any) -> str:
     return next((str(name) for name, value in operators.items() if value == number), f"BUILTIN_{number}")
 
 
-def makers(model: Any) -> dict[int, str]:
+def maker_names(model: Any) -> dict[int, str]:
     """Name what computes each tensor of the first graph: the kind of the operation and its place among all."""
     operators = enumerate(model.subgraphs[0].operators)
     return {int(index): f"{op_name(model, op)} {place}" for place, op in operators for index in op.outputs}
@@ -142,56 +142,6 @@ def widen_biases(model: Any) -> None:
                 bias.type = schema.TensorType.INT64
 
 
-def join_signs(model: Any) -> None:
-    """Take ``sign(x) * |x|`` out, which is ``x``: it kept the converter from joining what must stay apart."""
-    import numpy
-
-    for graph in model.subgraphs:
-        kinds = {index: (op_name(model, op), op) for op in graph.operators for index in op.outputs}
-        same: dict[int, int] = {}
-        for op in graph.operators:
-            factors = [kinds.get(index, ("", None)) for index in op.inputs]
-            if op_name(model, op) == "MUL" and [kind for kind, _ in factors] == ["SIGN", "ABS"]:
-                sources = {int(factor.inputs[0]) for _, factor in factors}
-                if len(sources) == 1:
-                    same[int(op.outputs[0])] = sources.pop()
-        if not same:
-            continue
-        for op in graph.operators:
-            op.inputs = numpy.array([same.get(int(index), int(index)) for index in op.inputs], dtype=numpy.int32)
-        graph.outputs = numpy.array([same.get(int(index), int(index)) for index in graph.outputs], dtype=numpy.int32)
-        read = _read(graph)
-        for kind in ("MUL", "SIGN", "ABS"):
-            dead = [op for op in graph.operators if op_name(model, op) == kind and read.isdisjoint(op.outputs)]
-            graph.operators = [op for op in graph.operators if all(op is not other for other in dead)]
-            read = _read(graph)
-
-
-def keep_pixels(model: Any) -> None:
-    """Quantize pixels as they are: a cast of uint8 to float before a quantization in steps of 1 is none.
-
-    What takes uint8 is then an integer with a scale of 1, and one operation between integers makes int8 of it.
-    """
-    schema = schema_module()
-    graph = model.subgraphs[0]
-    casts = {int(op.outputs[0]): op for op in graph.operators if op_name(model, op) == "CAST"}
-    gone = []
-    for op in graph.operators:
-        cast = casts.get(int(op.inputs[0])) if op_name(model, op) == "QUANTIZE" else None
-        quantized = graph.tensors[int(op.outputs[0])]
-        source = None if cast is None else graph.tensors[int(cast.inputs[0])]
-        if cast is None or source is None or source.type != schema.TensorType.UINT8:
-            continue
-        if list(quantized.quantization.scale) == [1.0] and list(quantized.quantization.zeroPoint) == [-128]:
-            op.inputs = [cast.inputs[0]]
-            gone.append(cast)
-    read = _read(graph)
-    graph.operators = [op for op in graph.operators if not any(op is c for c in gone) or op.outputs[0] in read]
-    for tensor in graph.tensors if gone else ():
-        if tensor.type == schema.TensorType.UINT8:
-            tensor.quantization = schema.QuantizationParametersT(scale=[1.0], zeroPoint=[0])
-
-
 def set_note(model: Any, name: str, value: bytes) -> None:
     """Keep a few bytes in the file's metadata."""
     schema = schema_module()
@@ -230,11 +180,6 @@ def notes(data: bytes) -> Mapping[str, str]:
         text = bytes(buffer.DataAsNumpy()) if buffer.DataLength() else b""
         found[entry.Name().decode()] = text.decode("utf-8", errors="replace")
     return found
-
-
-def _read(graph: Any) -> set[int]:
-    """Tensors that an operation or the caller reads."""
-    return {int(index) for op in graph.operators for index in op.inputs} | {int(index) for index in graph.outputs}
 
 
 def schema_module() -> Any:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Quantize
 from lightning_edge.errors import ExportError, MissingExtraError, RunnerError
 from lightning_edge.exporters import Artifact, checks, export, load
-from lightning_edge.exporters.onnx import open_openvino
+from lightning_edge.exporters.onnx import open_openvino, sums_overflow
 from lightning_edge.measure import Timing
 from lightning_edge.network import Precision
 from lightning_edge.quantization import quantize
@@ -111,6 +111,24 @@ def test_threads_are_told(folder: Path) -> None:
     assert two.runner.runtime.endswith("CPU, 2 threads")
     images = batches("residual")[0].args[0]
     assert torch.equal(one(images)[0], two(images)[0])
+
+
+@pytest.mark.parametrize(
+    ("machine", "capabilities", "overflow"),
+    [
+        ("x86_64", {"avx2": True}, True),
+        ("AMD64", {}, True),
+        ("x86_64", {"avx512_vnni": True}, False),
+        ("x86_64", {"avx512_vnni": False, "avx_vnni": True}, False),
+        ("aarch64", {}, False),
+    ],
+)
+def test_slower_exact_kernels_are_asked_for_only_where_sums_overflow(
+    monkeypatch: pytest.MonkeyPatch, machine: str, capabilities: dict[str, bool], overflow: bool
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert sums_overflow() is overflow
 
 
 def test_equal_networks_give_equal_files_without_names_from_this_machine(folder: Path, tmp_path: Path) -> None:
