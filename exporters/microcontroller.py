@@ -193,7 +193,8 @@ def _check(path: Path, model: Any, floats: tuple[str, ...], operators: tuple[str
     if floats:
         raise ExportError(
             f"{path}: it computes in float ({', '.join(sorted(set(floats)))}); allowed: int8 and int16 files. "
-            "Export an int8 network: quantize it, or train it with Quantize"
+            "Export an int8 network: quantize it, or train it with Quantize; with integer_only=True if it has "
+            "attention, softmax or GELU"
         )
     unknown = [name for name in operators if name not in METHODS]
     if unknown:

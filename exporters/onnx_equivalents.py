@@ -1,6 +1,6 @@
-"""Write operations that ONNX Runtime has no int8 kernel for as ones that it has, value for value.
+"""Write operations that ONNX Runtime has no int8 kernel for, or a wrong one, as ones that it has, value for value.
 
-Both work on uint8 activations and int32 biases, so they come after the functions of `onnx_int8` that write these.
+They work on uint8 activations and int32 biases, so they come after the functions of `onnx_int8` that write these.
 """
 
 from __future__ import annotations
@@ -41,6 +41,22 @@ def subtractions(graph: Graph) -> None:
                 negative = graph.add_constant(_LARGEST - stored)
             back = graph.make(_DEQUANTIZE, [negative, up.input[1], graph.add_constant(_LARGEST - zero)])
             nodes += [back, graph.make("Add", [node.input[0], back.output[0]], node.output)]
+        else:
+            nodes.append(node)
+    graph.settle(nodes)
+
+
+def lone_softmaxes(graph: Graph) -> None:
+    """Write the softmax of one value, which is 1, as a power of 0: ONNX Runtime's int8 kernel gives 0.
+
+    MobileViT has it where a feature map is no larger than a patch.
+    """
+    shapes, nodes = graph.shapes(), []
+    for node in graph.nodes:
+        shape = shapes.get(node.input[0], ()) if node.op_type == "Softmax" else ()
+        if shape and shape[attribute(node, "axis", -1)] == 1:
+            zero = graph.add_constant(numpy.zeros((), numpy.float32))
+            nodes.append(graph.make("Pow", [node.input[0], zero], node.output))
         else:
             nodes.append(node)
     graph.settle(nodes)

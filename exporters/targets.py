@@ -68,6 +68,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: {option}={value!r} is not one of {choices[0]}")
         if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{name}: {option}={value!r} is not a whole number")
+        if hint is bool and not isinstance(value, bool):
+            raise ValueError(f"{name}: {option}={value!r} is not one of (True, False)")
 
 
 def options_of(name: str, precision: Precision, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters import (
     float_layers,
     tflite_contents,
+    tflite_float_kernels,
     tflite_graph,
     tflite_metadata,
     tflite_placement,
@@ -33,7 +34,7 @@ SUFFIX = ".tflite"
 EXTRA = "tflite"
 NEEDS = ("litert_torch", "ai_edge_litert")
 RUNTIME = ("ai_edge_litert.interpreter", "ai_edge_litert.schema_py_generated")
-INT8_OPTIONS = frozenset({"io"})
+INT8_OPTIONS = frozenset({"io", "integer_only"})
 ACTIVATION_BITS = frozenset({8, 16})
 
 Io = Literal["int8", "float"]
@@ -47,6 +48,7 @@ def write(
     path: Path,
     *,
     io: Io | None = None,
+    integer_only: bool = False,
     scheme: Scheme | None = None,
 ) -> None:
     """Convert the network and write it.
@@ -56,6 +58,9 @@ def write(
         path: Where to write, a path that does not exist yet.
         io: Type of the file's own inputs and outputs: ``"int8"`` or ``"float"``. An int8 network's default is
             ``"int8"``; with ``"float"`` the file quantizes and dequantizes at its ends and its kernels stay int8.
+        integer_only: Whether an int8 network's products of two activations, softmax and GELU are integer operations
+            too, as microcontrollers and NPUs want them. LiteRT's delegate has none of these, and by default they are
+            float between int8 values: faster on CPUs, and closer to the network.
         scheme: How a float network's weights are stored, and whether activations are quantized on the fly.
 
     Raises:
@@ -67,10 +72,14 @@ def write(
         raise ValueError(f"io={io!r} is not one of {get_args(Io)}")
     if io == "int8" and network.precision == "fp32":
         raise ValueError("io='int8' needs an int8 network and this one is fp32; leave io out or quantize first")
+    if integer_only and network.precision == "fp32":
+        raise ValueError("integer_only=True needs an int8 network and this one is fp32; leave it out or quantize first")
     converted = _convert(network)
     model = tflite_graph.parse(converted if scheme is None else _in_scheme(converted, scheme))
     _check_order(model, network.inputs)
     tflite_simplify.simplify(model)
+    if network.precision == "int8" and not integer_only:
+        tflite_float_kernels.use_float_kernels(model)
     tflite_graph.widen_biases(model)
     tflite_graph.shorten_names(model)
     if io == "float":

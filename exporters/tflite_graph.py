@@ -254,7 +254,7 @@ def _convert_ends(model: Any, graph: Any, ends: list[int], operator: str) -> lis
             graph.tensors.append(outer)
             added[inner] = len(graph.tensors) - 1
             pair = (added[inner], inner) if operator == "QUANTIZE" else (inner, added[inner])
-            code = _op_code(model, operator)
+            code = op_code(model, operator)
             operators.append(schema.OperatorT(opcodeIndex=code, inputs=[pair[0]], outputs=[pair[1]]))
         ends[position] = added[inner]
     for entry in (entry for entries in maps for entry in entries):
@@ -262,7 +262,8 @@ def _convert_ends(model: Any, graph: Any, ends: list[int], operator: str) -> lis
     return operators
 
 
-def _op_code(model: Any, operator: str) -> int:
+def op_code(model: Any, operator: str) -> int:
+    """Give the index of an operation's kind among those of the file, added if it is not there."""
     schema = schema_module()
     number = getattr(schema.BuiltinOperator, operator)
     for index, code in enumerate(model.operatorCodes):

@@ -23,7 +23,7 @@ from lightning_edge.network import Inputs
 from lightning_edge.quantization.decompose import decompose
 from lightning_edge.quantization.in_place import functional, inline_gradient_modes, make_functional
 from lightning_edge.quantization.masks import drop_idle_masks
-from lightning_edge.quantization.nodes import SCALED, call, constant
+from lightning_edge.quantization.nodes import DROPS, SCALED, call, constant
 from lightning_edge.surgery import in_mode, redirected
 
 aten = torch.ops.aten
@@ -129,8 +129,9 @@ def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True) -> 
     with _mode(network, training=False):
         graph = _export(network, inputs)
     with _mode(network, training=True):
-        trained = _operations(_export(network, inputs))
-    _refuse_other_path(network, _operations(graph), trained)
+        training = _export(network, inputs)
+    _refuse_other_path(network, _operations(graph), _operations(training))
+    _note_attention_dropout(graph, training)
     make_functional(graph, type(network).__name__)
     drop_idle_masks(graph)
     if written_out:
@@ -253,6 +254,14 @@ def _refuse_other_path(network: nn.Module, evaluated: list[str], trained: list[s
         f"where evaluation has {in_evaluation}. One quantized graph serves both, so forward() must not branch on "
         "self.training; name the part that does not branch with module=..., or move the branch out of the network."
     )
+
+
+def _note_attention_dropout(graph: GraphModule, training: GraphModule) -> None:
+    """Keep the dropout inside attention, which is an argument, and in evaluation 0, for where it is written out."""
+    attention = aten.scaled_dot_product_attention.default
+    evaluated, trained = ([n for n in g.graph.nodes if n.target is attention] for g in (graph, training))
+    for node, other in zip(evaluated, trained, strict=True):
+        node.meta[DROPS] = other.args[4] if len(other.args) > 4 else other.kwargs.get("dropout_p", 0.0)
 
 
 def _take_out(graph: GraphModule, network: nn.Module) -> list[TakenOut]:

@@ -12,6 +12,8 @@ everywhere, and what is trained is what ships:
 - A number in a sum or product is a constant with a quantizer of its own. A number minus x is -x and a sum, of which the
   weights of a layer take both.
 - A mean over height and width keeps them, and a reshape behind it drops them: the form that has kernels.
+- Attention is softmax(q k^T / sqrt(d)) v: two products of matrices and a softmax, each with a range of its own, where
+  the one operation has none inside. The division goes into the weights that q comes from, if they give nothing else.
 - A pool that averages a whole image is that mean. Means lie closer together than what they are means of, and kernels of
   means rescale, where those of pools do not: in a range of its own a mean has finer steps, of which less is amplified.
 """
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lightning_edge.quantization.nodes import FIXED_RANGE, SCALED, call, constant
+from lightning_edge.quantization.nodes import DROPS, FIXED_RANGE, SCALED, call, constant
 
 aten = torch.ops.aten
 
@@ -43,6 +45,19 @@ _LAYERS = {
     aten.conv_transpose2d.input,
     aten.linear.default,
 }
+# One reader and one source, whose values they only move: what scales the one scales the other.
+_MOVES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.contiguous.default,
+    aten.clone.default,
+}
+# Of aten.scaled_dot_product_attention, behind query, key and value.
+_ATTENTION_ARGUMENTS = ("attn_mask", "dropout_p", "is_causal")
 # Of aten.avg_pool2d, behind its input and the size of its window.
 _POOL_ARGUMENTS = ("stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _CHANNELS_FIRST = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
@@ -120,6 +135,23 @@ def _mean(graph: GraphModule, node: Node) -> Node:
     return call(graph, aten.flatten.using_ints, kept, 1, instead_of=node)
 
 
+def _attention(graph: GraphModule, node: Node) -> Node:
+    """Attention without mask, of as many keys' heads as queries', in products and a softmax."""
+    query, key, value, *others = node.args
+    given = dict(zip(_ATTENTION_ARGUMENTS, others, strict=False)) | node.kwargs
+    scale = given.pop("scale", None)
+    if any(given.values()) or not isinstance(query, Node):  # masks, and what differs from softmax(q k^T) v besides
+        return node
+    assert isinstance(scale, int | float | None)
+    query = _scaled(graph, node, query, query.meta["val"].shape[-1] ** -0.5 if scale is None else scale)
+    keys = call(graph, aten.transpose.int, key, -2, -1, instead_of=node)
+    scores = call(graph, aten.matmul.default, query, keys, instead_of=node)
+    weights = call(graph, aten.softmax.int, scores, -1, instead_of=node)
+    if node.meta.get(DROPS):
+        weights = call(graph, aten.dropout.default, weights, node.meta[DROPS], False, instead_of=node)
+    return call(graph, aten.matmul.default, weights, value, instead_of=node)
+
+
 def _adaptive_pool(graph: GraphModule, node: Node) -> Node:
     """A pool to one value is the mean over height and width."""
     x = node.args[0]
@@ -164,6 +196,7 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], Node]] = {
     aten.hardsigmoid.default: _hard_sigmoid,
     aten.hardswish.default: _hard_swish,
     aten.silu.default: _silu,
+    aten.scaled_dot_product_attention.default: _attention,
     aten.mean.dim: _mean,
     aten.adaptive_avg_pool2d.default: _adaptive_pool,
     aten.avg_pool2d.default: _pool,
@@ -194,7 +227,15 @@ def _with_number(graph: GraphModule, node: Node, target: Any, x: Node, number: f
 def _scaled(graph: GraphModule, node: Node, x: Any, factor: float, shift: float = 0.0) -> Node:
     """Give ``factor`` * x + ``shift``: by the weights of the layer that x comes from if ``node`` alone reads it."""
     assert isinstance(x, Node)
-    if len(x.users) == 1 and _scale_layer(graph, x, factor, shift):
+    trail = [x]
+    while trail[-1].target in _MOVES and len(trail[-1].users) == 1:
+        source = trail[-1].args[0]
+        assert isinstance(source, Node)
+        trail.append(source)
+    if len(trail[-1].users) == 1 and _scale_layer(graph, trail[-1], factor, shift):
+        for scaled in trail:
+            before = scaled.meta.get(SCALED, (1.0, 0.0))
+            scaled.meta[SCALED] = (factor * before[0], factor * before[1] + shift)
         return x
     x = _with_number(graph, node, aten.mul.Tensor, x, factor, "factor")
     return _with_number(graph, node, aten.add.Tensor, x, shift, "shift") if shift else x
@@ -233,7 +274,6 @@ def _scale(graph: GraphModule, layer: Node, weight: Any, bias: Any, channels: An
         elif shift:
             bias = constant(graph, f"bias_of_{layer.name}", torch.full(channels.shape, shift), channels)
     layer.args = (layer.args[0], weight, bias, *layer.args[3:])
-    layer.meta[SCALED] = (factor, shift)
 
 
 def _is_constant(node: Any) -> bool:

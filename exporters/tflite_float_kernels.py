@@ -1,0 +1,51 @@
+"""Compute in float, between the same int8 values, what LiteRT's delegate has no int8 kernels for.
+
+XNNPACK multiplies two activations, takes softmax and takes GELU in float only. Left in int8 these run on LiteRT's own
+kernels, one hand-over before and one after each, which is slower than float and rounds inside: a step more or less in
+front of a LayerNorm becomes many behind it. In float between a dequantization and a quantization they stay with the
+delegate, and give what the network gives: it computes so too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_edge.exporters import tflite_graph
+from lightning_edge.exporters.tflite_graph import op_name, schema_module
+
+_FLOAT_ONLY = {"BATCH_MATMUL", "GELU", "SOFTMAX"}
+
+
+def use_float_kernels(model: Any) -> None:
+    """Rewrite every graph of a ``ModelT``; a product with a constant matrix stays in int8, so do 16-bit operations."""
+    for graph in model.subgraphs:
+        operators: list[Any] = []
+        for op in graph.operators:
+            ends = [graph.tensors[int(index)] for index in (*op.inputs, *op.outputs)]
+            if op_name(model, op) not in _FLOAT_ONLY or not all(_is_activation(model, tensor) for tensor in ends):
+                operators.append(op)
+                continue
+            floats = {int(index): _add_float(graph, int(index)) for index in (*op.inputs, *op.outputs)}
+            read = dict.fromkeys(int(index) for index in op.inputs)
+            operators += [_conversion(model, "DEQUANTIZE", index, floats[index]) for index in read]
+            result = int(op.outputs[0])
+            op.inputs, op.outputs = [floats[int(index)] for index in op.inputs], [floats[result]]
+            operators += [op, _conversion(model, "QUANTIZE", floats[result], result)]
+        graph.operators = operators
+
+
+def _is_activation(model: Any, tensor: Any) -> bool:
+    return tensor.type == schema_module().TensorType.INT8 and not tflite_graph.length_bytes(model, tensor)
+
+
+def _add_float(graph: Any, index: int) -> int:
+    """Add a float tensor of another's shape."""
+    schema, like = schema_module(), graph.tensors[index]
+    added = schema.TensorT(name=b"float", shape=like.shape, type=schema.TensorType.FLOAT32, hasRank=like.hasRank)
+    graph.tensors.append(added)
+    return len(graph.tensors) - 1
+
+
+def _conversion(model: Any, operator: str, source: int, result: int) -> Any:
+    code = tflite_graph.op_code(model, operator)
+    return schema_module().OperatorT(opcodeIndex=code, inputs=[source], outputs=[result])
