@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_edge.exporters import tflite_edit
+from lightning_edge.exporters import tflite_edit, tflite_graph
 from lightning_edge.exporters.tflite_graph import op_name, schema_module
 
 _TO_NHWC, _TO_NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -24,6 +24,7 @@ def simplify(model: Any) -> None:
         _transpose_before_padding(model, graph)
         _join_transposes(model, graph)
         _average_before_transposing(model, graph)
+        _pad_with_zero(model, graph)
         _pad_in_convolutions(model, graph)
     tflite_edit.drop_unread(model)
 
@@ -117,6 +118,23 @@ def _average_before_transposing(model: Any, graph: Any) -> None:
         if left == sorted(left):
             there = tflite_edit.add_constant(model, graph, sorted(before))
             op.inputs = [first.inputs[0], there]
+
+
+def _pad_with_zero(model: Any, graph: Any) -> None:
+    """Write a padding with the integer that stands for 0 as one with zeros, which LiteRT's delegate has.
+
+    A max pool is padded with the least value, which behind a ReLU is 0.
+    """
+    for op in graph.operators:
+        if op_name(model, op) != "PADV2":
+            continue
+        source, value, padded = (graph.tensors[int(index)] for index in (op.inputs[0], op.inputs[2], op.outputs[0]))
+        if value.type != schema_module().TensorType.INT8 or not tflite_graph.length_bytes(model, value):
+            continue
+        (stored,) = bytes(model.buffers[value.buffer].data)
+        if _same_scale(source, padded) and [stored] == [int(zero) % 256 for zero in source.quantization.zeroPoint]:
+            op.opcodeIndex, op.inputs = tflite_graph.op_code(model, "PAD"), op.inputs[:2]
+            op.builtinOptionsType, op.builtinOptions = schema_module().BuiltinOptions.NONE, None
 
 
 def _pad_in_convolutions(model: Any, graph: Any) -> None:

@@ -118,6 +118,11 @@ def weight_count(name: str) -> int:
     return sum(layer.weight.numel() for layer in module(name).modules() if isinstance(layer, nn.Linear | nn.Conv2d))
 
 
+def int8_weight_count(name: str) -> int:
+    """Those of its int8 form, where a pool of windows is a convolution: 2x2 on 8 channels in one of the networks."""
+    return weight_count(name) + (8 * 2 * 2 if name == "plain" else 0)
+
+
 def exported(model: nn.Module, target: str, path: Path, **options: Any) -> tuple[Artifact, list[str]]:
     """The file, and what the export warned of."""
     with warnings.catch_warnings(record=True) as caught:

@@ -237,8 +237,9 @@ def test_state_goes_on_under_the_same_keys() -> None:
         (nn.AvgPool2d((6, 8), stride=5), ["slice.Tensor", "mean.dim"]),
         (nn.AvgPool2d(8, padding=1), ["avg_pool2d.default"]),
         (nn.AvgPool2d(8, divisor_override=9), ["avg_pool2d.default"]),
-        (nn.AvgPool2d(4), ["avg_pool2d.default"]),
-        (nn.AdaptiveAvgPool2d(2), ["adaptive_avg_pool2d.default"]),
+        (nn.AvgPool2d(3, ceil_mode=True), ["avg_pool2d.default"]),
+        (nn.AvgPool2d(3, padding=1, count_include_pad=False), ["avg_pool2d.default"]),
+        (nn.AdaptiveAvgPool2d(3), ["adaptive_avg_pool2d.default"]),
         (nn.Sequential(nn.AvgPool2d(8), nn.AvgPool2d(1), nn.AdaptiveAvgPool2d(1)), ["mean.dim"]),
     ],
     ids=str,
@@ -259,6 +260,45 @@ def test_an_average_over_the_image_has_a_range_of_its_own(pool: nn.Module, becom
     scales = {float(module.scale) for module in ranges if getattr(module, "is_per_channel", True) is False}
     # Of the images, the layer and the output, and of the mean.
     assert len(scales) == (4 if "mean.dim" in becomes else 3)
+
+
+@pytest.mark.parametrize(
+    ("pool", "taps"),
+    [
+        (nn.AvgPool2d(4), (4, 4)),
+        (nn.AvgPool2d((3, 2), stride=(2, 1)), (3, 2)),
+        (nn.AvgPool2d(3, stride=1, padding=1), (3, 3)),
+        (nn.AvgPool2d(2, divisor_override=3), (2, 2)),
+        (nn.AdaptiveAvgPool2d((2, 4)), (4, 2)),
+        (nn.Sequential(nn.Flatten(2), nn.AvgPool1d(4), nn.AdaptiveAvgPool1d(8)), (4,)),
+    ],
+    ids=str,
+)
+def test_an_average_of_windows_is_a_convolution(pool: nn.Module, taps: tuple[int, ...]) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), pool, nn.Flatten(), nn.LazyLinear(3)).eval()
+    x = images(4)
+    expected = network(x)
+    graph = capture(network, Inputs.of(x)).graph
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert not [name for name in names if name.startswith("aten.") and "pool" in name]
+    windows = [tuple(buffer.shape[2:]) for name, buffer in graph.named_buffers() if name.startswith("window_of")]
+    assert windows[0] == taps
+    torch.testing.assert_close(graph(x), expected)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_averages_of_windows_are_int8_and_exact(target: str, tmp_path: Path) -> None:
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)]
+    network = nn.Sequential(*layers, nn.AvgPool2d(3, 1, 1), nn.Flatten(), nn.LazyLinear(3)).eval()
+    batches = [images(16) for _ in range(3)]
+    network(batches[0])
+    path = tmp_path / f"m{exporters.target(target).SUFFIX}"
+    artifact = exporters.export(quantize(network, batches), target, path, batches=batches)
+    assert (artifact.contents.float_compute_ops, artifact.contents.float_ops) == ((), ())
+    assert not artifact.contents.undelegated_ops
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps is not None
+    assert artifact.agreement.max_steps <= 1.01
 
 
 def test_with_16_bit_activations_nothing_is_written_out() -> None:

@@ -82,12 +82,15 @@ def test_planned_memory_is_told(folder: Path) -> None:
     assert planned >= (3 * 8 * 8 + 5) * 4  # at least its float input and output
 
 
-def test_what_stays_outside_the_delegate_is_warned_of(folder: Path) -> None:
-    artifact, warned = written(folder, "plain", "int8")
-    assert artifact.contents.undelegated_ops == ("aten::_adaptive_avg_pool2d",)
-    assert artifact.contents.float_ops == ("aten::_adaptive_avg_pool2d",)
+def test_what_stays_outside_the_delegate_is_warned_of(tmp_path: Path) -> None:
+    # 7x7: too large a window to be a convolution.
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(7, stride=1), nn.Conv2d(4, 2, 1)).eval()
+    images = [torch.randn(4, 3, 8, 8)]
+    artifact, warned = exported(quantize(layers, images), "executorch", tmp_path / "net.pte", batches=images)
+    assert artifact.contents.undelegated_ops == ("aten::avg_pool2d",)
+    assert artifact.contents.float_ops == ("aten::avg_pool2d",)
     assert len(warned) == 2
-    assert all("aten::_adaptive_avg_pool2d" in warning for warning in warned)
+    assert all("aten::avg_pool2d" in warning for warning in warned)
 
 
 @final

@@ -13,7 +13,7 @@ from typing import Any, final
 import lightning as L
 import pytest
 import torch
-from deployables import batches, exported, network, weight_count
+from deployables import batches, exported, int8_weight_count, network, weight_count
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -58,7 +58,7 @@ def test_an_int8_file_runs_on_int8_kernels_throughout(folder: Path, name: str) -
     artifact, warned = written(folder, name, "int8")
     contents = artifact.contents
     assert warned == []
-    assert (contents.int8_weight_bytes, contents.float_weight_bytes) == (weight_count(name), 0)
+    assert (contents.int8_weight_bytes, contents.float_weight_bytes) == (int8_weight_count(name), 0)
     assert (contents.float_compute_ops, contents.float_ops) == ((), ())
     assert artifact.precision == "int8"
     run = kernels(artifact.path)

@@ -122,6 +122,15 @@ class TestSkip:
         assert [name for name in operations[:first] if "conv2d" in name or "relu" in name or "hardtanh" in name]
         assert not [name for name in operations[first:] if "conv2d" in name]
 
+    def test_a_pool_is_no_layer_to_choose_for(self) -> None:
+        """It is written out as a convolution, and stays with what is before it."""
+        model = MODELS["plain"]
+        network, inputs = model.build(), model.inputs(4)
+        found = sensitivity(network, [inputs], [inputs])
+        assert {layer.name for layer in found.layers} == {"features.0", "features.3", "head.3"}
+        with pytest.raises(CompressionError, match="all 3 layers"):
+            quantize(network, [inputs], skip=["features", "head.3"])
+
     @pytest.mark.parametrize("target", ["executorch", "coreml", "tflite", "onnx"])
     @pytest.mark.parametrize("skip", [["shortcut"], ["branch", "head"]], ids=str)
     def test_it_rides_through_every_exporter(self, target: str, skip: list[str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deployables import batches, exported, network, weight_count
+from deployables import batches, exported, int8_weight_count, network, weight_count
 from torch import Tensor, nn
 
 from lightning_edge.errors import ExportError
@@ -54,7 +54,7 @@ def test_an_int8_file_is_int8_throughout(folder: Path, name: str) -> None:
     artifact, warned = written(folder, name, "int8")
     contents = artifact.contents
     assert warned == []
-    assert (contents.int8_weight_bytes, contents.float_weight_bytes) == (weight_count(name), 0)
+    assert (contents.int8_weight_bytes, contents.float_weight_bytes) == (int8_weight_count(name), 0)
     assert (contents.float_compute_ops, contents.float_ops) == ((), ())
     assert contents.delegated_ops is None
     assert artifact.precision == "int8"

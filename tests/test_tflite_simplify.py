@@ -108,3 +108,16 @@ def test_a_padded_tensor_that_is_given_out_stays(tmp_path: Path) -> None:
     with torch.no_grad():
         for output, wanted in zip(artifact(images), network(images), strict=True):
             torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("activation", "padding"), [(nn.ReLU(), "PAD"), (nn.Identity(), "PADV2")], ids=str)
+def test_max_pools_are_padded_with_what_the_delegate_has(tmp_path: Path, activation: nn.Module, padding: str) -> None:
+    """Behind a ReLU the least integer is the one that stands for 0; elsewhere it is not, and zeros would win."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 2, 1)).eval()
+    batches = [torch.randn(8, 3, 12, 12) - 3 for _ in range(2)]
+    artifact = export(quantize(network, batches), "tflite", tmp_path / "model.tflite", batches=batches)
+    assert artifact.contents.ops[padding] == 1
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps is not None
+    assert artifact.agreement.max_steps <= 1.01

@@ -16,6 +16,8 @@ everywhere, and what is trained is what ships:
   the one operation has none inside. The division goes into the weights that q comes from, if they give nothing else.
 - A pool that averages a whole image is that mean. Means lie closer together than what they are means of, and kernels of
   means rescale, where those of pools do not: in a range of its own a mean has finer steps, of which less is amplified.
+- A pool that averages windows is a convolution of each channel by itself with equal weights, for the same reason, and
+  because XNNPACK has none in int8 and ONNX Runtime's rounds halves now up, now down.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lightning_edge.quantization.nodes import DROPS, FIXED_RANGE, SCALED, call, constant
+from lightning_edge.quantization.nodes import DROPS, FIXED_RANGE, POOLS, SCALED, call, constant
 
 aten = torch.ops.aten
 
@@ -58,8 +60,11 @@ _MOVES = {
 }
 # Of aten.scaled_dot_product_attention, behind query, key and value.
 _ATTENTION_ARGUMENTS = ("attn_mask", "dropout_p", "is_causal")
-# Of aten.avg_pool2d, behind its input and the size of its window.
+# Of aten.avg_pool1d and avg_pool2d, behind their input and the size of its window.
 _POOL_ARGUMENTS = ("stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+# XNNPACK's fast kernels for depthwise convolutions end there: at 7x7 the pool itself took a quarter of the time.
+_MOST_TAPS = 25
+_CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default}
 _CHANNELS_FIRST = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
 
 
@@ -153,26 +158,57 @@ def _attention(graph: GraphModule, node: Node) -> Node:
 
 
 def _adaptive_pool(graph: GraphModule, node: Node) -> Node:
-    """A pool to one value is the mean over height and width."""
+    """A pool to one value is the mean over height and width, one to a divisor of the size a pool of even windows."""
     x = node.args[0]
     assert isinstance(x, Node)
-    return _mean_of_all(graph, node, x) if _gives_one_value(node) else node
+    if _gives_one_value(node):
+        return _mean_of_all(graph, node, x)
+    sizes, counts = x.meta["val"].shape[2:], node.meta["val"].shape[2:]
+    window = [size // count for size, count in zip(sizes, counts, strict=True)]
+    even = all(size == step * count for size, step, count in zip(sizes, window, counts, strict=True))
+    return _windows(graph, node, x, window, window, [0] * len(window), math.prod(window)) if even else node
 
 
 def _pool(graph: GraphModule, node: Node) -> Node:
-    """A pool with room for one window is the mean of what the window covers."""
-    x, window, *others = node.args
+    """A pool with room for one window is the mean of what the window covers, others are convolutions."""
+    x, size, *others = node.args
     assert isinstance(x, Node)
-    assert isinstance(window, list | tuple)
+    dims = x.meta["val"].dim() - 2
     given = dict(zip(_POOL_ARGUMENTS, others, strict=False))
-    padding = given.get("padding") or (0,)
-    assert isinstance(padding, list | tuple)
-    if any(padding) or given.get("divisor_override") is not None or not _gives_one_value(node):
+    window = _of_each_dimension(size, dims)
+    stride = _of_each_dimension(given.get("stride") or size, dims)
+    padding = _of_each_dimension(given.get("padding") or 0, dims)
+    divisor = given.get("divisor_override")
+    if not any(padding) and divisor is None and _gives_one_value(node):
+        for dim, length in zip((2, 3), window, strict=True):
+            if x.meta["val"].shape[dim] > length:
+                x = call(graph, aten.slice.Tensor, x, dim, 0, length, instead_of=node)
+        return _mean_of_all(graph, node, x)
+    if given.get("ceil_mode") or (any(padding) and not given.get("count_include_pad", True)):
         return node
-    for dim, size in zip((2, 3), (*window, *window), strict=False):
-        if x.meta["val"].shape[dim] > size:
-            x = call(graph, aten.slice.Tensor, x, dim, 0, size, instead_of=node)
-    return _mean_of_all(graph, node, x)
+    assert isinstance(divisor, int | None)
+    return _windows(graph, node, x, window, stride, padding, divisor or math.prod(window))
+
+
+def _windows(
+    graph: GraphModule, node: Node, x: Node, window: list[int], stride: list[int], padding: list[int], divisor: int
+) -> Node:
+    """Sum each window and divide: a convolution of each channel by itself."""
+    value = x.meta["val"]
+    if len(window) not in _CONVOLUTIONS or value.dim() != len(window) + 2 or math.prod(window) > _MOST_TAPS:
+        return node
+    weights = torch.full((value.shape[1], 1, *window), 1 / divisor)
+    weight = constant(graph, f"window_of_{node.name}", weights, value)
+    arguments = (x, weight, None, stride, padding, [1] * len(window), value.shape[1])
+    pool = call(graph, _CONVOLUTIONS[len(window)], *arguments, instead_of=node)
+    pool.meta[POOLS] = True
+    return pool
+
+
+def _of_each_dimension(sizes: Any, dims: int) -> list[int]:
+    """One number stands for all dimensions."""
+    given = [sizes] if isinstance(sizes, int) else list(sizes)
+    return given * dims if len(given) == 1 else given
 
 
 def _gives_one_value(node: Node) -> bool:
@@ -199,7 +235,9 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], Node]] = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.mean.dim: _mean,
     aten.adaptive_avg_pool2d.default: _adaptive_pool,
+    aten.adaptive_avg_pool1d.default: _adaptive_pool,
     aten.avg_pool2d.default: _pool,
+    aten.avg_pool1d.default: _pool,
     aten.add.Tensor: _sum_or_product,
     aten.sub.Tensor: _sum_or_product,
     aten.mul.Tensor: _sum_or_product,

@@ -14,6 +14,8 @@ _STACK = "nn_module_stack"
 FIXED_RANGE = "edge_fixed_range"
 # (factor, shift) of a layer whose weights were scaled: it gives factor * y + shift where the user's layer gives y.
 SCALED = "edge_scaled"
+# Of a convolution: it stands for a pool and is no layer of the network.
+POOLS = "edge_pools"
 # Of attention: the probability with which it drops its weights in training.
 DROPS = "edge_drops"
 

@@ -34,6 +34,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.quantization.fake_quantize import FakeQuantize
 from lightning_edge.quantization.masks import masked_scores
 from lightning_edge.quantization.nodes import FIXED_RANGE as KNOWN_RANGE
+from lightning_edge.quantization.nodes import POOLS
 from lightning_edge.quantization.plan import LinearWeights, Plan, check_patterns, node_names, precision_of
 
 aten = torch.ops.aten
@@ -206,7 +207,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         for node in nodes:
             word = precision_of(names[node], self._plan)
             sources = [source for source in node.all_input_nodes if source in activations]
-            follows = node.target not in WEIGHTED
+            follows = not _is_layer(node)
             if word == "float" or (follows and self._float.issuperset(sources)):
                 self._float.add(node)
             elif node.target in FIXED_RANGE:
@@ -221,7 +222,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
             for chosen in (self._float, self._wide):
                 if chosen.issuperset(node.users):
                     chosen.add(node)
-        layers = [node for node in nodes if node.target in WEIGHTED and node.args[1] not in activations]
+        layers = [node for node in nodes if _is_layer(node) and node.args[1] not in activations]
         if layers and self._float.issuperset(layers):
             raise CompressionError(
                 f"skip and precisions leave all {len(layers)} layers of the network in float; leave quantization "
@@ -297,6 +298,10 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
             split.meta["quantization_annotation"] = QuantizationAnnotation({source: spec}, None, _annotated=True)
         self.quantized.append(node.name)
         node.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=shared, _annotated=True)
+
+
+def _is_layer(node: Node) -> bool:
+    return node.target in WEIGHTED and POOLS not in node.meta
 
 
 def _annotation(node: Node) -> Any:

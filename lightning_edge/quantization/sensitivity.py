@@ -20,6 +20,7 @@ from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.quantization.bar_chart import bar_chart
 from lightning_edge.quantization.layers import RoundedBias
 from lightning_edge.quantization.network import attach, float_copy
+from lightning_edge.quantization.nodes import POOLS
 from lightning_edge.quantization.plan import layer_name
 from lightning_edge.quantization.post_training import calibrate
 
@@ -218,7 +219,7 @@ def _gated(graph: GraphModule) -> tuple[list[_Gate], list[_Gate]]:
 
     gates: list[_Gate] = []
     for node in list(graph.graph.nodes):
-        if node.target not in WEIGHTED:
+        if node.target not in WEIGHTED or POOLS in node.meta:
             continue
         fed, weight = quantizer(node.args[0]), quantizer(node.args[1])
         if weight is None or not layer_name(node):
