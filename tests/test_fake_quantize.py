@@ -77,6 +77,17 @@ def test_the_path_for_devices_computes_the_same() -> None:
     assert torch.equal(a, b)
 
 
+def test_large_tensors_are_rounded_piece_by_piece_to_the_same_bits() -> None:
+    torch.manual_seed(0)
+    ours = per_tensor()
+    ours(torch.randn(64, 8))
+    ours.disable_observer()
+    x = 3 * torch.randn(5, 60_001)  # no whole number of pieces
+    large = ours(x)
+    assert torch.equal(large, torch.cat([ours(row) for row in x.split(1)]))
+    assert torch.equal(large, ours(x.t().contiguous().t()))
+
+
 @pytest.mark.parametrize("make", [per_tensor, per_channel])
 def test_training_rounds_to_the_values_that_conversion_writes(make: object) -> None:
     torch.manual_seed(0)
