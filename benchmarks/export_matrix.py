@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -43,8 +44,8 @@ contents and run. The table is about conversion, not accuracy.
 - **float**: operations of an int8 file that compute in float.
 - **outside**: share of the multiply-accumulates that run outside the target's delegate, as far as runtime or file tell.
 - **int8 / fp32**: median latency of the int8 file over that of the float file on the same runtime, {repeats} calls of
-  each in turn, one thread, in a process of each, on a shared machine. Core ML's is not measured, its packages run in
-  the reference interpreter.
+  each in turn, one thread, in a process of each, on a shared machine: {cpu}. Core ML's is not measured, its packages
+  run in the reference interpreter.
 - **s**: seconds to export, the network being converted already.
 
 `hf_*` are small networks built from `transformers` configurations.
@@ -309,6 +310,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cpu() -> str:
+    """Name this machine's processor, with the instructions that int8 kernels are chosen by."""
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    kinds = [
+        kind
+        for kind in ("avx2", "avx512_f", "avx_vnni", "avx512_vnni", "amx_int8", "dotprod", "i8mm")
+        if found.get(kind)
+    ]
+    return f"{found.get('cpu_name') or platform.machine()} ({', '.join(kinds)})"
+
+
 def main() -> None:
     """Run every network in a process of its own and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -339,7 +353,7 @@ def main() -> None:
     table = markdown(rows)
     print(table)
     if options.output:
-        page = PAGE.format(samples=options.samples, repeats=options.repeats, table=table.rstrip())
+        page = PAGE.format(samples=options.samples, repeats=options.repeats, cpu=cpu(), table=table.rstrip())
         options.output.write_text(page)
 
 

@@ -286,6 +286,14 @@ def test_an_average_of_windows_is_a_convolution(pool: nn.Module, taps: tuple[int
     torch.testing.assert_close(graph(x), expected)
 
 
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2)], ids=str)
+def test_a_pool_of_images_without_a_batch_stays(pool: nn.Module) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten(1, 2), pool, nn.Flatten(), nn.LazyLinear(3)).eval()
+    x = torch.randn(4, 1, 4, 4)
+    expected = network(x)
+    torch.testing.assert_close(capture(network, Inputs.of(x)).graph(x), expected)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_averages_of_windows_are_int8_and_exact(target: str, tmp_path: Path) -> None:
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)]

@@ -163,6 +163,8 @@ def _adaptive_pool(graph: GraphModule, node: Node) -> Node:
     assert isinstance(x, Node)
     if _gives_one_value(node):
         return _mean_of_all(graph, node, x)
+    if x.meta["val"].dim() != _dimensions(node) + 2:  # one image without a batch
+        return node
     sizes, counts = x.meta["val"].shape[2:], node.meta["val"].shape[2:]
     window = [size // count for size, count in zip(sizes, counts, strict=True)]
     even = all(size == step * count for size, step, count in zip(sizes, window, counts, strict=True))
@@ -173,7 +175,7 @@ def _pool(graph: GraphModule, node: Node) -> Node:
     """A pool with room for one window is the mean of what the window covers, others are convolutions."""
     x, size, *others = node.args
     assert isinstance(x, Node)
-    dims = x.meta["val"].dim() - 2
+    dims = _dimensions(node)
     given = dict(zip(_POOL_ARGUMENTS, others, strict=False))
     window = _of_each_dimension(size, dims)
     stride = _of_each_dimension(given.get("stride") or size, dims)
@@ -195,7 +197,7 @@ def _windows(
 ) -> Node:
     """Sum each window and divide: a convolution of each channel by itself."""
     value = x.meta["val"]
-    if len(window) not in _CONVOLUTIONS or value.dim() != len(window) + 2 or math.prod(window) > _MOST_TAPS:
+    if value.dim() != len(window) + 2 or math.prod(window) > _MOST_TAPS:
         return node
     weights = torch.full((value.shape[1], 1, *window), 1 / divisor)
     weight = constant(graph, f"window_of_{node.name}", weights, value)
@@ -203,6 +205,11 @@ def _windows(
     pool = call(graph, _CONVOLUTIONS[len(window)], *arguments, instead_of=node)
     pool.meta[POOLS] = True
     return pool
+
+
+def _dimensions(node: Node) -> int:
+    """How many dimensions a pool averages over."""
+    return 1 if node.target in (aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default) else 2
 
 
 def _of_each_dimension(sizes: Any, dims: int) -> list[int]:
