@@ -17,6 +17,7 @@ from lightning_edge.errors import AgreementError, ExportError
 from lightning_edge.exporters.base import Artifact, Contents, sort_keywords
 from lightning_edge.exporters.calls import stack
 from lightning_edge.exporters.divergence import explanation
+from lightning_edge.exporters.exact import exact
 from lightning_edge.exporters.graphs import CLIPS, VIEWS, operation
 from lightning_edge.measure import Agreement, Tolerance
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
@@ -237,10 +238,11 @@ def agreement_of(network: Deployable, artifact: Artifact, batches: Iterable[Any]
     """Compare a file's outputs with the network's.
 
     Args:
-        network: What was exported.
+        network: What was exported; an int8 one is held to its exact values, see `exact`.
         artifact: The file.
         batches: Inputs of the network, each what `Inputs.of` reads; ``None`` for the network's own sample.
     """
+    network = exact(network)
     comparison = Comparison(network.output_scales if network.precision == "int8" else ())
     for batch in [network.inputs] if batches is None else batches:
         inputs = sort_keywords(Inputs.of(batch)).map(

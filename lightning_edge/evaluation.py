@@ -28,6 +28,7 @@ from lightning_edge.exporters import (
 )
 from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.base import sort_keywords
+from lightning_edge.exporters.exact import exact
 from lightning_edge.exporters.isolated import peak_memory_bytes, timed_call
 from lightning_edge.interface import Interface
 from lightning_edge.measure import (
@@ -274,7 +275,7 @@ class _Evaluation:
         return batches, found
 
     def _int8(self, network: Deployable, source: Source) -> tuple[Deployable, Source, Reference]:
-        reference = Reference(network)
+        reference = Reference(exact(network))
         self._torch_row("int8", source, reference, network.graph)
         return network, source, reference
 

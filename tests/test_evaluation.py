@@ -633,7 +633,10 @@ def test_two_names_for_the_network_are_refused(stub: Stub, tmp_path: Path) -> No
         ({"targets": "tflite"}, "give a list"),
         ({"targets": ["tflite", "tflite"]}, "twice"),
         ({"targets": ["tflite"], "options": {"coreml": {}}}, "options are given for 'coreml'"),
-        ({"targets": ["tflite"], "options": {"tflite": {"float_io": True}}}, "no option 'float_io'; it has io, scheme"),
+        (
+            {"targets": ["tflite"], "options": {"tflite": {"float_io": True}}},
+            "no option 'float_io'; it has io, integer_only, scheme",
+        ),
         ({"targets": ["tflite"], "options": {"tflite": {"io": "int4"}}}, "io='int4' is not one of"),
         (
             {"targets": ["coreml"], "options": {"coreml": {"minimum_ios": "18"}}},

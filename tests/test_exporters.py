@@ -128,7 +128,7 @@ def test_deployable_says_that_inputs_are_missing_or_too_many() -> None:
     [
         ("net.pte", {}, r"has the suffix '.pte'; tflite writes .tflite"),
         ("net", {}, r"has the suffix ''; tflite writes .tflite"),
-        ("net.tflite", {"quantise": True}, r"tflite has no option 'quantise'; it has io, scheme"),
+        ("net.tflite", {"quantise": True}, r"tflite has no option 'quantise'; it has io, integer_only, scheme"),
         ("net.tflite", {"io": "int4"}, r"io='int4' is not one of \('int8', 'float'\)"),
         ("net.tflite", {"io": "int8"}, r"io='int8' needs an int8 network"),
         ("net.tflite", {"threads": 0}, r"threads=0 is not allowed; give 1 or more"),
