@@ -146,10 +146,11 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run an operation, and keep it if it quantizes."""
         result = super().run_node(n)
-        # What only moves values has a layout of its own, which the file may not have.
-        moves = isinstance(n.args[0], fx.Node) and operation(n.args[0]) in VIEWS if n.args else False
-        if operation(n) == "quantize_per_tensor" and not moves and _source(n).op != "placeholder":
-            self.found.append((n, result))
+        if operation(n) == "quantize_per_tensor" and _source(n).op != "placeholder":
+            (value,) = n.all_input_nodes
+            # What only moves values has a layout of its own, which the file may not have.
+            if operation(value) not in VIEWS:
+                self.found.append((n, result))
         return result
 
 

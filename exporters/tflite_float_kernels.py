@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_edge.exporters import tflite_graph
-from lightning_edge.exporters.tflite_graph import op_name, schema_module
+from lightning_edge.exporters.tflite_graph import add_float, conversion, op_name, schema_module
 
 _FLOAT_ONLY = {"BATCH_MATMUL", "GELU", "SOFTMAX"}
 
@@ -25,27 +25,14 @@ def use_float_kernels(model: Any) -> None:
             if op_name(model, op) not in _FLOAT_ONLY or not all(_is_activation(model, tensor) for tensor in ends):
                 operators.append(op)
                 continue
-            floats = {int(index): _add_float(graph, int(index)) for index in (*op.inputs, *op.outputs)}
+            floats = {int(index): add_float(graph, int(index), b"float") for index in (*op.inputs, *op.outputs)}
             read = dict.fromkeys(int(index) for index in op.inputs)
-            operators += [_conversion(model, "DEQUANTIZE", index, floats[index]) for index in read]
+            operators += [conversion(model, "DEQUANTIZE", index, floats[index]) for index in read]
             result = int(op.outputs[0])
             op.inputs, op.outputs = [floats[int(index)] for index in op.inputs], [floats[result]]
-            operators += [op, _conversion(model, "QUANTIZE", floats[result], result)]
+            operators += [op, conversion(model, "QUANTIZE", floats[result], result)]
         graph.operators = operators
 
 
 def _is_activation(model: Any, tensor: Any) -> bool:
     return tensor.type == schema_module().TensorType.INT8 and not tflite_graph.length_bytes(model, tensor)
-
-
-def _add_float(graph: Any, index: int) -> int:
-    """Add a float tensor of another's shape."""
-    schema, like = schema_module(), graph.tensors[index]
-    added = schema.TensorT(name=b"float", shape=like.shape, type=schema.TensorType.FLOAT32, hasRank=like.hasRank)
-    graph.tensors.append(added)
-    return len(graph.tensors) - 1
-
-
-def _conversion(model: Any, operator: str, source: int, result: int) -> Any:
-    code = tflite_graph.op_code(model, operator)
-    return schema_module().OperatorT(opcodeIndex=code, inputs=[source], outputs=[result])

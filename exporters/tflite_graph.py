@@ -248,18 +248,27 @@ def _convert_ends(model: Any, graph: Any, ends: list[int], operator: str) -> lis
         if quantized.type not in (schema.TensorType.INT8, schema.TensorType.INT16):
             continue
         if inner not in added:
-            outer = schema.TensorT(name=quantized.name, shape=quantized.shape, type=schema.TensorType.FLOAT32)
-            outer.hasRank = quantized.hasRank
+            added[inner] = add_float(graph, inner, quantized.name)
             quantized.name = str(inner).encode()
-            graph.tensors.append(outer)
-            added[inner] = len(graph.tensors) - 1
             pair = (added[inner], inner) if operator == "QUANTIZE" else (inner, added[inner])
-            code = op_code(model, operator)
-            operators.append(schema.OperatorT(opcodeIndex=code, inputs=[pair[0]], outputs=[pair[1]]))
+            operators.append(conversion(model, operator, *pair))
         ends[position] = added[inner]
     for entry in (entry for entries in maps for entry in entries):
         entry.tensorIndex = added.get(int(entry.tensorIndex), entry.tensorIndex)
     return operators
+
+
+def add_float(graph: Any, index: int, name: bytes) -> int:
+    """Add a float tensor of another's shape, and give its index."""
+    schema, like = schema_module(), graph.tensors[index]
+    added = schema.TensorT(name=name, shape=like.shape, type=schema.TensorType.FLOAT32, hasRank=like.hasRank)
+    graph.tensors.append(added)
+    return len(graph.tensors) - 1
+
+
+def conversion(model: Any, operator: str, source: int, result: int) -> Any:
+    """Make the operation QUANTIZE or DEQUANTIZE from one tensor to another; it is not in a graph yet."""
+    return schema_module().OperatorT(opcodeIndex=op_code(model, operator), inputs=[source], outputs=[result])
 
 
 def op_code(model: Any, operator: str) -> int:

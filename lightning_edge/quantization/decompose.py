@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lightning_edge.quantization.nodes import DROPS, FIXED_RANGE, POOLS, SCALED, call, constant
+from lightning_edge.quantization.nodes import DROPS, FIXED_RANGE, POOLS, REARRANGES, SCALED, call, constant
 
 aten = torch.ops.aten
 
@@ -46,17 +46,6 @@ _LAYERS = {
     aten.conv_transpose1d.default,
     aten.conv_transpose2d.input,
     aten.linear.default,
-}
-# One reader and one source, whose values they only move: what scales the one scales the other.
-_MOVES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.contiguous.default,
-    aten.clone.default,
 }
 # Of aten.scaled_dot_product_attention, behind query, key and value.
 _ATTENTION_ARGUMENTS = ("attn_mask", "dropout_p", "is_causal")
@@ -273,7 +262,7 @@ def _scaled(graph: GraphModule, node: Node, x: Any, factor: float, shift: float 
     """Give ``factor`` * x + ``shift``: by the weights of the layer that x comes from if ``node`` alone reads it."""
     assert isinstance(x, Node)
     trail = [x]
-    while trail[-1].target in _MOVES and len(trail[-1].users) == 1:
+    while trail[-1].target in REARRANGES and len(trail[-1].users) == 1:
         source = trail[-1].args[0]
         assert isinstance(source, Node)
         trail.append(source)

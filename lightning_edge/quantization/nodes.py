@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+aten = torch.ops.aten
+
+# One operand, all of whose values the result holds once, in another order or shape.
+REARRANGES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.contiguous.default,
+    aten.clone.default,
+}
 # Of an operation that stands for another: which modules it was called in.
 _STACK = "nn_module_stack"
 # Scale and zero point of a value whose range is known before anything is observed.

@@ -34,7 +34,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.quantization.fake_quantize import FakeQuantize
 from lightning_edge.quantization.masks import masked_scores
 from lightning_edge.quantization.nodes import FIXED_RANGE as KNOWN_RANGE
-from lightning_edge.quantization.nodes import POOLS
+from lightning_edge.quantization.nodes import POOLS, REARRANGES
 from lightning_edge.quantization.plan import LinearWeights, Plan, check_patterns, node_names, precision_of
 
 aten = torch.ops.aten
@@ -88,15 +88,10 @@ FIXED_RANGE: dict[Any, tuple[float, int]] = {
 
 # One operand, whose values are all that the result holds, or zeros besides.
 MOVES_VALUES = {
+    *REARRANGES,
     aten.max_pool1d.default,
     aten.max_pool2d.default,
     aten.adaptive_max_pool2d.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.permute.default,
-    aten.transpose.int,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
@@ -104,8 +99,6 @@ MOVES_VALUES = {
     aten.slice.Tensor,
     aten.select.int,
     aten.expand.default,
-    aten.contiguous.default,
-    aten.clone.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_nearest2d.default,
     aten.pixel_shuffle.default,
@@ -207,7 +200,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         for node in nodes:
             word = precision_of(names[node], self._plan)
             sources = [source for source in node.all_input_nodes if source in activations]
-            follows = not _is_layer(node)
+            follows = not is_layer(node)
             if word == "float" or (follows and self._float.issuperset(sources)):
                 self._float.add(node)
             elif node.target in FIXED_RANGE:
@@ -222,7 +215,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
             for chosen in (self._float, self._wide):
                 if chosen.issuperset(node.users):
                     chosen.add(node)
-        layers = [node for node in nodes if _is_layer(node) and node.args[1] not in activations]
+        layers = [node for node in nodes if is_layer(node) and node.args[1] not in activations]
         if layers and self._float.issuperset(layers):
             raise CompressionError(
                 f"skip and precisions leave all {len(layers)} layers of the network in float; leave quantization "
@@ -300,7 +293,8 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         node.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=shared, _annotated=True)
 
 
-def _is_layer(node: Node) -> bool:
+def is_layer(node: Node) -> bool:
+    """Whether an operation is a convolution or linear layer of the network, and not what a pool was written as."""
     return node.target in WEIGHTED and POOLS not in node.meta
 
 

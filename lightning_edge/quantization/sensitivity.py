@@ -20,7 +20,6 @@ from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.quantization.bar_chart import bar_chart
 from lightning_edge.quantization.layers import RoundedBias
 from lightning_edge.quantization.network import attach, float_copy
-from lightning_edge.quantization.nodes import POOLS
 from lightning_edge.quantization.plan import layer_name
 from lightning_edge.quantization.post_training import calibrate
 
@@ -211,7 +210,7 @@ class _Gate(nn.Module):
 
 def _gated(graph: GraphModule) -> tuple[list[_Gate], list[_Gate]]:
     """Put gates before each layer, to quantize it by itself, and others around all that the whole network quantizes."""
-    from lightning_edge.quantization.quantizer import WEIGHTED
+    from lightning_edge.quantization.quantizer import is_layer
 
     def quantizer(node: Any) -> nn.Module | None:
         module = graph.get_submodule(str(node.target)) if isinstance(node, Node) and node.op == "call_module" else None
@@ -219,7 +218,7 @@ def _gated(graph: GraphModule) -> tuple[list[_Gate], list[_Gate]]:
 
     gates: list[_Gate] = []
     for node in list(graph.graph.nodes):
-        if node.target not in WEIGHTED or POOLS in node.meta:
+        if not is_layer(node):
             continue
         fed, weight = quantizer(node.args[0]), quantizer(node.args[1])
         if weight is None or not layer_name(node):
