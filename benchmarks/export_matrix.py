@@ -1,7 +1,7 @@
 """Which networks pass on which target in which scheme: trained by a real fit, exported, checked, run and timed.
 
     python benchmarks/export_matrix.py [--models resnet8,hf_vit] [--targets tflite] [--schemes fp16,int8_dynamic]
-        [--samples 64] [--repeats 100] [--weights FOLDER] [--output docs/models.md]
+        [--samples 512] [--repeats 100] [--weights FOLDER] [--output docs/models.md]
 
 Every network trains, is exported and run in a process of its own: 192 steps in float, 48 in int8, to tell noisy random
 patterns apart (from the reference weights of MLPerf Tiny with --weights FOLDER). The table is about conversion, not
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--models", default="")
     parser.add_argument("--targets", default="executorch,coreml,tflite,onnx")
     parser.add_argument("--schemes", default="", help="schemes for the float network beside fp32 and int8")
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--weights", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=None)

@@ -2,6 +2,8 @@
 
 For machines without Core ML. It reuses torch's kernels, so it tests what was written into the file, not Apple's
 kernels. Where the program says ``fp16`` every operation computes in float32 and its result is rounded to half.
+A program with 8-bit activations computes in float64 instead: int8 kernels sum integers, and sums in float32 depend on
+their order, which tips values that lie between two integers (see `exact`, which an int8 file is held against).
 Knows nothing of coremltools: `mlpackage.read` makes the `Program`.
 """
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from lightning_edge.errors import RunnerError
 from lightning_edge.exporters.mil_ops import MOVES, OPS
-from lightning_edge.exporters.mil_values import DTYPES, tensor
+from lightning_edge.exporters.mil_values import DTYPES, FLOATS, tensor
 
 SUPPORTED_OPS = tuple(sorted(["const", *OPS]))
 """Every MIL operation the interpreter runs."""
@@ -82,15 +84,20 @@ class Program:
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
-def decode(constant: Constant) -> Any:
-    """Give a constant in the form the functions of `mil_ops` read: numbers, strings, lists, or tensors of data."""
+def decode(constant: Constant, floating: torch.dtype = torch.float32) -> Any:
+    """Give a constant in the form the functions of `mil_ops` read: numbers, strings, lists, or tensors of data.
+
+    Args:
+        constant: The constant.
+        floating: Type of a tensor of real numbers.
+    """
     if isinstance(constant.value, str):
         return constant.value
     array = numpy.asarray(constant.value)
     if array.ndim == 0:
         return array.item()
-    if constant.dtype in ("fp16", "fp32"):
-        return torch.from_numpy(array.astype(numpy.float32))
+    if constant.dtype in FLOATS:
+        return torch.from_numpy(array.astype(numpy.float32)).to(floating)
     if constant.dtype in ("int8", "uint8"):
         return torch.from_numpy(array.astype(constant.dtype))
     return array.tolist()
@@ -107,6 +114,7 @@ class _Step:
     gathers: list[tuple[str, list[tuple[int | None, Any]]]]
     writes: list[int]
     halves: list[bool]
+    floating: torch.dtype
     releases: list[int] = field(default_factory=list)
 
     def run(self, values: list[Any]) -> None:
@@ -117,9 +125,10 @@ class _Step:
         """
         named = dict(self.fixed)
         for key, slot in self.reads:
-            named[key] = values[slot]
+            # What is quantized as it is fed is so in float32, by a device as by the network.
+            named[key] = values[slot] if self.operation.kind == "quantize" else self._typed(values[slot])
         for key, parts in self.gathers:
-            named[key] = [value if slot is None else values[slot] for slot, value in parts]
+            named[key] = [self._typed(value if slot is None else values[slot]) for slot, value in parts]
         try:
             result = self.function(**named)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -128,9 +137,13 @@ class _Step:
             ) from error
         results = result if isinstance(result, tuple) else (result,)
         for slot, half, value in zip(self.writes, self.halves, results, strict=True):
-            values[slot] = value.half().float() if half else value
+            values[slot] = self._typed(value.half() if half else value)
         for slot in self.releases:
             values[slot] = None
+
+    def _typed(self, value: Any) -> Any:
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.floating) if real else value
 
 
 class Interpreter:
@@ -154,6 +167,8 @@ class Interpreter:
                 "or write the network with other operations."
             )
         self._program = program
+        quantizes = any(operation.kind == "quantize" for operation in program.operations)
+        self._floating = torch.float64 if quantizes else torch.float32
         self._slots: dict[Variable, int] = {}
         self._initial: list[Any] = []
         self._steps: list[_Step] = []
@@ -175,7 +190,7 @@ class Interpreter:
 
     def _output(self, output: Variable | Constant, known: Mapping[Variable, Any]) -> tuple[int | None, Any]:
         if isinstance(output, Constant):
-            return None, tensor(decode(output))
+            return None, tensor(decode(output, self._floating))
         return (None, known[output]) if output in known else (self._slots[output], None)
 
     def _bind(self, operation: Operation, known: dict[Variable, Any]) -> None:
@@ -185,7 +200,7 @@ class Interpreter:
 
         def part(operand: Variable | Constant) -> tuple[int | None, Any]:
             if isinstance(operand, Constant):
-                return None, decode(operand)
+                return None, decode(operand, self._floating)
             return (None, known[operand]) if operand in known else (self._slots[operand], None)
 
         for key, operand in operation.inputs.items():
@@ -202,15 +217,16 @@ class Interpreter:
             else:
                 reads.append((key, slot))
         halves = [output.dtype == "fp16" and operation.kind not in _EXACT for output in operation.outputs]
+        step = _Step(operation, OPS[operation.kind], fixed, reads, gathers, [], halves, self._floating)
         if not reads and not gathers:
             slots: list[Any] = [None] * len(operation.outputs)
-            step = _Step(operation, OPS[operation.kind], fixed, [], [], list(range(len(slots))), halves)
+            step.writes = list(range(len(slots)))
             step.run(slots)
-            _check(operation, slots)
+            self._check(operation, slots)
             known.update(zip(operation.outputs, slots, strict=True))
             return
-        writes = [self._slot(output) for output in operation.outputs]
-        self._steps.append(_Step(operation, OPS[operation.kind], fixed, reads, gathers, writes, halves))
+        step.writes = [self._slot(output) for output in operation.outputs]
+        self._steps.append(step)
 
     def _plan_releases(self) -> None:
         kept = {slot for slot, _ in self._outputs}
@@ -250,18 +266,30 @@ class Interpreter:
                 else:
                     self._run_checked(step, values)
         self._checked = True
-        return [value if slot is None else values[slot] for slot, value in self._outputs]
+        outputs = [value if slot is None else values[slot] for slot, value in self._outputs]
+        return [output.float() if output.is_floating_point() else output for output in outputs]
 
-    @staticmethod
-    def _run_checked(step: _Step, values: list[Any]) -> None:
+    def _run_checked(self, step: _Step, values: list[Any]) -> None:
         releases, step.releases = step.releases, []
         try:
             step.run(values)
-            _check(step.operation, [values[slot] for slot in step.writes])
+            self._check(step.operation, [values[slot] for slot in step.writes])
         finally:
             step.releases = releases
         for slot in releases:
             values[slot] = None
+
+    def _check(self, operation: Operation, results: Sequence[Any]) -> None:
+        """Hold what an operation gave against what the program declares, so that a wrong reading cannot pass."""
+        for output, result in zip(operation.outputs, results, strict=True):
+            value = tensor(result)
+            declared = self._floating if output.dtype in FLOATS else DTYPES.get(output.dtype, value.dtype)
+            if not _is_of(value, output) or value.dtype != declared:
+                raise RunnerError(
+                    f"{operation.kind!r} ({operation.name!r}) gave {value.dtype} {list(value.shape)}, but the program "
+                    f"declares {output.dtype} {list(output.shape)}; the reference interpreter reads this form of it "
+                    "wrongly"
+                )
 
 
 def _is_of(value: Tensor, variable: Variable) -> bool:
@@ -269,14 +297,3 @@ def _is_of(value: Tensor, variable: Variable) -> bool:
     return value.dim() == len(variable.shape) and all(
         size in (-1, found) for size, found in zip(variable.shape, value.shape, strict=True)
     )
-
-
-def _check(operation: Operation, results: Sequence[Any]) -> None:
-    """Hold what an operation gave against what the program declares, so that a wrong reading cannot pass."""
-    for output, result in zip(operation.outputs, results, strict=True):
-        value = tensor(result)
-        if not _is_of(value, output) or value.dtype != DTYPES.get(output.dtype, value.dtype):
-            raise RunnerError(
-                f"{operation.kind!r} ({operation.name!r}) gave {value.dtype} {list(value.shape)}, but the program "
-                f"declares {output.dtype} {list(output.shape)}; the reference interpreter reads this form of it wrongly"
-            )

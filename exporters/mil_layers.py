@@ -1,4 +1,4 @@
-"""The layers of the reference interpreter of MIL: products, pools, normalizations and resizing, in float32.
+"""The layers of the reference interpreter of MIL: products, pools, normalizations and resizing.
 
 See `mil_ops` for the conventions. Tensors are ``[batch, channels, *space]`` with one to three dimensions of space.
 """

@@ -2,8 +2,8 @@
 
 A function takes an operation's inputs by their MIL names. Values that a program computes are tensors. Constants
 arrive decoded once: scalars as Python numbers, strings and bools, arrays of integers and bools (shapes, strides,
-axes) as Python lists, arrays of floats and of 8-bit integers as tensors. Every function computes in float32; the
-executor rounds to half where the program says ``fp16``.
+axes) as Python lists, arrays of floats and of 8-bit integers as tensors. A function computes in the type of what it
+is given; the executor says which that is, and rounds to half where the program says ``fp16``.
 
 Convolutions, pools, normalizations and resizing are in `mil_layers`, 8-bit integers and compressed weights in
 `mil_values`.

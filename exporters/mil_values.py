@@ -25,6 +25,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """What holds a MIL type here: half-precision values live in float32, wide unsigned ones in the next wider integer."""
 
+FLOATS = frozenset({"fp16", "fp32"})
+"""The MIL types of real numbers."""
+
 
 def tensor(value: Any) -> Tensor:
     """Read an operand as a tensor: a tensor as it is, Python integers as int32, floats as float32."""
@@ -51,8 +54,8 @@ def quantize(input: Tensor, scale: Any, output_dtype: str, zero_point: Any = 0, 
 
 
 def dequantize(input: Tensor, scale: Any, zero_point: Any = 0, axis: int | None = None) -> Tensor:
-    """Give the real value of 8-bit integers: ``scale * (input - zero_point)``."""
-    shifted = input.to(torch.float32).sub_(along(zero_point, input.dim(), axis))
+    """Give the real value of 8-bit integers, in float64: ``scale * (input - zero_point)``."""
+    shifted = input.to(torch.float64).sub_(along(zero_point, input.dim(), axis))
     return shifted.mul_(along(scale, input.dim(), axis))
 
 

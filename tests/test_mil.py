@@ -205,6 +205,32 @@ def test_dequantize_gives_real_values(codes: Any, settings: dict[str, Any], zero
     torch.testing.assert_close(output, (torch.from_numpy(codes.astype(np.float32)) - zero_point) * scale)
 
 
+def test_sums_of_a_program_with_8_bit_values_do_not_depend_on_their_order() -> None:
+    """Int8 kernels sum integers; in float32 the first two addends below would take the third away."""
+
+    def product(x: Any) -> Any:
+        codes = mb.quantize(input=x, scale=np.float32(1), output_dtype="int8")
+        values = mb.dequantize(input=codes, scale=np.float32(1))
+        return mb.linear(x=values, weight=np.array([[2.0**30, 1.0, -(2.0**30)]], dtype=np.float32))
+
+    (output,) = interpret(product, torch.tensor([[1.0, 3.0, 1.0]]))
+    assert output.dtype == torch.float32
+    assert output.tolist() == [[3.0]]
+
+
+def test_what_is_fed_is_quantized_in_float32() -> None:
+    """As networks and devices do it: the quotient below ends in a half in float32, and in more than that in float64."""
+    scale = np.float32(0.1)
+    fed = torch.tensor([[0.85]])
+    assert float(fed / float(scale)) == 8.5 < float(fed.double() / float(scale))
+
+    def codes(x: Any) -> Any:
+        return mb.dequantize(input=mb.quantize(input=x, scale=scale, output_dtype="int8"), scale=np.float32(1))
+
+    (output,) = interpret(codes, fed)
+    assert output.tolist() == [[8.0]]
+
+
 def _weights(ios: int) -> dict[str, Callable[[], Any]]:
     if ios == 17:
         return {
