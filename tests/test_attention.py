@@ -27,6 +27,15 @@ HEADS = 2
 # has no int8 GELU, and LayerNorm is float or between int8 values everywhere: what is float is so on purpose.
 INT8_PRODUCTS = {"coreml": True, "executorch": False, "onnx": True, "tflite": False}
 
+SEEN = torch.rand(7, 7, generator=torch.Generator().manual_seed(1)) > 0.4
+SEEN.fill_diagonal_(True)
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True},
+    "truth values": {"attn_mask": SEEN},
+    "minus infinity": {"attn_mask": torch.zeros(7, 7).masked_fill(~SEEN, -torch.inf)},
+    "numbers": {"attn_mask": torch.randn(HEADS, 7, 7)},
+}
+
 
 class Encoder(nn.Module):
     """A transformer's encoder layer of three projections."""
@@ -100,9 +109,42 @@ def test_the_captured_graph_is_the_network(build: Callable[[], nn.Module], produ
         torch.testing.assert_close(graph(x), network(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", [{"is_causal": True}, {"attn_mask": torch.randn(7, 7)}], ids=["causal", "mask"])
-def test_masked_attention_stays_whole(attention: dict[str, Any]) -> None:
-    network = Encoder(**attention).eval()
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_mask_that_is_the_same_for_every_input_is_added(mask: str) -> None:
+    network = Encoder(**MASKS[mask]).eval()
+    graph = capture(network, Inputs.of(tokens(4))).graph
+    assert "scaled_dot_product_attention.default" not in operations(graph)
+    x = tokens(3)
+    torch.testing.assert_close(graph(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+class Given(Encoder):
+    """Attention under a mask computed anew for every input."""
+
+    def __init__(self, mask: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mask = mask
+        self.bias = nn.Parameter(torch.randn(7, 7))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        normal = self.norm(tokens)
+        query, key, value = (self._heads(layer(normal)) for layer in (self.query, self.key, self.value))
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=self.mask(self, tokens))
+        logits: Tensor = self.head(self.out(attended.transpose(1, 2).flatten(2)).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Given(lambda _, tokens: (tokens.abs().sum(2) > 0)[:, None, None, :]),
+        lambda: Given(lambda network, _: network.bias * 2),
+        lambda: Given(lambda *_: torch.arange(7)[:, None] > torch.arange(7)),
+    ],
+    ids=["of the input", "learned", "nothing of the first row"],
+)
+def test_another_mask_leaves_attention_whole(build: Callable[[], nn.Module]) -> None:
+    network = build().eval()
     graph = capture(network, Inputs.of(tokens(4))).graph
     assert operations(graph).count("scaled_dot_product_attention.default") == 1
     x = tokens(3)
@@ -153,8 +195,8 @@ def test_attentions_dropout_goes_on_in_training() -> None:
 
 
 @cache
-def converted() -> Deployable:
-    network = Encoder().train()
+def converted(mask: str = "") -> Deployable:
+    network = Encoder(**MASKS.get(mask, {})).train()
     x = Inputs.of(tokens(32))
     attach(network, x)
     calibrate(network, x)
@@ -166,18 +208,20 @@ def converted() -> Deployable:
     return convert(network.eval())
 
 
-def written(target: str, folder: Path, **options: Any) -> Artifact:
+def written(target: str, folder: Path, mask: str = "", **options: Any) -> Artifact:
     path = folder / f"encoder{exporters.target(target).SUFFIX}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExportWarning)
-        return export(
-            converted(), target, path, batches=[tokens(16)], tolerance=Tolerance(max_steps=2, mean_steps=0.2), **options
-        )
+        tolerance = Tolerance(max_steps=2, mean_steps=0.2)
+        return export(converted(mask), target, path, batches=[tokens(16)], tolerance=tolerance, **options)
 
 
-@pytest.mark.parametrize("target", sorted(INT8_PRODUCTS))
-def test_products_are_int8_or_between_int8_values(target: str, tmp_path: Path) -> None:
-    artifact = written(target, tmp_path)
+@pytest.mark.parametrize(
+    ("target", "mask"),
+    [(target, "causal") for target in sorted(INT8_PRODUCTS)] + [("onnx", ""), ("tflite", "")],
+)
+def test_products_are_int8_or_between_int8_values(target: str, mask: str, tmp_path: Path) -> None:
+    artifact = written(target, tmp_path, mask)
     assert artifact.agreement is not None
     assert artifact.agreement.max_steps is not None
     assert artifact.agreement.max_steps <= 1.01

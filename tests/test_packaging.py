@@ -56,19 +56,20 @@ def test_wheel_holds_the_exporters(installed: Path, tmp_path: Path) -> None:
     assert all(Path(file).is_relative_to(installed) for file in files)
 
 
-def test_wheel_resolves_its_recipes(installed: Path, tmp_path: Path) -> None:
-    code = "from lightning_edge.cli import recipe_names, recipe_path; print(*[recipe_path(n) for n in recipe_names()])"
-    shipped = [Path(path) for path in run(code, installed, tmp_path).split()]
+def test_wheel_finds_and_prints_its_recipes(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "from lightning_edge.cli import main, recipe_names, recipe_path\n"
+        "print(*[recipe_path(name) for name in recipe_names()])\n"
+        "main(['fit', '--config', 'recipe:quickstart', '--print_config'])"
+    )
+    paths, _, configuration = run(code, installed, tmp_path).partition("\n")
+    assert "lightning_edge.zoo.digits.DigitsDataModule" in configuration
+    shipped = [Path(path) for path in paths.split()]
     assert {path.name for path in shipped} == {path.name for path in (ROOT / "recipes").glob("*.yaml")}
     assert len(shipped) >= 2
     for path in shipped:
         assert path.is_relative_to(installed)
         assert path.read_bytes() == (ROOT / "recipes" / path.name).read_bytes()
-
-
-def test_wheel_prints_a_recipe(installed: Path, tmp_path: Path) -> None:
-    code = "from lightning_edge.cli import main; main(['fit', '--config', 'recipe:quickstart', '--print_config'])"
-    assert "lightning_edge.zoo.digits.DigitsDataModule" in run(code, installed, tmp_path)
 
 
 def test_wheel_carries_types_license_and_command(installed: Path) -> None:

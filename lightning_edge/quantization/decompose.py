@@ -13,7 +13,8 @@ everywhere, and what is trained is what ships:
   weights of a layer take both.
 - A mean over height and width keeps them, and a reshape behind it drops them: the form that has kernels.
 - Attention is softmax(q k^T / sqrt(d)) v: two products of matrices and a softmax, each with a range of its own, where
-  the one operation has none inside. The division goes into the weights that q comes from, if they give nothing else.
+  the one operation has none inside. The division goes into the weights that q comes from, if they give nothing else. A
+  mask that is the same for every input is a constant added in front of the softmax, see `masks`.
 - A pool that averages a whole image is that mean. Means lie closer together than what they are means of, and kernels of
   means rescale, where those of pools do not: in a range of its own a mean has finer steps, of which less is amplified.
 - A pool that averages windows is a convolution of each channel by itself with equal weights, for the same reason, and
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from lightning_edge.quantization.masks import added_mask, causal_mask
 from lightning_edge.quantization.nodes import DROPS, FIXED_RANGE, POOLS, REARRANGES, SCALED, call, constant
 
 aten = torch.ops.aten
@@ -130,16 +132,29 @@ def _mean(graph: GraphModule, node: Node) -> Node:
 
 
 def _attention(graph: GraphModule, node: Node) -> Node:
-    """Attention without mask, of as many keys' heads as queries', in products and a softmax."""
+    """Attention of as many keys' heads as queries', under no mask or a constant one, in products and a softmax."""
     query, key, value, *others = node.args
     given = dict(zip(_ATTENTION_ARGUMENTS, others, strict=False)) | node.kwargs
-    scale = given.pop("scale", None)
-    if any(given.values()) or not isinstance(query, Node):  # masks, and what differs from softmax(q k^T) v besides
-        return node
+    scale, mask, causal = given.pop("scale", None), given.pop("attn_mask", None), given.pop("is_causal", False)
+    if any(given.values()) or not isinstance(query, Node) or not isinstance(key, Node):
+        return node  # something else than softmax(q k^T + mask) v
     assert isinstance(scale, int | float | None)
+    added = None
+    if isinstance(mask, Node):
+        added = added_mask(graph, mask)
+    elif causal:
+        added = causal_mask(query.meta["val"].shape[-2], key.meta["val"].shape[-2])
+    if added is None and (mask is not None or causal):
+        return node
     query = _scaled(graph, node, query, query.meta["val"].shape[-1] ** -0.5 if scale is None else scale)
     keys = call(graph, aten.transpose.int, key, -2, -1, instead_of=node)
     scores = call(graph, aten.matmul.default, query, keys, instead_of=node)
+    if added is not None:
+        like = scores.meta["val"]
+        # Of as many dimensions: LiteRT's converter transposes around any other.
+        added = added.view([1] * (like.dim() - added.dim()) + list(added.shape))
+        operand = constant(graph, f"mask_of_{node.name}", added, like)
+        scores = call(graph, aten.add.Tensor, scores, operand, instead_of=node)
     weights = call(graph, aten.softmax.int, scores, -1, instead_of=node)
     if node.meta.get(DROPS):
         weights = call(graph, aten.dropout.default, weights, node.meta[DROPS], False, instead_of=node)

@@ -1,4 +1,8 @@
-"""Attention masks in a captured graph: those that mask nothing go, those that mask stay float. Knows torch only."""
+"""Attention masks in a captured graph: those that mask nothing go, those that mask stay float. Knows torch only.
+
+A masked score is minus infinity, or as good as that, which no int8 range holds: the mask is added and the softmax taken
+in float, between products whose ranges mean something.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
 
 # What stands for minus infinity in a mask begins here; one int8 step of such a range is larger than any score.
 _HUGE = 1e4
+# What stands for it where masks are written here: half precision has it as minus infinity.
+_MASKED = -1e9
 
 _SELECTING = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther}
 
@@ -74,6 +81,37 @@ def drop_idle_masks(graph: GraphModule) -> None:
 
 def _masks_nothing(graph: GraphModule, mask: Node) -> bool:
     """Whether a Boolean mask is all True whatever the network is fed, as transformers makes it for encoders."""
+    value = _computed(graph, mask)
+    return value is not None and bool(value.all())
+
+
+def added_mask(graph: GraphModule, mask: Node) -> Tensor | None:
+    """Give what a mask of attention adds to the scores, where it does so to those of every input.
+
+    Args:
+        graph: A captured graph.
+        mask: Boolean, or real numbers to add; of a shape that broadcasts to the scores.
+
+    Returns:
+        Real numbers; ``None`` for a mask that is computed from what the network is fed or from parameters, or one that
+        leaves nothing of a row, for which the one operation gives 0 and a softmax does not.
+    """
+    value = _computed(graph, mask)
+    if value is None:
+        return None
+    if value.dtype == torch.bool:
+        value = torch.zeros(value.shape).masked_fill_(~value, _MASKED)
+    added = value.clamp(min=_MASKED)
+    return None if bool((added <= -_HUGE).all(-1).any()) else added
+
+
+def causal_mask(queries: int, keys: int) -> Tensor:
+    """Give what causal attention adds to the scores (queries, keys): the first query sees the first key alone."""
+    return torch.zeros(queries, keys).masked_fill_(torch.ones(queries, keys).triu_(1).bool(), _MASKED)
+
+
+def _computed(graph: GraphModule, result: Node) -> Tensor | None:
+    """Compute a value that is the same whatever the network is fed and learns; ``None`` for another."""
     values: dict[Node, Any] = {}
 
     def value(node: Node) -> Any:
@@ -81,6 +119,8 @@ def _masks_nothing(graph: GraphModule, mask: Node) -> bool:
             return values[node]
         if node.op == "get_attr":
             values[node] = operator.attrgetter(str(node.target))(graph)
+            if isinstance(values[node], nn.Parameter):
+                raise LookupError(node.name)
         elif node.target is aten.sym_size.int and node.args[1] == 0:
             values[node] = 1  # the batch: what holds for one sample holds for all, or it would depend on the input
         elif node.op == "call_function":
@@ -92,6 +132,7 @@ def _masks_nothing(graph: GraphModule, mask: Node) -> bool:
 
     try:
         with torch.no_grad():
-            return bool(value(mask).all())
+            computed: Tensor = value(result)
     except LookupError:
-        return False
+        return None
+    return computed

@@ -163,9 +163,11 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         if self._plan:
             self._follow_plan(model, activations)
         for node in model.graph.nodes:
-            if node not in activations or node in masked or _annotation(node) is not None or not _is_float(node):
+            if node not in activations or _annotation(node) is not None or not _is_float(node) or node in self._float:
                 continue
-            if node in self._float:
+            if node in masked:
+                if node.target in FIXED_RANGE:  # the softmax, float in front and int8 behind
+                    self._annotate(node, {}, _fixed_spec(*FIXED_RANGE[node.target]))
                 continue
             self._activation = self._wide_activation if node in self._wide else self._narrow_activation
             if node.target in WEIGHTED:
