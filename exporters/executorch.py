@@ -71,7 +71,9 @@ def write(
             program = executorch_backends.program_of(network, backend)
             notes = network.interface.notes() or None
             with executorch_backends.lowering(backend) as partitioners:
-                edge = exir.to_edge_transform_and_lower(program, partitioner=partitioners, constant_methods=notes)
+                edge = exir.to_edge_transform_and_lower(
+                    program, executorch_backends.passes(backend), partitioners, constant_methods=notes
+                )
                 lowered = edge.to_executorch()
     except EdgeError:
         raise

@@ -21,6 +21,9 @@ Backend = Literal["xnnpack", "portable", "coreml", "vulkan"]
 _EXTRA = "executorch"
 _KEY_DIGITS = 16
 _MINIMUM_IOS = 17
+# XNNPACK pads integers, and has activations of 8 bits as tables. Its leaky ReLU of integers rounds otherwise, and its
+# maximum of integers is slower than that of floats (executorch 1.4).
+_ALSO_INT8 = {"constant_pad_nd.default", "gelu.default", "sigmoid.default", "tanh.default"}
 # The modules whose names of constants are digests, by backend.
 _NAMERS = {
     "xnnpack": "executorch.backends.xnnpack.operators.node_visitor",
@@ -56,6 +59,18 @@ def program_of(network: Deployable, backend: Backend) -> Any:
     return xnnpack_forms.in_its_forms(program) if backend in ("xnnpack", "vulkan") else program
 
 
+def passes(backend: Backend) -> list[Any] | None:
+    """What to do to a network's operations before a backend is chosen for each, if anything.
+
+    ExecuTorch's products of matrices come with expansions to the shape they have, which XNNPACK does not take: each
+    would be a copy outside the delegate, and cut that in two.
+    """
+    if backend != "xnnpack":
+        return None
+    found: list[Any] = require("executorch.backends.xnnpack.utils.configs", _EXTRA).get_transform_passes()
+    return found
+
+
 @contextmanager
 def lowering(backend: Backend) -> Iterator[list[Any]]:
     """Give the partitioners of a backend, and have its lowering be quiet and its files small while the context lasts.
@@ -81,7 +96,8 @@ def _partitioners(backend: Backend) -> list[Any]:
     if backend == "portable":
         return []
     if backend == "xnnpack":
-        return [require("executorch.backends.xnnpack.partition.xnnpack_partitioner", _EXTRA).XnnpackPartitioner()]
+        partition = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", _EXTRA)
+        return [partition.XnnpackPartitioner(configs=_xnnpack_configurations())]
     # Out variants of what stays outside, which a device's runtime has to have been built with.
     require("executorch.kernels.quantized", _EXTRA)
     if backend == "vulkan":
@@ -95,6 +111,22 @@ def _partitioners(backend: Backend) -> list[Any]:
         compute_precision=tools.precision.FLOAT32,
     )
     return [partition.CoreMLPartitioner(compile_specs=specifications)]
+
+
+def _xnnpack_configurations() -> list[Any]:
+    """What XNNPACK is handed: all that ExecuTorch hands it, and in int8 what XNNPACK has in int8 besides.
+
+    ExecuTorch would have it dequantized, computed in float and quantized again; the values are the same.
+    """
+    partition = "executorch.backends.xnnpack.partition.config"
+    precisions = require(f"{partition}.xnnpack_config", _EXTRA).ConfigPrecisionType
+
+    def in_int8_too(configuration: Any) -> Any:
+        both = [precisions.FP32, precisions.STATIC_QUANT]
+        return type(configuration.__name__, (configuration,), {"supported_precision_types": lambda _: both})
+
+    known = require(partition, _EXTRA).ALL_PARTITIONER_CONFIGS
+    return [in_int8_too(each) if each.target_name in _ALSO_INT8 else each for each in known]
 
 
 @contextmanager

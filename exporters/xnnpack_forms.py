@@ -1,4 +1,4 @@
-"""Write operations in the one form that XNNPACK takes, or takes without a fault: global averages, softmax of images."""
+"""Write operations in the form that XNNPACK takes, or takes without a fault: averages, softmax of images, attention."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ _ATEN = torch.ops.aten
 _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 _DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 
+_SQUEEZES = {_ATEN.squeeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN.unsqueeze.default}
+_SPLITS = {_ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.unbind.int}
+
 
 def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Rewrite global averages, and softmax over the rows of images; the rest stays.
+    """Rewrite averages, softmax over the rows of images, attention in float, and what takes parts; the rest stays.
 
     A mean over height and width that does not keep them leaves the delegate, and so does an average pool over the whole
-    image; an int8 network then computes its average in float. Softmax behind a convolution is delegated, and wrong.
+    image; an int8 network then computes its average in float. Softmax behind a convolution is delegated, and wrong. Of
+    attention torch makes a softmax that minds rows with everything masked, most of it outside the delegate. Dimensions
+    of one that come and go, one of a dimension, and parts of it leave the delegate, which has views and slices.
     """
     graph = program.module()
     assert isinstance(graph, fx.GraphModule)
-    changed = [rewrite(graph, node) for node in list(graph.graph.nodes) for rewrite in (_mean, _pool, _softmax)]
+    rewrites = (_attention, _mean, _pool, _softmax, _squeeze, _select, _split)
+    changed = [rewrite(graph, node) for rewrite in rewrites for node in list(graph.graph.nodes)]
     if not any(changed):
         return program
     graph.graph.lint()
@@ -33,21 +39,36 @@ def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.Exported
 
 
 def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Take a mean over height and width, or of tokens, as one over height and width that keeps them."""
     if node.target is not _ATEN.mean.dim or (len(node.args) > 2 and node.args[2]) or node.kwargs:
         return False
     source, dims = node.args[:2]
     rank = len(_shape(source))
-    if rank != 4 or not isinstance(dims, list | tuple) or sorted(int(str(dim)) % rank for dim in dims) != [2, 3]:
+    over = sorted(int(str(dim)) % rank for dim in dims) if isinstance(dims, list | tuple) and rank else []
+    if (rank, over) == (3, [1]):
+        source = _image_of_tokens(graph, node, source)
+    elif (rank, over) != (4, [2, 3]):
         return False
     kept = _insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True)
     readers = list(node.users)
     if len(readers) == 1 and str(readers[0].target) == _QUANTIZE:
         # The mean needs its own quantizers, or it is no int8 operation; the same ones, so nothing is rounded twice.
         kept = _quantized(graph, node, kept, source, readers[0].args[1:])
-    flat = _insert(graph, node, _ATEN.view.default, kept, list(_shape(source)[:2]))
+    flat = _insert(graph, node, _ATEN.view.default, kept, list(_shape(node)))
     node.replace_all_uses_with(flat)
     graph.graph.erase_node(node)
     return True
+
+
+def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.Node:
+    """Give tokens (batch, tokens, channels) as an image of one column, in their quantization."""
+    batch, count, channels = _shape(tokens)
+    scale = tokens.args[1:]
+    column = _insert(graph, before, _ATEN.view.default, tokens, [batch, count, 1, channels])
+    image = _insert(
+        graph, before, _ATEN.permute.default, _quantized(graph, before, column, tokens, scale), [0, 3, 1, 2]
+    )
+    return _quantized(graph, before, image, tokens, scale)
 
 
 def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -60,6 +81,33 @@ def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
     for dim, size in zip((2, 3), sizes, strict=True):
         source = _first(graph, node, source, dim, size)
     node.replace_all_uses_with(_insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True))
+    graph.graph.erase_node(node)
+    return True
+
+
+def _attention(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Compute attention without a mask, or that is causal, as two products and a softmax."""
+    if node.target is not _ATEN.scaled_dot_product_attention.default:
+        return False
+    query, key, value, *others = node.args
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | node.kwargs
+    scale, causal = given.pop("scale", None), given.pop("is_causal", False)
+    batches = {_shape(operand)[:-2] for operand in (query, key, value)}
+    if any(other is not None and other for other in given.values()) or len(batches) > 1:
+        return False
+    factor = torch.tensor([_shape(query)[-1] ** -0.5 if scale is None else float(str(scale))])
+    scaled = _insert(graph, node, _ATEN.mul.Tensor, query, _constant(graph, node, "factor", factor, query))
+    scores = _insert(graph, node, _ATEN.matmul.default, scaled, _insert(graph, node, _ATEN.transpose.int, key, -2, -1))
+    if causal:
+        unseen = torch.ones(_shape(query)[-2], _shape(key)[-2], dtype=torch.bool).triu(1)
+        mask = torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)
+        scores = _insert(graph, node, _ATEN.add.Tensor, scores, _constant(graph, node, "mask", mask, query))
+    scores.meta["val"] = torch.empty(*_shape(query)[:-1], _shape(key)[-2], device="meta")
+    weights = _insert(graph, node, _ATEN.softmax.int, scores, -1)
+    weights.meta["val"] = scores.meta["val"]
+    result = _insert(graph, node, _ATEN.matmul.default, weights, value)
+    result.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(result)
     graph.graph.erase_node(node)
     return True
 
@@ -101,6 +149,62 @@ def _quantized(graph: fx.GraphModule, before: fx.Node, node: fx.Node, like: Any,
 def _insert(graph: fx.GraphModule, before: fx.Node, target: Any, *args: Any) -> fx.Node:
     with graph.graph.inserting_before(before):
         return graph.graph.call_function(target, args)
+
+
+def _squeeze(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Drop or add dimensions of one as a view."""
+    if node.target not in _SQUEEZES:
+        return False
+    node.replace_all_uses_with(_insert(graph, node, _ATEN.view.default, node.args[0], list(_shape(node))))
+    graph.graph.erase_node(node)
+    return True
+
+
+def _select(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Take one of a dimension as a slice."""
+    if node.target is not _ATEN.select.int:
+        return False
+    source, dim, index = node.args
+    node.replace_all_uses_with(_taken(graph, node, source, dim, index))
+    graph.graph.erase_node(node)
+    return True
+
+
+def _split(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Take parts of a dimension as slices."""
+    if node.target not in _SPLITS:
+        return False
+    source, *given = node.args
+    dim = given.pop() if len(given) == (1 if node.target is _ATEN.unbind.int else 2) else node.kwargs.get("dim", 0)
+    start = 0
+    parts = {int(str(part.args[1])): part for part in node.users}
+    for index, value in enumerate(node.meta["val"]):
+        part = parts.get(index)
+        length = 1 if node.target is _ATEN.unbind.int else value.shape[dim]
+        if part is not None and node.target is _ATEN.unbind.int:
+            part.replace_all_uses_with(_taken(graph, part, source, dim, index))
+        elif part is not None:
+            part.replace_all_uses_with(_insert(graph, part, _ATEN.slice.Tensor, source, dim, start, start + length))
+        start += length
+    for part in parts.values():
+        graph.graph.erase_node(part)
+    graph.graph.erase_node(node)
+    return True
+
+
+def _taken(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, index: Any) -> fx.Node:
+    """Give one of a dimension without that, in the quantization of what it is taken from."""
+    start = index % _shape(source)[dim]
+    kept = _insert(graph, before, _ATEN.slice.Tensor, source, dim, start, start + 1)
+    kept = _quantized(graph, before, kept, source, source.args[1:])
+    return _insert(graph, before, _ATEN.view.default, kept, list(_shape(before)))
+
+
+def _constant(graph: fx.GraphModule, before: fx.Node, role: str, value: torch.Tensor, like: Any) -> fx.Node:
+    name = f"{role}_of_{before.name}"
+    graph.register_buffer(name, value.to(like.meta["val"].dtype))
+    with graph.graph.inserting_before(before):
+        return graph.graph.get_attr(name)
 
 
 def _shape(node: Any) -> tuple[int, ...]:

@@ -73,8 +73,6 @@ class Swish(nn.Module):
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"gated": Gated, "numbers": Numbers, "swish": Swish}
-# What stays float, and why: XNNPACK's partitioner takes a sigmoid in fp32 only (SigmoidConfig of executorch 1.4).
-FLOAT = {("swish", "executorch"): ("Sigmoid",)}
 
 
 def images(batch: int) -> Tensor:
@@ -120,7 +118,7 @@ def test_nothing_computes_in_float_and_values_agree(name: str, target: str, tmp_
     with exporters.stage(converted(name), target, path) as staged:
         contents = staged.artifact.contents
         assert contents.float_compute_ops == ()
-        assert contents.float_ops == FLOAT.get((name, target), ())
+        assert contents.float_ops == ()
         agreement = checks.agreement_of(staged.network, staged.artifact, [Inputs.of(images(8))])
     assert agreement.max_steps is not None
     assert agreement.max_steps <= 1.01

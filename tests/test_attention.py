@@ -23,8 +23,8 @@ from lightning_edge.quantization.capture import capture
 from lightning_edge.quantization.taps import add_taps
 
 HEADS = 2
-# XNNPACK's partitioner lists products of two activations, softmax and GELU in fp32 only (executorch 1.4), ONNX Runtime
-# has no int8 GELU, and LayerNorm is float or between int8 values everywhere: what is float is so on purpose.
+# XNNPACK has products of two activations and softmax in fp32 only (executorch 1.4), ONNX Runtime has no int8 GELU, and
+# LayerNorm is float or between int8 values everywhere: what is float is so on purpose.
 INT8_PRODUCTS = {"coreml": True, "executorch": False, "onnx": True, "tflite": False}
 
 SEEN = torch.rand(7, 7, generator=torch.Generator().manual_seed(1)) > 0.4
@@ -227,6 +227,7 @@ def test_products_are_int8_or_between_int8_values(target: str, mask: str, tmp_pa
     assert artifact.agreement.max_steps <= 1.01
     floats = artifact.contents.float_compute_ops
     assert len(floats) == (0 if INT8_PRODUCTS[target] else 2)
+    assert "aten::expand_copy" not in (artifact.contents.undelegated_ops or ())
 
 
 @pytest.mark.parametrize("target", sorted(INT8_PRODUCTS))
