@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -305,6 +306,25 @@ def test_averages_of_windows_are_int8_and_exact(target: str, tmp_path: Path) -> 
     assert artifact.agreement is not None
     assert artifact.agreement.max_steps is not None
     assert artifact.agreement.max_steps <= 1.01
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("corners", [False, True])
+def test_bilinear_upsampling_is_int8_or_between_int8_values(corners: bool, target: str, tmp_path: Path) -> None:
+    larger = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=corners)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), larger, nn.Conv2d(8, 4, 3)).eval()
+    batches = [images(16) for _ in range(3)]
+    path = tmp_path / f"m{exporters.target(target).SUFFIX}"
+    # XNNPACK has it in int8, and ExecuTorch writes it in float only; ONNX Runtime has the nearest in int8 only.
+    floats = {"executorch": ("StaticResizeBilinear2D",), "onnx": ("Resize",)}.get(target, ())
+    with pytest.warns(checks.ExportWarning) if floats else nullcontext():
+        artifact = exporters.export(quantize(network, batches), target, path, batches=batches)
+    assert artifact.contents.float_ops == floats
+    assert not artifact.contents.undelegated_ops
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps is not None
+    # A pixel between four is often half a step from two integers, which LiteRT rounds up.
+    assert artifact.agreement.max_steps <= (2.01 if target == "tflite" else 1.01)
 
 
 def test_with_16_bit_activations_nothing_is_written_out() -> None:

@@ -112,6 +112,8 @@ AVERAGES = {
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool1d.default,
     aten.adaptive_avg_pool2d.default,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_bilinear2d.default,
 }
 
 # The result keeps the operand's scale, or a kernel would have to rescale it.
