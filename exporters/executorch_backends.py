@@ -56,7 +56,8 @@ def program_of(network: Deployable, backend: Backend) -> Any:
         network.graph = float_layers.apart_for_xnnpack(network.graph)
     program = network.program()
     # XNNPACK and Vulkan have a mean over height and width in that form alone.
-    return xnnpack_forms.in_its_forms(program) if backend in ("xnnpack", "vulkan") else program
+    forms = backend in ("xnnpack", "vulkan")
+    return xnnpack_forms.in_its_forms(program, vulkan=backend == "vulkan") if forms else program
 
 
 def passes(backend: Backend) -> list[Any] | None:

@@ -16,17 +16,22 @@ _SQUEEZES = {_ATEN.squeeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN
 _SPLITS = {_ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.unbind.int}
 
 
-def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Rewrite averages, softmax over the rows of images, attention in float, and what takes parts; the rest stays.
+def in_its_forms(program: torch.export.ExportedProgram, *, vulkan: bool = False) -> torch.export.ExportedProgram:
+    """Rewrite averages, softmax over the rows of images, LayerNorm, attention in float, and what takes parts.
 
     A mean over height and width that does not keep them leaves the delegate, and so does an average pool over the whole
     image; an int8 network then computes its average in float. Softmax behind a convolution is delegated, and wrong. Of
     attention torch makes a softmax that minds rows with everything masked, most of it outside the delegate. Dimensions
-    of one that come and go, one of a dimension, and parts of it leave the delegate, which has views and slices.
+    of one that come and go, one of a dimension, and parts of it leave the delegate, which has views and slices, and so
+    does LayerNorm, which it has as what that is made of.
+
+    Args:
+        program: What is lowered.
+        vulkan: For Vulkan instead, which has the same forms of averages and softmax, and the rest as it is.
     """
     graph = program.module()
     assert isinstance(graph, fx.GraphModule)
-    rewrites = (_attention, _mean, _pool, _softmax, _squeeze, _select, _split)
+    rewrites = [_mean, _pool, _softmax] if vulkan else _REWRITES
     changed = [rewrite(graph, node) for rewrite in rewrites for node in list(graph.graph.nodes)]
     if not any(changed):
         return program
@@ -106,6 +111,42 @@ def _attention(graph: fx.GraphModule, node: fx.Node) -> bool:
     weights = _insert(graph, node, _ATEN.softmax.int, scores, -1)
     weights.meta["val"] = scores.meta["val"]
     result = _insert(graph, node, _ATEN.matmul.default, weights, value)
+    result.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(result)
+    graph.graph.erase_node(node)
+    return True
+
+
+def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Compute LayerNorm over the last dimension in means, which are those of an image one high, and what is between.
+
+    In float32 alone: means of half precision lose what the one operation keeps.
+    """
+    if node.target is not _ATEN.layer_norm.default:
+        return False
+    source, sizes, *given = node.args
+    weight, bias, eps = (*given, *(None, None, 1e-5)[len(given) :])[:3]
+    *others, channels = _shape(source)
+    is_float = isinstance(source, fx.Node) and source.meta["val"].dtype is torch.float32
+    if not is_float or not isinstance(sizes, list | tuple) or len(sizes) > 1 or len(others) not in (1, 2):
+        return False
+    batch, count = others if len(others) > 1 else (1, *others)
+
+    def mean(value: Any) -> fx.Node:
+        image = _insert(graph, node, _ATEN.view.default, value, [batch, count, 1, channels])
+        return _insert(
+            graph, node, _ATEN.view.default, _insert(graph, node, _ATEN.mean.dim, image, [-1, -2], True), [*others, 1]
+        )
+
+    centred = _insert(graph, node, _ATEN.sub.Tensor, source, mean(source))
+    variance = mean(_insert(graph, node, _ATEN.mul.Tensor, centred, centred))
+    small = _constant(graph, node, "eps", torch.tensor([float(str(eps))]), source)
+    root = _insert(graph, node, _ATEN.rsqrt.default, _insert(graph, node, _ATEN.add.Tensor, variance, small))
+    result = _insert(graph, node, _ATEN.mul.Tensor, centred, root)
+    if weight is not None:
+        result = _insert(graph, node, _ATEN.mul.Tensor, result, weight)
+    if bias is not None:
+        result = _insert(graph, node, _ATEN.add.Tensor, result, bias)
     result.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(result)
     graph.graph.erase_node(node)
@@ -198,6 +239,9 @@ def _taken(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, index:
     kept = _insert(graph, before, _ATEN.slice.Tensor, source, dim, start, start + 1)
     kept = _quantized(graph, before, kept, source, source.args[1:])
     return _insert(graph, before, _ATEN.view.default, kept, list(_shape(before)))
+
+
+_REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split]
 
 
 def _constant(graph: fx.GraphModule, before: fx.Node, role: str, value: torch.Tensor, like: Any) -> fx.Node:

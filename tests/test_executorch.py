@@ -126,6 +126,22 @@ def test_attention_and_the_mean_of_tokens_are_delegated(
     assert agreement.max_relative < 1e-5 if precision == "fp32" else (agreement.max_steps or 0.0) <= 1.01
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm(8), nn.LayerNorm(8, eps=0.1, bias=False), nn.LayerNorm(8, elementwise_affine=False)],
+    ids=["affine", "no bias", "plain"],
+)
+@pytest.mark.parametrize("tokens", [torch.randn(4, 6, 8), torch.randn(4, 8)], ids=["tokens", "one"])
+def test_layer_norm_is_delegated(tmp_path: Path, norm: nn.LayerNorm, tokens: Tensor) -> None:
+    torch.manual_seed(0)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    made = deployable(nn.Sequential(norm, nn.Linear(8, 5)).eval(), 3 * tokens + 20)
+    artifact, _ = exported(made, "executorch", tmp_path / "net.pte", batches=[3 * tokens + 20])
+    assert artifact.contents.undelegated_ops == ()
+    assert checks.agreement_of(made, artifact, [3 * tokens + 20]).max_relative < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_attention_keeps_its_type(tmp_path: Path, dtype: torch.dtype) -> None:
     tokens = torch.randn(4, 6, 8)
