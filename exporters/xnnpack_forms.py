@@ -241,7 +241,41 @@ def _taken(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, index:
     return _insert(graph, before, _ATEN.view.default, kept, list(_shape(before)))
 
 
-_REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split]
+def _clamp(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Clamp as hardtanh does, which alone is taken together with the layer before it in int8."""
+    if node.target is not _ATEN.clamp.default or not node.meta["val"].is_floating_point():
+        return False
+    given = dict(zip(("min", "max"), node.args[1:], strict=False)) | node.kwargs
+    limit = torch.finfo(torch.float32).max
+    low, high = given.get("min"), given.get("max")
+    bounds = (-limit if low is None else low, limit if high is None else high)
+    node.replace_all_uses_with(_insert(graph, node, _ATEN.hardtanh.default, node.args[0], *bounds))
+    graph.graph.erase_node(node)
+    return True
+
+
+def _softplus(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Compute softplus, and x tanh(softplus(x)), in operations that the delegate has.
+
+    With 8-bit values around it, ExecuTorch (1.4) fails to lower its own choice by size, or to run it.
+    """
+    # The threshold only says from where on softplus is x, to rounding.
+    if node.target not in (_ATEN.softplus.default, _ATEN.mish.default) or node.args[1:2] not in ((), (1.0,)):
+        return False
+    source = node.args[0]
+    size = _insert(graph, node, _ATEN.abs.default, source)
+    small = _insert(graph, node, _ATEN.exp.default, _insert(graph, node, _ATEN.neg.default, size))
+    one = _constant(graph, node, "one", torch.tensor([1.0]), source)
+    rest = _insert(graph, node, _ATEN.log.default, _insert(graph, node, _ATEN.add.Tensor, small, one))
+    result = _insert(graph, node, _ATEN.add.Tensor, _insert(graph, node, _ATEN.relu.default, source), rest)
+    if node.target is _ATEN.mish.default:
+        result = _insert(graph, node, _ATEN.mul.Tensor, source, _insert(graph, node, _ATEN.tanh.default, result))
+    node.replace_all_uses_with(result)
+    graph.graph.erase_node(node)
+    return True
+
+
+_REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split, _clamp, _softplus]
 
 
 def _constant(graph: fx.GraphModule, before: fx.Node, role: str, value: torch.Tensor, like: Any) -> fx.Node:

@@ -286,6 +286,14 @@ def test_unusual_arguments_and_outputs_come_through(compute_precision: Any, tmp_
         torch.testing.assert_close(output, value.detach().to(output.dtype), rtol=tolerance, atol=tolerance)
 
 
+def test_shuffled_channels_come_through(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ChannelShuffle(3)).eval(), torch.randn(1, 3, 4, 5)
+    coreml.write(Deployable(network, Inputs.of(images), "fp32"), tmp_path / "net.mlpackage")
+    (output,) = coreml.open(tmp_path / "net.mlpackage", 1)([images])
+    torch.testing.assert_close(output, network(images).detach())
+
+
 class Bessel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(x)

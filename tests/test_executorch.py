@@ -202,6 +202,49 @@ def test_activations_that_are_tables_of_8_bits_are_int8(tmp_path: Path, activati
     assert artifact.agreement.max_steps <= 1.01
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("activation", "outside"),
+    [
+        (lambda x: x.clamp(-0.5, 0.7), ()),
+        (lambda x: x.clamp(min=-0.5), ()),
+        (lambda x: x.clamp(max=0.5), ()),
+        (nn.Softplus(), ()),
+        (nn.Mish(), ()),
+        (nn.Softplus(beta=2.0), None),
+    ],
+    ids=["clamp", "minimum", "maximum", "softplus", "mish", "another beta"],
+)
+def test_activations_that_executorch_cannot_lower_or_run_in_int8(
+    tmp_path: Path, activation: Any, outside: tuple[str, ...] | None, precision: Precision
+) -> None:
+    torch.manual_seed(0)
+    model, images = Between(activation).eval(), 4 * torch.randn(8, 3, 9, 9)
+    if outside is None and precision == "int8":
+        with pytest.raises(ExportError, match="ExecuTorch"):
+            export(quantize(model, [images]), "executorch", tmp_path / "net.pte", batches=[images])
+        assert list(tmp_path.iterdir()) == []
+        return
+    made = quantize(model, [images]) if precision == "int8" else deployable(model, images)
+    artifact, _ = exported(made, "executorch", tmp_path / "net.pte", batches=[images])
+    assert outside is None or artifact.contents.undelegated_ops == outside
+    agreement = checks.agreement_of(deployable(made), artifact, [images])
+    assert agreement.max_relative < 1e-5 if precision == "fp32" else (agreement.max_steps or 0.0) <= 1.01
+
+
+@final
+class Between(nn.Module):
+    """A function between two convolutions."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.before, self.function, self.after = nn.Conv2d(3, 8, 3), function, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        """Run them."""
+        return self.after(self.function(self.before(x)))
+
+
 def test_integers_and_truth_values_are_taken(folder: Path) -> None:
     artifact, _ = written(folder, "tokens", "fp32")
     assert [spec.dtype for spec in artifact.runner.inputs] == [torch.int64, torch.bool]

@@ -8,7 +8,7 @@ everywhere, and what is trained is what ships:
   is the layer's quantizer, which saturates at 0 and 1: it costs nothing.
 - hard-swish(x) = u * clip(u + 3 / sqrt(6), 0, sqrt(6)) with u = x / sqrt(6). Behind a layer u comes from its weights:
   an addition that saturates, and a product.
-- SiLU(x) = x * sigmoid(x), so that the sigmoid has its own, known range.
+- SiLU(x) = x * sigmoid(x), so that the sigmoid has its own, known range, and GLU likewise of the halves of x.
 - A number in a sum or product is a constant with a quantizer of its own. A number minus x is -x and a sum, of which the
   weights of a layer take both.
 - A mean over height and width keeps them, and a reshape behind it drops them: the form that has kernels.
@@ -91,6 +91,17 @@ def _silu(graph: GraphModule, node: Node) -> Node:
     x = node.args[0]
     weight = call(graph, aten.sigmoid.default, x, instead_of=node)
     return call(graph, aten.mul.Tensor, x, weight, instead_of=node)
+
+
+def _glu(graph: GraphModule, node: Node) -> Node:
+    x = node.args[0]
+    assert isinstance(x, Node)
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
+    assert isinstance(dim, int)
+    half = x.meta["val"].shape[dim] // 2
+    first, second = (call(graph, aten.slice.Tensor, x, dim, at, at + half, instead_of=node) for at in (0, half))
+    weight = call(graph, aten.sigmoid.default, second, instead_of=node)
+    return call(graph, aten.mul.Tensor, first, weight, instead_of=node)
 
 
 def _sum_or_product(graph: GraphModule, node: Node) -> Node:
@@ -243,6 +254,7 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], Node]] = {
     aten.hardsigmoid.default: _hard_sigmoid,
     aten.hardswish.default: _hard_swish,
     aten.silu.default: _silu,
+    aten.glu.default: _glu,
     aten.scaled_dot_product_attention.default: _attention,
     aten.mean.dim: _mean,
     aten.adaptive_avg_pool2d.default: _adaptive_pool,
