@@ -12,6 +12,7 @@ _ATEN = torch.ops.aten
 _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 _DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 
+_POOLS = {_ATEN.avg_pool2d.default, _ATEN.adaptive_avg_pool2d.default}
 _SQUEEZES = {_ATEN.squeeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN.unsqueeze.default}
 _SPLITS = {_ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.unbind.int}
 
@@ -77,14 +78,15 @@ def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.
 
 
 def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
-    if node.target is not _ATEN.avg_pool2d.default or len(node.args) > 3 or _shape(node)[2:] != (1, 1):
+    if node.target not in _POOLS or len(node.args) > 3 or _shape(node)[2:] != (1, 1):
         return False
     source, kernel = node.args[:2]
     assert isinstance(source, fx.Node)
     assert isinstance(kernel, list | tuple)
-    sizes = [int(str(size)) for size in kernel] * (2 // len(kernel))
-    for dim, size in zip((2, 3), sizes, strict=True):
-        source = _first(graph, node, source, dim, size)
+    if node.target is _ATEN.avg_pool2d.default:
+        sizes = [int(str(size)) for size in kernel] * (2 // len(kernel))
+        for dim, size in zip((2, 3), sizes, strict=True):
+            source = _first(graph, node, source, dim, size)
     node.replace_all_uses_with(_insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True))
     graph.graph.erase_node(node)
     return True
@@ -259,15 +261,23 @@ def _softplus(graph: fx.GraphModule, node: fx.Node) -> bool:
 
     With 8-bit values around it, ExecuTorch (1.4) fails to lower its own choice by size, or to run it.
     """
-    # The threshold only says from where on softplus is x, to rounding.
-    if node.target not in (_ATEN.softplus.default, _ATEN.mish.default) or node.args[1:2] not in ((), (1.0,)):
+    if node.target not in (_ATEN.softplus.default, _ATEN.mish.default):
         return False
-    source = node.args[0]
+    # Its threshold only says from where on softplus is x, to rounding.
+    given = dict(zip(("beta", "threshold"), node.args[1:], strict=False)) | node.kwargs
+    beta = float(str(given.get("beta", 1.0)))
+    source: Any = node.args[0]
+    if beta != 1.0:
+        factor = _constant(graph, node, "beta", torch.tensor([beta]), node)
+        source = _insert(graph, node, _ATEN.mul.Tensor, source, factor)
     size = _insert(graph, node, _ATEN.abs.default, source)
     small = _insert(graph, node, _ATEN.exp.default, _insert(graph, node, _ATEN.neg.default, size))
-    one = _constant(graph, node, "one", torch.tensor([1.0]), source)
+    one = _constant(graph, node, "one", torch.tensor([1.0]), node)
     rest = _insert(graph, node, _ATEN.log.default, _insert(graph, node, _ATEN.add.Tensor, small, one))
     result = _insert(graph, node, _ATEN.add.Tensor, _insert(graph, node, _ATEN.relu.default, source), rest)
+    if beta != 1.0:
+        inverse = _constant(graph, node, "inverse", torch.tensor([1 / beta]), node)
+        result = _insert(graph, node, _ATEN.mul.Tensor, result, inverse)
     if node.target is _ATEN.mish.default:
         result = _insert(graph, node, _ATEN.mul.Tensor, source, _insert(graph, node, _ATEN.tanh.default, result))
     node.replace_all_uses_with(result)

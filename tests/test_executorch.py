@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, final
 
 import pytest
 import torch
 from deployables import batches, exported, module, network, weight_count
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_edge.errors import ExportError, RunnerError
-from lightning_edge.exporters import Artifact, ExportWarning, checks, deployable, export, load, pte
+from lightning_edge.exporters import Artifact, checks, deployable, export, load, pte
 from lightning_edge.network import Precision
 from lightning_edge.quantization import quantize
 
@@ -92,157 +89,6 @@ def test_what_stays_outside_the_delegate_is_warned_of(tmp_path: Path) -> None:
     assert artifact.contents.float_ops == ("aten::avg_pool2d",)
     assert len(warned) == 2
     assert all("aten::avg_pool2d" in warning for warning in warned)
-
-
-@final
-class Attention(nn.Module):
-    """One head of attention, and the mean of its tokens."""
-
-    def __init__(self, **attention: Any) -> None:
-        super().__init__()
-        self.attention = attention
-        self.heads, self.head = nn.Linear(8, 24), nn.Linear(8, 5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Run it."""
-        query, key, value = self.heads(tokens).unsqueeze(1).chunk(3, -1)
-        attended = functional.scaled_dot_product_attention(query, key, value, **self.attention)
-        logits: Tensor = self.head(attended.squeeze(1).mean(1))
-        return logits
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("attention", [{}, {"is_causal": True, "scale": 0.3}], ids=["whole", "causal"])
-def test_attention_and_the_mean_of_tokens_are_delegated(
-    tmp_path: Path, attention: dict[str, Any], precision: Precision
-) -> None:
-    torch.manual_seed(0)
-    model, tokens = Attention(**attention).eval(), torch.randn(16, 6, 8)
-    made = quantize(model, [tokens]) if precision == "int8" else deployable(model, tokens)
-    artifact, _ = exported(made, "executorch", tmp_path / "net.pte", batches=[tokens])
-    assert artifact.contents.undelegated_ops == ()
-    assert artifact.contents.ops["GlobalAvgPooling2d"] == 1
-    agreement = checks.agreement_of(made if precision == "fp32" else deployable(made), artifact, [tokens])
-    assert agreement.max_relative < 1e-5 if precision == "fp32" else (agreement.max_steps or 0.0) <= 1.01
-
-
-@pytest.mark.parametrize(
-    "norm",
-    [nn.LayerNorm(8), nn.LayerNorm(8, eps=0.1, bias=False), nn.LayerNorm(8, elementwise_affine=False)],
-    ids=["affine", "no bias", "plain"],
-)
-@pytest.mark.parametrize("tokens", [torch.randn(4, 6, 8), torch.randn(4, 8)], ids=["tokens", "one"])
-def test_layer_norm_is_delegated(tmp_path: Path, norm: nn.LayerNorm, tokens: Tensor) -> None:
-    torch.manual_seed(0)
-    for parameter in norm.parameters():
-        nn.init.normal_(parameter)
-    made = deployable(nn.Sequential(norm, nn.Linear(8, 5)).eval(), 3 * tokens + 20)
-    artifact, _ = exported(made, "executorch", tmp_path / "net.pte", batches=[3 * tokens + 20])
-    assert artifact.contents.undelegated_ops == ()
-    assert checks.agreement_of(made, artifact, [3 * tokens + 20]).max_relative < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_attention_keeps_its_type(tmp_path: Path, dtype: torch.dtype) -> None:
-    tokens = torch.randn(4, 6, 8)
-    scheme = {"scheme": "fp16"} if dtype is torch.float16 else {}
-    artifact = export(Attention(is_causal=True), "executorch", tmp_path / "net.pte", inputs=tokens, **scheme)
-    assert artifact.contents.inputs[0].dtype == artifact.contents.outputs[0].dtype == str(dtype).removeprefix("torch.")
-
-
-class RowsOfAnImage(nn.Module):
-    """Softmax over the rows of what a convolution gives: XNNPACK has the channels last there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.after = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run both, softmax in between."""
-        return self.after(self.before(x).softmax(dim=-1))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_softmax_over_the_rows_of_an_image_is_one_over_its_rows(tmp_path: Path, precision: Precision) -> None:
-    torch.manual_seed(0)
-    rows, images = RowsOfAnImage().eval(), torch.randn(4, 3, 6, 5)
-    model = quantize(rows, [images]) if precision == "int8" else deployable(rows, images)
-    with pytest.warns(ExportWarning, match="Softmax") if precision == "int8" else nullcontext():
-        artifact = export(model, "executorch", tmp_path / "rows.pte", batches=[images])
-    assert artifact.contents.ops["Softmax"] == 1
-    assert artifact.contents.undelegated_ops == ()
-    assert artifact.agreement is not None
-    steps = artifact.agreement.max_steps
-    assert artifact.agreement.max_relative < 1e-4 if steps is None else steps < 1.5
-
-
-@pytest.mark.parametrize("value", [0.0, 0.5])
-def test_padding_is_int8(tmp_path: Path, value: float) -> None:
-    """ExecuTorch's own lowering dequantizes, pads in float and quantizes again."""
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.ConstantPad2d((0, 1, 0, 1), value), nn.Conv2d(8, 4, 3, 2)]
-    model, images = nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), value), *layers), torch.randn(8, 3, 12, 12)
-    artifact = export(quantize(model.eval(), [images]), "executorch", tmp_path / "net.pte", batches=[images])
-    ops = artifact.contents.ops
-    assert (ops["StaticConstantPad"], ops["Convert"]) == (2, 2)  # of the input and the output
-    assert artifact.agreement is not None
-    assert artifact.agreement.max_steps is not None
-    assert artifact.agreement.max_steps <= 1.01
-
-
-@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Tanh(), nn.GELU()], ids=lambda module: type(module).__name__)
-def test_activations_that_are_tables_of_8_bits_are_int8(tmp_path: Path, activation: nn.Module) -> None:
-    torch.manual_seed(0)
-    model, images = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 4, 3)), torch.randn(8, 3, 9, 9)
-    artifact = export(quantize(model.eval(), [images]), "executorch", tmp_path / "net.pte", batches=[images])
-    assert artifact.contents.float_ops == ()
-    assert artifact.contents.ops["Convert"] == 2
-    assert artifact.agreement is not None
-    assert artifact.agreement.max_steps is not None
-    assert artifact.agreement.max_steps <= 1.01
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize(
-    ("activation", "outside"),
-    [
-        (lambda x: x.clamp(-0.5, 0.7), ()),
-        (lambda x: x.clamp(min=-0.5), ()),
-        (lambda x: x.clamp(max=0.5), ()),
-        (nn.Softplus(), ()),
-        (nn.Mish(), ()),
-        (nn.Softplus(beta=2.0), None),
-    ],
-    ids=["clamp", "minimum", "maximum", "softplus", "mish", "another beta"],
-)
-def test_activations_that_executorch_cannot_lower_or_run_in_int8(
-    tmp_path: Path, activation: Any, outside: tuple[str, ...] | None, precision: Precision
-) -> None:
-    torch.manual_seed(0)
-    model, images = Between(activation).eval(), 4 * torch.randn(8, 3, 9, 9)
-    if outside is None and precision == "int8":
-        with pytest.raises(ExportError, match="ExecuTorch"):
-            export(quantize(model, [images]), "executorch", tmp_path / "net.pte", batches=[images])
-        assert list(tmp_path.iterdir()) == []
-        return
-    made = quantize(model, [images]) if precision == "int8" else deployable(model, images)
-    artifact, _ = exported(made, "executorch", tmp_path / "net.pte", batches=[images])
-    assert outside is None or artifact.contents.undelegated_ops == outside
-    agreement = checks.agreement_of(deployable(made), artifact, [images])
-    assert agreement.max_relative < 1e-5 if precision == "fp32" else (agreement.max_steps or 0.0) <= 1.01
-
-
-@final
-class Between(nn.Module):
-    """A function between two convolutions."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.before, self.function, self.after = nn.Conv2d(3, 8, 3), function, nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Any:
-        """Run them."""
-        return self.after(self.function(self.before(x)))
 
 
 def test_integers_and_truth_values_are_taken(folder: Path) -> None:

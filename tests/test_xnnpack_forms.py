@@ -1,0 +1,146 @@
+"""ExecuTorch files: what is written in other operations, so that XNNPACK takes it, and in int8 where it has that."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, final
+
+import pytest
+import torch
+from deployables import exported
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_edge.exporters import Artifact, ExportWarning, checks, deployable, export
+from lightning_edge.network import Deployable, Precision
+from lightning_edge.quantization import quantize
+
+pytest.importorskip("executorch")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def made_of(model: nn.Module, inputs: Tensor, precision: Precision) -> Deployable:
+    return deployable(quantize(model.eval(), [inputs]) if precision == "int8" else deployable(model.eval(), inputs))
+
+
+def written(model: nn.Module, inputs: Tensor, precision: Precision, folder: Path) -> Artifact:
+    """A file, held against the network more closely than `export` does."""
+    made = made_of(model, inputs, precision)
+    artifact, _ = exported(made, "executorch", folder / "net.pte", batches=[inputs])
+    agreement = checks.agreement_of(made, artifact, [inputs])
+    if precision == "fp32":
+        assert agreement.max_relative < 1e-5
+    else:
+        assert agreement.max_steps is not None
+        assert agreement.max_steps <= 1.01
+    assert artifact.contents.undelegated_ops == ()
+    return artifact
+
+
+@final
+class Attention(nn.Module):
+    """One head of attention, and the mean of its tokens."""
+
+    def __init__(self, **attention: Any) -> None:
+        super().__init__()
+        self.attention = attention
+        self.heads, self.head = nn.Linear(8, 24), nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Run it."""
+        query, key, value = self.heads(tokens).unsqueeze(1).chunk(3, -1)
+        attended = functional.scaled_dot_product_attention(query, key, value, **self.attention)
+        logits: Tensor = self.head(attended.squeeze(1).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision"), [({}, "int8"), ({}, "fp32"), ({"is_causal": True, "scale": 0.3}, "fp32")]
+)
+def test_attention_parts_and_the_mean_of_tokens_are_delegated(
+    tmp_path: Path, attention: dict[str, Any], precision: Precision
+) -> None:
+    artifact = written(Attention(**attention), torch.randn(16, 6, 8), precision, tmp_path)
+    assert artifact.contents.ops["GlobalAvgPooling2d"] == 1
+
+
+def test_attention_keeps_its_type(tmp_path: Path) -> None:
+    tokens, path = torch.randn(4, 6, 8), tmp_path / "net.pte"
+    artifact = export(Attention(is_causal=True), "executorch", path, inputs=tokens, scheme="fp16")
+    assert artifact.contents.inputs[0].dtype == artifact.contents.outputs[0].dtype == "float16"
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8), (4, 8)], ids=str)
+def test_layer_norm_is_delegated(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    norms = [nn.LayerNorm(8), nn.LayerNorm(8, eps=0.1, bias=False), nn.LayerNorm(8, elementwise_affine=False)]
+    for parameter in nn.ModuleList(norms).parameters():
+        nn.init.normal_(parameter)
+    layers = [layer for norm in norms for layer in (norm, nn.Linear(8, 8))]
+    artifact = written(nn.Sequential(*layers), 3 * torch.randn(shape) + 20, "fp32", tmp_path)
+    assert artifact.contents.ops["ReciprocalSquareRoot"] == 3
+
+
+@final
+class Chain(nn.Module):
+    """Functions behind a convolution each."""
+
+    def __init__(self, *functions: Any) -> None:
+        super().__init__()
+        self.functions = functions
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in functions)
+        self.head = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        """Run them."""
+        for layer, function in zip(self.layers, self.functions, strict=True):
+            x = function(layer(x))
+        return self.head(x)
+
+
+def test_padding_and_activations_that_are_tables_are_int8(tmp_path: Path) -> None:
+    """ExecuTorch's own lowering dequantizes, computes in float and quantizes again."""
+    pads = [nn.ConstantPad2d((0, 1, 0, 1), value) for value in (0.0, 0.5)]
+    artifact = written(
+        Chain(*pads, torch.sigmoid, torch.tanh, functional.gelu), torch.randn(8, 3, 9, 9), "int8", tmp_path
+    )
+    assert artifact.contents.float_ops == ()
+    assert artifact.contents.ops["StaticConstantPad"] == 2
+    assert artifact.contents.ops["Convert"] == 2  # of the input and the output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_executorch_cannot_lower_or_run_in_int8(tmp_path: Path, precision: Precision) -> None:
+    clamps = [lambda x: x.clamp(-0.5, 0.7), lambda x: x.clamp(min=-0.5), lambda x: x.clamp(max=0.5)]
+    activations = [functional.softplus, lambda x: functional.softplus(x, beta=2.0), functional.mish]
+    written(Chain(*clamps, *activations), 4 * torch.randn(8, 3, 9, 9), precision, tmp_path)
+
+
+class RowsOfAnImage(nn.Module):
+    """Softmax over the rows of what a convolution gives: XNNPACK has the channels last there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run both, softmax in between."""
+        return self.after(self.before(x).softmax(dim=-1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_softmax_over_the_rows_of_an_image_is_one_over_its_rows(tmp_path: Path, precision: Precision) -> None:
+    torch.manual_seed(0)
+    rows, images = RowsOfAnImage().eval(), torch.randn(4, 3, 6, 5)
+    model = quantize(rows, [images]) if precision == "int8" else deployable(rows, images)
+    with pytest.warns(ExportWarning, match="Softmax") if precision == "int8" else nullcontext():
+        artifact = export(model, "executorch", tmp_path / "rows.pte", batches=[images])
+    assert artifact.contents.ops["Softmax"] == 1
+    assert artifact.contents.undelegated_ops == ()
+    assert artifact.agreement is not None
+    steps = artifact.agreement.max_steps
+    assert artifact.agreement.max_relative < 1e-4 if steps is None else steps < 1.5
