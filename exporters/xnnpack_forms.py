@@ -61,9 +61,7 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
         # The mean needs its own quantizers, or it is no int8 operation; the same ones, so nothing is rounded twice.
         kept = _quantized(graph, node, kept, source, readers[0].args[1:])
     flat = _insert(graph, node, _ATEN.view.default, kept, list(_shape(node)))
-    node.replace_all_uses_with(flat)
-    graph.graph.erase_node(node)
-    return True
+    return _replaced(graph, node, flat)
 
 
 def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.Node:
@@ -87,9 +85,7 @@ def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
         sizes = [int(str(size)) for size in kernel] * (2 // len(kernel))
         for dim, size in zip((2, 3), sizes, strict=True):
             source = _first(graph, node, source, dim, size)
-    node.replace_all_uses_with(_insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True))
-    graph.graph.erase_node(node)
-    return True
+    return _replaced(graph, node, _insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True))
 
 
 def _attention(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -113,10 +109,7 @@ def _attention(graph: fx.GraphModule, node: fx.Node) -> bool:
     weights = _insert(graph, node, _ATEN.softmax.int, scores, -1)
     weights.meta["val"] = scores.meta["val"]
     result = _insert(graph, node, _ATEN.matmul.default, weights, value)
-    result.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(result)
-    graph.graph.erase_node(node)
-    return True
+    return _replaced(graph, node, result)
 
 
 def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -149,10 +142,7 @@ def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
         result = _insert(graph, node, _ATEN.mul.Tensor, result, weight)
     if bias is not None:
         result = _insert(graph, node, _ATEN.add.Tensor, result, bias)
-    result.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(result)
-    graph.graph.erase_node(node)
-    return True
+    return _replaced(graph, node, result)
 
 
 def _softmax(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -166,41 +156,14 @@ def _softmax(graph: fx.GraphModule, node: fx.Node) -> bool:
     batch, *_, last = shape = list(_shape(node))
     flat = _insert(graph, node, _ATEN.view.default, node.args[0], [batch, -1, last])
     result = _insert(graph, node, node.target, flat, -1, *node.args[2:])
-    node.replace_all_uses_with(_insert(graph, node, _ATEN.view.default, result, shape))
-    graph.graph.erase_node(node)
-    return True
-
-
-def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, size: int) -> fx.Node:
-    """Cut rows that the pool leaves out, in the quantization of what they are cut from."""
-    if _shape(source)[dim] == size:
-        return source
-    cut = _insert(graph, before, _ATEN.slice.Tensor, source, dim, 0, size)
-    cut = _quantized(graph, before, cut, source, source.args[1:])
-    cut.meta["val"] = source.meta["val"].narrow(dim, 0, size)
-    return cut
-
-
-def _quantized(graph: fx.GraphModule, before: fx.Node, node: fx.Node, like: Any, scale: tuple[Any, ...]) -> fx.Node:
-    """Quantize and dequantize ``node`` if ``like``, which it was made from, is dequantized itself."""
-    quantize = like.args[0] if str(like.target) == _DEQUANTIZE else None
-    if not isinstance(quantize, fx.Node) or str(quantize.target) != _QUANTIZE:
-        return node
-    return _insert(graph, before, like.target, _insert(graph, before, quantize.target, node, *scale), *scale)
-
-
-def _insert(graph: fx.GraphModule, before: fx.Node, target: Any, *args: Any) -> fx.Node:
-    with graph.graph.inserting_before(before):
-        return graph.graph.call_function(target, args)
+    return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, result, shape))
 
 
 def _squeeze(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Drop or add dimensions of one as a view."""
     if node.target not in _SQUEEZES:
         return False
-    node.replace_all_uses_with(_insert(graph, node, _ATEN.view.default, node.args[0], list(_shape(node))))
-    graph.graph.erase_node(node)
-    return True
+    return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, node.args[0], list(_shape(node))))
 
 
 def _select(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -208,9 +171,7 @@ def _select(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is not _ATEN.select.int:
         return False
     source, dim, index = node.args
-    node.replace_all_uses_with(_taken(graph, node, source, dim, index))
-    graph.graph.erase_node(node)
-    return True
+    return _replaced(graph, node, _taken(graph, node, source, dim, index))
 
 
 def _split(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -225,12 +186,10 @@ def _split(graph: fx.GraphModule, node: fx.Node) -> bool:
         part = parts.get(index)
         length = 1 if node.target is _ATEN.unbind.int else value.shape[dim]
         if part is not None and node.target is _ATEN.unbind.int:
-            part.replace_all_uses_with(_taken(graph, part, source, dim, index))
+            _replaced(graph, part, _taken(graph, part, source, dim, index))
         elif part is not None:
-            part.replace_all_uses_with(_insert(graph, part, _ATEN.slice.Tensor, source, dim, start, start + length))
+            _replaced(graph, part, _insert(graph, part, _ATEN.slice.Tensor, source, dim, start, start + length))
         start += length
-    for part in parts.values():
-        graph.graph.erase_node(part)
     graph.graph.erase_node(node)
     return True
 
@@ -251,9 +210,7 @@ def _clamp(graph: fx.GraphModule, node: fx.Node) -> bool:
     limit = torch.finfo(torch.float32).max
     low, high = given.get("min"), given.get("max")
     bounds = (-limit if low is None else low, limit if high is None else high)
-    node.replace_all_uses_with(_insert(graph, node, _ATEN.hardtanh.default, node.args[0], *bounds))
-    graph.graph.erase_node(node)
-    return True
+    return _replaced(graph, node, _insert(graph, node, _ATEN.hardtanh.default, node.args[0], *bounds))
 
 
 def _softplus(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -280,12 +237,41 @@ def _softplus(graph: fx.GraphModule, node: fx.Node) -> bool:
         result = _insert(graph, node, _ATEN.mul.Tensor, result, inverse)
     if node.target is _ATEN.mish.default:
         result = _insert(graph, node, _ATEN.mul.Tensor, source, _insert(graph, node, _ATEN.tanh.default, result))
-    node.replace_all_uses_with(result)
-    graph.graph.erase_node(node)
-    return True
+    return _replaced(graph, node, result)
 
 
 _REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split, _clamp, _softplus]
+
+
+def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, size: int) -> fx.Node:
+    """Cut rows that the pool leaves out, in the quantization of what they are cut from."""
+    if _shape(source)[dim] == size:
+        return source
+    cut = _insert(graph, before, _ATEN.slice.Tensor, source, dim, 0, size)
+    cut = _quantized(graph, before, cut, source, source.args[1:])
+    cut.meta["val"] = source.meta["val"].narrow(dim, 0, size)
+    return cut
+
+
+def _quantized(graph: fx.GraphModule, before: fx.Node, node: fx.Node, like: Any, scale: tuple[Any, ...]) -> fx.Node:
+    """Quantize and dequantize ``node`` if ``like``, which it was made from, is dequantized itself."""
+    quantize = like.args[0] if str(like.target) == _DEQUANTIZE else None
+    if not isinstance(quantize, fx.Node) or str(quantize.target) != _QUANTIZE:
+        return node
+    return _insert(graph, before, like.target, _insert(graph, before, quantize.target, node, *scale), *scale)
+
+
+def _insert(graph: fx.GraphModule, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+    with graph.graph.inserting_before(before):
+        return graph.graph.call_function(target, args)
+
+
+def _replaced(graph: fx.GraphModule, node: fx.Node, result: fx.Node) -> bool:
+    """Let a result stand for a node, for which others may look at its shape; True."""
+    result.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(result)
+    graph.graph.erase_node(node)
+    return True
 
 
 def _constant(graph: fx.GraphModule, before: fx.Node, role: str, value: torch.Tensor, like: Any) -> fx.Node:

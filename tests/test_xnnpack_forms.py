@@ -114,6 +114,17 @@ def test_padding_and_activations_that_are_tables_are_int8(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_one_form_may_be_made_of_another(tmp_path: Path, precision: Precision) -> None:
+    """A rewritten operation has a shape for the next one that is rewritten."""
+    functions = [
+        lambda x: x.unsqueeze(2).select(2, -1),
+        lambda x: x * x.mean((2, 3)).unsqueeze(2).split([1, 2], 1)[0].unsqueeze(3),
+        lambda x: torch.cat(x.unsqueeze(1).unbind(2)[::-1], 1),
+    ]
+    written(Chain(*functions), torch.randn(8, 3, 6, 6), precision, tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_what_executorch_cannot_lower_or_run_in_int8(tmp_path: Path, precision: Precision) -> None:
     clamps = [lambda x: x.clamp(-0.5, 0.7), lambda x: x.clamp(min=-0.5), lambda x: x.clamp(max=0.5)]
     activations = [functional.softplus, lambda x: functional.softplus(x, beta=2.0), functional.mish]
