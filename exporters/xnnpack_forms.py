@@ -13,6 +13,7 @@ _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 _DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 
 _POOLS = {_ATEN.avg_pool2d.default, _ATEN.adaptive_avg_pool2d.default}
+_UPSAMPLES = {_ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest2d.default}
 _SQUEEZES = {_ATEN.squeeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN.unsqueeze.default}
 _SPLITS = {_ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.unbind.int}
 
@@ -240,7 +241,35 @@ def _softplus(graph: fx.GraphModule, node: fx.Node) -> bool:
     return _replaced(graph, node, result)
 
 
-_REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split, _clamp, _softplus]
+def _upsample(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Repeat rows and columns by concatenating them to themselves, with the channels last.
+
+    Upsampling to the nearest is a portable kernel otherwise, in float.
+    """
+    if node.target not in _UPSAMPLES:
+        return False
+    source: Any = node.args[0]
+    (batch, channels, height, width), (*_, rows, columns) = _shape(source), _shape(node)
+    tall, wide = rows // height, columns // width
+    if (rows, columns) != (tall * height, wide * width) or not 1 <= tall <= 4 or not 1 <= wide <= 4:
+        return False
+
+    def like_source(value: fx.Node) -> fx.Node:
+        return _quantized(graph, node, value, source, source.args[1:])
+
+    def repeated(value: fx.Node, shape: list[int], times: int) -> fx.Node:
+        # A view for each: XNNPACK is handed concatenations of two different tensors or more.
+        parts = [like_source(_insert(graph, node, _ATEN.view.default, value, shape)) for _ in range(times)]
+        return like_source(_insert(graph, node, _ATEN.cat.default, parts, 2)) if times > 1 else parts[0]
+
+    last = like_source(_insert(graph, node, _ATEN.permute.default, source, [0, 2, 3, 1]))
+    result = repeated(last, [batch, height * width, channels], wide)
+    result = repeated(result, [batch, height, columns * channels], tall)
+    result = like_source(_insert(graph, node, _ATEN.view.default, result, [batch, rows, columns, channels]))
+    return _replaced(graph, node, _insert(graph, node, _ATEN.permute.default, result, [0, 3, 1, 2]))
+
+
+_REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split, _clamp, _softplus, _upsample]
 
 
 def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, size: int) -> fx.Node:

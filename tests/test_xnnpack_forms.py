@@ -114,6 +114,20 @@ def test_padding_and_activations_that_are_tables_are_int8(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_rows_and_columns_are_repeated_inside_the_delegate(tmp_path: Path, precision: Precision) -> None:
+    larger = [nn.Upsample(scale_factor=(3.0, 2.0)), nn.Upsample(size=(18, 32))]
+    artifact = written(Chain(*larger), torch.randn(8, 3, 6, 8), precision, tmp_path)
+    assert artifact.contents.ops["Concatenate3"] == 1
+    assert artifact.contents.ops.get("Convert", 0) == (2 if precision == "int8" else 0)
+
+
+def test_rows_that_are_repeated_unevenly_are_not_written_anew(tmp_path: Path) -> None:
+    made = made_of(Chain(nn.Upsample(size=(9, 8))), torch.randn(8, 3, 6, 8), "fp32")
+    artifact, _ = exported(made, "executorch", tmp_path / "net.pte")
+    assert artifact.contents.undelegated_ops == ("aten::upsample_nearest2d",)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_one_form_may_be_made_of_another(tmp_path: Path, precision: Precision) -> None:
     """A rewritten operation has a shape for the next one that is rewritten."""
     functions = [
