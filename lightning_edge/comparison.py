@@ -53,11 +53,14 @@ class Comparison:
         shapes = [tuple(tensor.shape) for tensor in reference]
         given = [tuple(tensor.shape) for tensor in candidate]
         if shapes != given:
-            raise AgreementError(
-                f"the outputs have shapes {given}, those of the network it came from {shapes}. A file runs one sample "
-                "at a time and its outputs are joined: what the network gives once for a whole batch, such as a mean "
-                "over it, cannot be among its outputs"
+            why = (
+                "The target's converter made something else of an operation. Write that in another way, or leave the "
+                "target out"
+                if [shape[:1] for shape in shapes] == [shape[:1] for shape in given]
+                else "A file runs one sample at a time and its outputs are joined: what the network gives once for a "
+                "whole batch, such as a mean over it, cannot be among its outputs"
             )
+            raise AgreementError(f"the outputs have shapes {given}, those of the network it came from {shapes}. {why}")
         if self._scales and len(self._scales) != len(shapes):
             raise AgreementError(f"{len(self._scales)} output scales for {len(shapes)} outputs; give one for each")
         if not self._outputs:
