@@ -95,6 +95,8 @@ def parse(data: bytes) -> Iterator[Any]:
             continue
         _, length, kind = _HEADER.unpack_from(data, position)
         position += _HEADER.size
+        if position + length > len(data):  # it is being written
+            return
         payload += data[position : position + length]
         position += length
         if kind in (1, 4):  # a whole record, or the last part of one
