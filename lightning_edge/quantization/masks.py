@@ -100,7 +100,7 @@ def added_mask(graph: GraphModule, mask: Node) -> Tensor | None:
     if value is None:
         return None
     if value.dtype == torch.bool:
-        value = torch.zeros(value.shape).masked_fill_(~value, _MASKED)
+        value = torch.zeros(value.shape, device=value.device).masked_fill_(~value, _MASKED)
     added = value.clamp(min=_MASKED)
     return None if bool((added <= -_HUGE).all(-1).any()) else added
 
