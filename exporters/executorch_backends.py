@@ -56,8 +56,9 @@ def program_of(network: Deployable, backend: Backend) -> Any:
         network.graph = float_layers.apart_for_xnnpack(network.graph)
     program = network.program()
     # XNNPACK and Vulkan have a mean over height and width in that form alone.
-    forms = backend in ("xnnpack", "vulkan")
-    return xnnpack_forms.in_its_forms(program, vulkan=backend == "vulkan") if forms else program
+    if backend in ("xnnpack", "vulkan"):
+        program = xnnpack_forms.in_its_forms(program, vulkan=backend == "vulkan")
+    return program
 
 
 def passes(backend: Backend) -> list[Any] | None:

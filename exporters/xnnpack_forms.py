@@ -60,7 +60,7 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
     readers = list(node.users)
     if len(readers) == 1 and str(readers[0].target) == _QUANTIZE:
         # The mean needs its own quantizers, or it is no int8 operation; the same ones, so nothing is rounded twice.
-        kept = _quantized(graph, node, kept, source, readers[0].args[1:])
+        kept = _quantized(graph, node, kept, source, scale=readers[0].args[1:])
     flat = _insert(graph, node, _ATEN.view.default, kept, list(_shape(node)))
     return _replaced(graph, node, flat)
 
@@ -68,12 +68,9 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
 def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.Node:
     """Give tokens (batch, tokens, channels) as an image of one column, in their quantization."""
     batch, count, channels = _shape(tokens)
-    scale = tokens.args[1:]
     column = _insert(graph, before, _ATEN.view.default, tokens, [batch, count, 1, channels])
-    image = _insert(
-        graph, before, _ATEN.permute.default, _quantized(graph, before, column, tokens, scale), [0, 3, 1, 2]
-    )
-    return _quantized(graph, before, image, tokens, scale)
+    column = _quantized(graph, before, column, tokens)
+    return _quantized(graph, before, _insert(graph, before, _ATEN.permute.default, column, [0, 3, 1, 2]), tokens)
 
 
 def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -130,9 +127,8 @@ def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
 
     def mean(value: Any) -> fx.Node:
         image = _insert(graph, node, _ATEN.view.default, value, [batch, count, 1, channels])
-        return _insert(
-            graph, node, _ATEN.view.default, _insert(graph, node, _ATEN.mean.dim, image, [-1, -2], True), [*others, 1]
-        )
+        kept = _insert(graph, node, _ATEN.mean.dim, image, [-1, -2], True)
+        return _insert(graph, node, _ATEN.view.default, kept, [*others, 1])
 
     centred = _insert(graph, node, _ATEN.sub.Tensor, source, mean(source))
     variance = mean(_insert(graph, node, _ATEN.mul.Tensor, centred, centred))
@@ -198,8 +194,7 @@ def _split(graph: fx.GraphModule, node: fx.Node) -> bool:
 def _taken(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, index: Any) -> fx.Node:
     """Give one of a dimension without that, in the quantization of what it is taken from."""
     start = index % _shape(source)[dim]
-    kept = _insert(graph, before, _ATEN.slice.Tensor, source, dim, start, start + 1)
-    kept = _quantized(graph, before, kept, source, source.args[1:])
+    kept = _sliced(graph, before, source, dim, start, start + 1)
     return _insert(graph, before, _ATEN.view.default, kept, list(_shape(before)))
 
 
@@ -255,7 +250,7 @@ def _upsample(graph: fx.GraphModule, node: fx.Node) -> bool:
         return False
 
     def like_source(value: fx.Node) -> fx.Node:
-        return _quantized(graph, node, value, source, source.args[1:])
+        return _quantized(graph, node, value, source)
 
     def repeated(value: fx.Node, shape: list[int], times: int) -> fx.Node:
         # A view for each: XNNPACK is handed concatenations of two different tensors or more.
@@ -276,14 +271,21 @@ def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, si
     """Cut rows that the pool leaves out, in the quantization of what they are cut from."""
     if _shape(source)[dim] == size:
         return source
-    cut = _insert(graph, before, _ATEN.slice.Tensor, source, dim, 0, size)
-    cut = _quantized(graph, before, cut, source, source.args[1:])
+    cut = _sliced(graph, before, source, dim, 0, size)
     cut.meta["val"] = source.meta["val"].narrow(dim, 0, size)
     return cut
 
 
-def _quantized(graph: fx.GraphModule, before: fx.Node, node: fx.Node, like: Any, scale: tuple[Any, ...]) -> fx.Node:
-    """Quantize and dequantize ``node`` if ``like``, which it was made from, is dequantized itself."""
+def _sliced(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, start: int, stop: int) -> fx.Node:
+    """Give part of a dimension, in the quantization of what it is taken from."""
+    return _quantized(graph, before, _insert(graph, before, _ATEN.slice.Tensor, source, dim, start, stop), source)
+
+
+def _quantized(
+    graph: fx.GraphModule, before: fx.Node, node: fx.Node, like: Any, scale: tuple[Any, ...] | None = None
+) -> fx.Node:
+    """Quantize and dequantize ``node`` if ``like``, which it was made from, is dequantized itself; with its scale."""
+    scale = like.args[1:] if scale is None else scale
     quantize = like.args[0] if str(like.target) == _DEQUANTIZE else None
     if not isinstance(quantize, fx.Node) or str(quantize.target) != _QUANTIZE:
         return node

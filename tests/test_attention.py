@@ -218,7 +218,9 @@ def written(target: str, folder: Path, mask: str = "", **options: Any) -> Artifa
 
 @pytest.mark.parametrize(
     ("target", "mask"),
-    [(target, "causal") for target in sorted(INT8_PRODUCTS)] + [("onnx", ""), ("tflite", "")],
+    [(target, "causal") for target in sorted(INT8_PRODUCTS)]
+    + [("onnx", ""), ("tflite", "")]
+    + [pytest.param(name, "", marks=pytest.mark.slow) for name in ("coreml", "executorch")],
 )
 def test_products_are_int8_or_between_int8_values(target: str, mask: str, tmp_path: Path) -> None:
     artifact = written(target, tmp_path, mask)

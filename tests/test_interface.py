@@ -100,9 +100,12 @@ def test_images_may_have_their_channels_last(folder: Path, name: str, precision:
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_channels_last_leaves_nothing_more_outside_the_delegate(folder: Path, name: str, precision: Precision) -> None:
+@pytest.mark.parametrize("model", ["two_inputs", pytest.param("residual", marks=pytest.mark.slow)])
+def test_channels_last_leaves_nothing_more_outside_the_delegate(
+    folder: Path, model: str, name: str, precision: Precision
+) -> None:
     last, first = (
-        written(folder, "two_inputs", name, precision, Interface(layout=layout)).contents for layout in ("nhwc", "nchw")
+        written(folder, model, name, precision, Interface(layout=layout)).contents for layout in ("nhwc", "nchw")
     )
     assert last.undelegated_ops == first.undelegated_ops
     assert (last.float_compute_ops, last.float_ops) == (first.float_compute_ops, first.float_ops)

@@ -134,7 +134,8 @@ class TestSkip:
     @pytest.mark.parametrize(
         ("target", "skip"),
         [(target, ["branch", "head"]) for target in ("executorch", "coreml", "tflite", "onnx")]
-        + [("onnx", ["shortcut"])],
+        + [("onnx", ["shortcut"])]
+        + [pytest.param(name, ["shortcut"], marks=pytest.mark.slow) for name in ("executorch", "coreml", "tflite")],
         ids=str,
     )
     def test_it_rides_through_every_exporter(self, target: str, skip: list[str], tmp_path: Path) -> None:
