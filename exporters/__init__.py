@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters import checks, schemes
+from lightning_edge.exporters.agreement import agreement_of, check_agreement, check_batches, rounding_of
 from lightning_edge.exporters.base import Artifact, Contents, Runner, Target
 from lightning_edge.exporters.calls import TensorSpec
 from lightning_edge.exporters.checks import ExportWarning
@@ -194,7 +195,7 @@ def stage(
         checks.check_fallback(contents.placements, max_fallback, target)
         artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
         checks.tell_not_run(artifact)
-        checks.check_batches(network, artifact)
+        check_batches(network, artifact)
         floor = floor_bytes(network, scheme, sparse=bool(options.get("sparse_weights")))
         return Staged(network, replace(artifact, floor_bytes=floor), place)
     except BaseException:
@@ -256,10 +257,12 @@ def export(
     with stage(model, target, path, inputs=inputs, **running, **options) as staged:
         if staged.artifact.not_run is not None:
             return staged.accept()
-        agreement = checks.agreement_of(staged.network, staged.artifact, batches)
+        compared = staged.network, staged.artifact
+        calls = None if batches is None else list(batches)
+        agreement = agreement_of(*compared, calls)
         scheme = options.get("scheme")
         allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
-        checks.check_agreement(staged.network, staged.artifact, agreement, allowed)
+        check_agreement(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
         return replace(staged.accept(), agreement=agreement)
 
 

@@ -1,4 +1,4 @@
-"""Hold a written file against the network it was written from."""
+"""What a written file must hold, from its own contents and those of the network it was written from."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_edge.anatomy import Placements
-from lightning_edge.comparison import Comparison
-from lightning_edge.errors import AgreementError, ExportError
-from lightning_edge.exporters.base import Artifact, Contents, sort_keywords
-from lightning_edge.exporters.calls import stack
-from lightning_edge.exporters.divergence import explanation
-from lightning_edge.exporters.exact import exact
+from lightning_edge.errors import ExportError
+from lightning_edge.exporters.base import Artifact, Contents
 from lightning_edge.exporters.graphs import CLIPS, VIEWS, operation
-from lightning_edge.measure import Agreement, Tolerance
-from lightning_edge.network import Deployable, Inputs, flatten_outputs
+from lightning_edge.network import Deployable
 
 
 class ExportWarning(UserWarning):
@@ -232,76 +227,6 @@ def activation_bits(graph: torch.nn.Module) -> set[int]:
         return set()
     nodes = [node for node in graph.graph.nodes if operation(node) == "quantize_per_tensor"]
     return {torch.iinfo(node.args[5]).bits for node in nodes}
-
-
-def agreement_of(network: Deployable, artifact: Artifact, batches: Iterable[Any] | None = None) -> Agreement:
-    """Compare a file's outputs with the network's.
-
-    Args:
-        network: What was exported; an int8 one is held to its exact values, see `exact`.
-        artifact: The file.
-        batches: Inputs of the network, each what `Inputs.of` reads; ``None`` for the network's own sample.
-    """
-    network = exact(network)
-    comparison = Comparison(network.output_scales if network.precision == "int8" else ())
-    for batch in [network.inputs] if batches is None else batches:
-        inputs = sort_keywords(Inputs.of(batch)).map(
-            lambda tensor: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()
-        )
-        inputs = artifact.sees(inputs)
-        comparison.update(reference_outputs(network, inputs), artifact(*inputs.args, **inputs.kwargs))
-    return comparison.result()
-
-
-def reference_outputs(network: Deployable, inputs: Inputs) -> list[Tensor]:
-    """Run the network itself and flatten its outputs, batch first as `Artifact` gives them."""
-    with torch.no_grad():
-        outputs = flatten_outputs(network(*inputs.args, **inputs.kwargs))
-        size = inputs.batch_size
-        if all(output.dim() and output.shape[0] == size for output in outputs):
-            return outputs
-        # An output without batch dimension, such as a mean over it, means something else for one sample.
-        samples = [inputs.sample(start) for start in range(size)]
-        return stack([flatten_outputs(network(*sample.args, **sample.kwargs)) for sample in samples])
-
-
-def check_batches(network: Deployable, artifact: Artifact) -> None:
-    """Make sure that a file for several samples a call gives for as many as it takes what it gives for one.
-
-    Raises:
-        AgreementError: If it does not.
-        RunnerError: If it fails to run on one sample, or on as many as it takes.
-    """
-    most = artifact.contents.interface.max_batch
-    if most == 1:
-        return
-    one = artifact.sees(sort_keywords(network.inputs))
-    alone, together = (artifact.run(inputs.tensors) for inputs in (one, one.repeated(most)))
-    comparison = Comparison(network.output_scales if network.precision == "int8" else ())
-    comparison.update([output.repeat_interleave(most, 0) for output in alone], together)
-    if violations := Tolerance().violations(comparison.result(), network.precision, network.output_names()):
-        raise AgreementError(
-            f"{artifact.target}: {artifact.path.name} gives something else for {most} samples in a call than for one: "
-            f"{'; '.join(violations)}. Nothing was written. Leave max_batch out of the Interface."
-        )
-
-
-def check_agreement(network: Deployable, artifact: Artifact, agreement: Agreement, tolerance: Tolerance) -> None:
-    """Make sure that the file computes what the network does.
-
-    Raises:
-        AgreementError: If it lies outside the tolerance; the message holds the figures.
-    """
-    if not tolerance.violations(agreement, network.precision):
-        return
-    violations = tolerance.violations(agreement, network.precision, network.output_names())
-    if violations:
-        raise AgreementError(
-            f"{artifact.target}: {artifact.path.name} computes something else than the network it came from: "
-            f"{'; '.join(violations)} (over {agreement.samples} samples). Nothing was written. "
-            f"{explanation(network, artifact)}. Keep the layer that differs in float (skip=[...] of Quantize or "
-            "quantize) or leave the target out; if you accept the differences, state a wider tolerance=Tolerance(...)."
-        )
 
 
 def _is_dequantized(value: Any) -> bool:

@@ -17,28 +17,14 @@ from torch import nn
 from lightning_edge.budget import Budget
 from lightning_edge.comparison import Comparison
 from lightning_edge.errors import BudgetError, EdgeError, ExportError
-from lightning_edge.exporters import (
-    TARGETS,
-    check_options,
-    checks,
-    deployable,
-    options_of,
-    schemes,
-    stage,
-)
+from lightning_edge.exporters import TARGETS, check_options, checks, deployable, options_of, schemes, stage
 from lightning_edge.exporters import target as target_module
+from lightning_edge.exporters.agreement import check_agreement
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.exporters.exact import exact
 from lightning_edge.exporters.isolated import peak_memory_bytes, timed_call
 from lightning_edge.interface import Interface
-from lightning_edge.measure import (
-    Timing,
-    Tolerance,
-    interleaved_latency,
-    module_bytes,
-    parameter_count,
-    stopwatch,
-)
+from lightning_edge.measure import Timing, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
 from lightning_edge.monitor import Monitor, choose
 from lightning_edge.network import Deployable, Inputs, Precision
 from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
@@ -317,7 +303,15 @@ class _Evaluation:
                 agreement = comparison.result()
                 memory = peak_memory_bytes(staged.artifact)
                 row = compared(replace(row, metrics=metrics, peak_memory_bytes=memory), agreement)
-                checks.check_agreement(network, staged.artifact, agreement, self._tolerance_of(options))
+                with recorded() as caught:
+                    check_agreement(
+                        network,
+                        staged.artifact,
+                        agreement,
+                        self._tolerance_of(options),
+                        lambda: reference.rounding(network, self._validation.run, staged.artifact.sees),
+                    )
+                self._warnings += [f"{row.label}: {warning}" for warning in caught]
                 artifact = staged.accept()
             row = replace(row, path=artifact.path.name, sha256=digest(artifact.path))
             if not artifact.runner.is_reference:

@@ -14,6 +14,8 @@ from lightning_edge.network import Precision
 
 # Steps come from outputs in float32, and three of them come to 3.000001.
 _ROUNDING_STEPS = 1e-3
+# What any value of an int8 file may lie off by, where the network itself is not further from itself.
+_MAX_STEPS = 3.0
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class Tolerance:
     """How far an exported file may lie from the network it came from; what is said of int8 holds for every output.
 
     A runtime rounds some values to the neighboring step, and later layers amplify that. The mean and the bulk of the
-    values do not depend on how many samples are looked at; the largest difference of all grows with them and says
-    little of a large set, so that its limit is a wide one, for what the others do not see: one class of a thousand.
+    values do not depend on how many samples are looked at; the largest difference of all grows with them, and is there
+    for what the others do not see: one class of a thousand.
 
     Attributes:
-        max_steps: int8: largest difference of any output value, in quantization steps of that output.
+        max_steps: int8: largest difference of any output value, in quantization steps of that output. ``None`` for 3,
+            or for what the network's own rounding moves that output by on the same samples, if that is more: how far
+            it lies in float32, as it was trained, from itself in float64.
         mean_steps: int8: mean difference, in quantization steps.
         top1: Smallest share of samples whose largest output is the same class; ``None`` if the outputs are no classes.
         max_relative: fp32: largest difference over the largest absolute output.
@@ -36,7 +40,7 @@ class Tolerance:
         ValueError: If a value is negative or not a number, or ``top1`` is above 1.
     """
 
-    max_steps: float = 8.0
+    max_steps: float | None = None
     mean_steps: float = 0.6
     top1: float | None = 0.98
     max_relative: float = 1e-3
@@ -45,24 +49,28 @@ class Tolerance:
     def __post_init__(self) -> None:
         for name in ("max_steps", "mean_steps", "max_relative", "most_steps"):
             value = getattr(self, name)
-            if not value >= 0:
+            if value is not None and not value >= 0:
                 raise ValueError(f"Tolerance({name}={value!r}) is not allowed; give a number of 0 or more")
         if self.top1 is not None and not 0 <= self.top1 <= 1:
             raise ValueError(f"Tolerance(top1={self.top1!r}) is not allowed; give a share from 0 to 1, or None")
 
-    def violations(self, agreement: Agreement, precision: Precision, names: Sequence[str] = ()) -> list[str]:
+    def violations(
+        self, agreement: Agreement, precision: Precision, names: Sequence[str] = (), rounding: Agreement | None = None
+    ) -> list[str]:
         """Say in one line each what lies outside this tolerance; an empty list if nothing does.
 
         Args:
             agreement: What was found.
             precision: Precision of the network.
             names: Names of the outputs; their positions where there are none.
+            rounding: What the network's own rounding moves its outputs by, where it was looked at.
         """
         found = []
         for position, output in enumerate(agreement.outputs):
             name = names[position] if position < len(names) else str(position)
             at = f"output {name!r}: " if len(agreement.outputs) > 1 else ""
-            found += [f"{at}{line}" for line in self._of_output(output, precision)]
+            own = None if rounding is None else rounding.outputs[position].max_steps
+            found += [f"{at}{line}" for line in self._of_output(output, precision, own)]
         if self.top1 is not None and agreement.top1 is not None and not agreement.top1 >= self.top1:
             found.append(
                 f"same top class for {agreement.top1:.2%} of {agreement.samples} samples, allowed from {self.top1:.2%}"
@@ -70,11 +78,14 @@ class Tolerance:
             )
         return found
 
-    def _of_output(self, output: OutputAgreement, precision: Precision) -> list[str]:
+    def _of_output(self, output: OutputAgreement, precision: Precision, own: float | None) -> list[str]:
         found = []
         if precision == "int8":
+            largest = max(_MAX_STEPS, own if own is not None else _MAX_STEPS)
+            if self.max_steps is not None:
+                largest = self.max_steps
             for said, value, limit in (
-                ("largest difference", output.max_steps, self.max_steps),
+                ("largest difference", output.max_steps, largest),
                 ("difference of all but 0.1 % of the values", output.most_steps, self.most_steps),
                 ("mean difference", output.mean_steps, self.mean_steps),
             ):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_edge.comparison import Comparison
+from lightning_edge.measure import Agreement
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 
 # Outputs of a whole validation set are small for classes and large for images; beyond this they are computed again.
@@ -78,6 +79,28 @@ class Reference:
             return _in_structure(outputs, expected)
 
         return answer
+
+    def rounding(
+        self,
+        network: Deployable,
+        run: Callable[[Callable[..., Any]], object],
+        sees: Callable[[Inputs], Inputs] | None = None,
+    ) -> Agreement:
+        """Find what an int8 network's own rounding moves its outputs by, this being its exact form.
+
+        Args:
+            network: The network in float32, as it was trained.
+            run: Makes a pass over the data, given what answers calls.
+            sees: As for `answers`.
+        """
+        comparison = Comparison(network.output_scales, class_scores=False)
+
+        def as_trained(*args: Any, **kwargs: Any) -> list[Tensor]:
+            with torch.no_grad():
+                return flatten_outputs(network(*args, **kwargs))
+
+        run(self.answers(as_trained, comparison, sees))
+        return comparison.result()
 
     def _outputs(self, index: int, inputs: Inputs) -> Any:
         key = checksum(inputs)

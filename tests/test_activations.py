@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from lightning_edge import exporters
 from lightning_edge.exporters import checks
+from lightning_edge.exporters.agreement import agreement_of
 from lightning_edge.network import Deployable, Inputs
 from lightning_edge.quantization import Quantize, attach, calibrate, convert, quantize, quantized_forward
 from lightning_edge.quantization.capture import capture
@@ -122,7 +123,7 @@ def test_nothing_computes_in_float_and_values_agree(name: str, target: str, tmp_
         contents = staged.artifact.contents
         assert contents.float_compute_ops == ()
         assert contents.float_ops == ()
-        agreement = checks.agreement_of(staged.network, staged.artifact, [Inputs.of(images(8))])
+        agreement = agreement_of(staged.network, staged.artifact, [Inputs.of(images(8))])
     assert agreement.max_steps is not None
     assert agreement.max_steps <= 1.01
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ import torch
 from deployables import batches, network
 from torch import Tensor, nn
 
+from lightning_edge.comparison import Comparison
 from lightning_edge.errors import AgreementError
-from lightning_edge.exporters import Artifact, checks, deployable, export, load, tflite_graph
+from lightning_edge.exporters import Artifact, ExportWarning, deployable, export, load, tflite_graph
+from lightning_edge.exporters.agreement import agreement_of, check_agreement, rounding_of
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.exporters.divergence import Divergence, Intermediate, explanation, first_divergence
+from lightning_edge.exporters.exact import exact
 from lightning_edge.exporters.mil import Constant
 from lightning_edge.exporters.mlpackage import read
 from lightning_edge.measure import Tolerance
 from lightning_edge.network import Deployable, Inputs
 from lightning_edge.quantization import quantize
+from lightning_edge.reference import Reference
 
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("litert_torch")
@@ -80,13 +85,55 @@ def test_the_layer_with_the_fault_is_named(
     good: Artifact, layers: Deployable, images: list[Tensor], tmp_path: Path, what: str, layer: int, name: str
 ) -> None:
     artifact = damaged(good, tmp_path / "bad.tflite", what, layer)
-    agreement = checks.agreement_of(layers, artifact, images)
+    agreement = agreement_of(layers, artifact, images)
     says = (
         rf"tflite: bad\.tflite computes something else .* quantization steps, allowed .* The first layer that differs "
         rf"is '{name}' \((CONV_2D|FULLY_CONNECTED) \d+ in the file\): .* Keep the layer that differs in float .*toler"
     )
     with pytest.raises(AgreementError, match=says):
-        checks.check_agreement(layers, artifact, agreement, Tolerance())
+        check_agreement(layers, artifact, agreement, Tolerance(), lambda: rounding_of(layers, artifact, images))
+
+
+def test_what_the_own_rounding_of_a_network_moves_is_accepted_and_told(
+    good: Artifact, layers: Deployable, images: list[Tensor]
+) -> None:
+    found = agreement_of(layers, good, images)
+    (output,) = found.outputs
+    found = replace(found, outputs=(replace(output, max_steps=5.0),))
+    own = replace(found, outputs=(replace(output, max_steps=6.0),))
+    with pytest.warns(ExportWarning, match=r"lies 5 quantization steps off\. .* between float32 and float64 by 6\."):
+        check_agreement(layers, good, found, Tolerance(), lambda: own)
+    with pytest.raises(AgreementError, match="largest difference 5 quantization steps, allowed 3"):
+        check_agreement(layers, good, found, Tolerance(), lambda: agreement_of(layers, good, images))
+    with pytest.raises(AgreementError, match="largest difference 5 quantization steps, allowed 4"):
+        check_agreement(layers, good, found, Tolerance(max_steps=4.0), lambda: own)
+
+
+def test_the_own_rounding_is_that_of_float32_against_the_exact_values(
+    good: Artifact, layers: Deployable, images: list[Tensor]
+) -> None:
+    wanted = Comparison(layers.output_scales)
+    for batch in images:
+        wanted.update([exact(layers)(batch)], [layers(batch)])
+    found = rounding_of(layers, good, images)
+    assert found == wanted.result()
+
+    def run(answer: Callable[..., Any]) -> None:
+        for batch in images:
+            answer(batch)
+
+    reference = Reference(exact(layers))
+    assert reference.rounding(layers, run) == replace(found, top1=None)
+
+    class Rounder(nn.Module):
+        """The network as it would be if float32 moved its outputs by four steps."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            (scale,) = layers.output_scales
+            shifted: Tensor = layers.graph(x) + 4 * (scale or 0.0)
+            return shifted
+
+    assert reference.rounding(layers.with_graph(Rounder()), run).max_steps == pytest.approx(4.0, abs=1.0)
 
 
 def test_a_good_file_diverges_nowhere(good: Artifact, layers: Deployable) -> None:

@@ -337,6 +337,19 @@ def test_tolerance_is_the_users(stub: Stub, tmp_path: Path) -> None:
     assert evaluate(tmp_path, tolerance=Tolerance(max_relative=1e9)).failures == []
 
 
+def test_a_file_as_far_off_as_the_own_rounding_of_the_network_is_kept_and_told(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The stub's file is the network in float32, so that it lies as far off as that; here nothing is near enough.
+    monkeypatch.setattr("lightning_edge.measure._MAX_STEPS", -1.0)
+    report = evaluate(tmp_path, calibration=calibration, fp32_files=False)
+    assert report.failures == []
+    assert [warning for warning in report.warnings if "own rounding moves it as far" in warning]
+    stub.offset = 0.5
+    (failed,) = evaluate(tmp_path, calibration=calibration, fp32_files=False).failures
+    assert "largest difference" in str(failed.error)
+
+
 @pytest.mark.parametrize("refusal", [ExportError("no such operation"), MemoryError("out of memory")])
 def test_target_that_fails_does_not_stop_the_others(
     stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Exception

@@ -13,7 +13,8 @@ from deployables import batches, exported, module, network, weight_count
 from torch import Tensor, nn
 
 from lightning_edge.errors import ExportError, RunnerError
-from lightning_edge.exporters import Artifact, checks, deployable, export, load, pte
+from lightning_edge.exporters import Artifact, deployable, export, load, pte
+from lightning_edge.exporters.agreement import agreement_of, reference_outputs
 from lightning_edge.network import Precision
 from lightning_edge.quantization import quantize
 
@@ -58,7 +59,7 @@ def test_weight_bytes_are_those_of_the_network(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(("name", "precision"), [("residual", "int8"), ("pooled", "int8"), ("attention", "int8")])
 def test_outputs_lie_within_steps_of_the_network(folder: Path, name: str, precision: Precision) -> None:
     artifact, _ = written(folder, name, precision)
-    agreement = checks.agreement_of(network(name, precision), artifact, batches(name))
+    agreement = agreement_of(network(name, precision), artifact, batches(name))
     assert agreement.samples == 16
     assert agreement.max_steps is not None
     assert agreement.max_steps <= 2
@@ -69,7 +70,7 @@ def test_float_outputs_are_those_of_the_network(folder: Path, name: str) -> None
     artifact, _ = written(folder, name, "fp32")
     inputs = batches(name)[0]
     for output, wanted in zip(
-        artifact(*inputs.args, **inputs.kwargs), checks.reference_outputs(network(name, "fp32"), inputs), strict=True
+        artifact(*inputs.args, **inputs.kwargs), reference_outputs(network(name, "fp32"), inputs), strict=True
     ):
         torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
 

@@ -30,6 +30,7 @@ from lightning_edge.exporters import (
     target,
     tflite,
 )
+from lightning_edge.exporters.agreement import reference_outputs
 from lightning_edge.exporters.base import Contents
 from lightning_edge.exporters.file_form import in_file_form
 from lightning_edge.exporters.staging import StagedPath
@@ -408,7 +409,7 @@ def test_load_gives_what_export_gave(exported: Path) -> None:
     artifact = load(exported)
     assert (artifact.target, artifact.precision, artifact.path) == ("tflite", "int8", exported)
     inputs = batches(SMALL)[0]
-    expected = checks.reference_outputs(network(SMALL, "int8"), inputs)
+    expected = reference_outputs(network(SMALL, "int8"), inputs)
     for output, wanted, scale in zip(
         artifact(**inputs.kwargs), expected, network(SMALL, "int8").output_scales, strict=True
     ):

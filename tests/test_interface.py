@@ -13,7 +13,8 @@ from deployables import batches, network
 from torch import Tensor, nn
 
 from lightning_edge import Interface
-from lightning_edge.exporters import TARGETS, Artifact, ExportWarning, checks, contents_of, export, front, load, target
+from lightning_edge.exporters import TARGETS, Artifact, ExportWarning, contents_of, export, front, load, target
+from lightning_edge.exporters.agreement import reference_outputs
 from lightning_edge.network import Precision
 
 NAMED = Interface(inputs=("picture", "extra"), outputs=("logits", "hidden"), layout="nhwc")
@@ -92,7 +93,7 @@ def test_images_may_have_their_channels_last(folder: Path, name: str, precision:
     again = load(artifact.path, isolated=False)
     assert [spec.shape for spec in again.inputs] == [(1, 3, 8, 8), (1, 4)]
     inputs = batches("two_inputs")[0]
-    wanted = checks.reference_outputs(network("two_inputs", precision), inputs)
+    wanted = reference_outputs(network("two_inputs", precision), inputs)
     step = max(scale or 0.0 for scale in (*network("two_inputs", precision).output_scales, 0.0))
     for output, reference in zip(again(*inputs.args, **inputs.kwargs), wanted, strict=True):
         torch.testing.assert_close(output, reference, rtol=0.0, atol=2.01 * step or 1e-5)

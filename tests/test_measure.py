@@ -114,7 +114,7 @@ def test_nothing_compared_is_an_error() -> None:
 
 
 def test_agreement_at_the_limits_is_no_violation() -> None:
-    limit = agreed(0.98, max_steps=8.0, mean_steps=0.6, most_steps=3.0000007, max_relative=1e-3)
+    limit = agreed(0.98, max_steps=3.0000007, mean_steps=0.6, most_steps=3.0000007, max_relative=1e-3)
     assert Tolerance().violations(limit, "int8") == []
     assert Tolerance().violations(limit, "fp32") == []
 
@@ -122,12 +122,11 @@ def test_agreement_at_the_limits_is_no_violation() -> None:
 @pytest.mark.parametrize(
     ("precision", "found", "says"),
     [
-        ("int8", agreed(max_steps=8.5, mean_steps=0.1, most_steps=2.0), "8.5 quantization steps, allowed 8"),
-        ("int8", agreed(max_steps=4.0, mean_steps=0.7, most_steps=2.0), "mean difference 0.7"),
-        ("int8", agreed(max_steps=8.0, mean_steps=0.1, most_steps=4.0), "all but 0.1 % of the values 4 quantization"),
+        ("int8", agreed(max_steps=3.5, mean_steps=0.1, most_steps=2.0), "3.5 quantization steps, allowed 3"),
+        ("int8", agreed(max_steps=3.0, mean_steps=0.7, most_steps=2.0), "mean difference 0.7"),
         (
             "int8",
-            agreed(0.5, max_steps=4.0, mean_steps=0.1, most_steps=2.0),
+            agreed(0.5, max_steps=3.0, mean_steps=0.1, most_steps=2.0),
             "50.00% of 9 samples, allowed from 98.00%",
         ),
         ("int8", agreed(None, max_relative=0.1), "0.1 of the largest output"),
@@ -140,6 +139,23 @@ def test_each_limit_is_held(precision: str, found: Agreement, says: str) -> None
     assert says in violations[0]
 
 
+def test_the_own_rounding_of_an_output_widens_its_limit_for_single_values_only() -> None:
+    def two(*largest: float, most: float = 2.0) -> Agreement:
+        outputs = [OutputAgreement(max_steps=steps, mean_steps=0.1, most_steps=most) for steps in largest]
+        return Agreement(9, 1.0, tuple(outputs))
+
+    found = two(5.0, 2.0)
+    assert Tolerance().violations(found, "int8") == ["output '0': largest difference 5 quantization steps, allowed 3"]
+    assert Tolerance().violations(found, "int8", rounding=two(5.0, 0.0)) == []
+    # Of another output it says nothing, and of what lies further off not enough.
+    assert Tolerance().violations(found, "int8", rounding=two(1.0, 9.0)) == Tolerance().violations(found, "int8")
+    assert "difference 5 quantization steps, allowed 4" in Tolerance().violations(found, "int8", (), two(4.0, 0.0))[0]
+    (bulk,) = Tolerance().violations(two(5.0, most=4.0), "int8", (), two(8.0, most=8.0))
+    assert "all but 0.1 % of the values 4 quantization steps, allowed 3" in bulk
+    # A limit that the user states holds.
+    assert len(Tolerance(max_steps=4.0).violations(found, "int8", rounding=two(5.0, 0.0))) == 1
+
+
 def test_the_output_that_is_off_is_named() -> None:
     # Over both outputs the mean would be 0.5: a large output that is right hid a small one that is not.
     comparison = Comparison([0.5, 10.0])
@@ -148,7 +164,7 @@ def test_the_output_that_is_off_is_named() -> None:
     assert [output.mean_steps for output in found.outputs] == [0.0, 5.0]
     assert (found.max_steps, found.mean_steps, found.most_steps) == (5.0, 5.0, 5.0)
     violations = Tolerance().violations(found, "int8", ["scores", "boxes"])
-    assert len(violations) == 2
+    assert len(violations) == 3
     assert all(violation.startswith("output 'boxes': ") for violation in violations)
     assert Tolerance().violations(found, "int8")[0].startswith("output '1': ")
 

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Quantize
 from lightning_edge.errors import ExportError, MissingExtraError, RunnerError
-from lightning_edge.exporters import Artifact, checks, export, load
+from lightning_edge.exporters import Artifact, export, load
+from lightning_edge.exporters.agreement import agreement_of, reference_outputs
 from lightning_edge.exporters.onnx import open_openvino, sums_overflow
 from lightning_edge.measure import Timing
 from lightning_edge.network import Precision
@@ -64,7 +65,7 @@ def test_an_int8_file_runs_on_int8_kernels_throughout(folder: Path, name: str) -
     run = kernels(artifact.path)
     assert {"Conv", "Gemm", "MatMul", "Add", "Pad", "Relu", "ReduceMean"}.isdisjoint(run)
     assert run["QLinearConv"] == contents.ops["Conv"]
-    steps = checks.agreement_of(network(name, "int8"), artifact, batches(name)).max_steps
+    steps = agreement_of(network(name, "int8"), artifact, batches(name)).max_steps
     assert steps is not None
     assert steps < 1.5
 
@@ -76,7 +77,7 @@ def test_float_outputs_are_those_of_the_network(folder: Path, name: str) -> None
     assert artifact.precision == "fp32"
     inputs = batches(name)[0]
     for output, wanted in zip(
-        artifact(*inputs.args, **inputs.kwargs), checks.reference_outputs(network(name, "fp32"), inputs), strict=True
+        artifact(*inputs.args, **inputs.kwargs), reference_outputs(network(name, "fp32"), inputs), strict=True
     ):
         torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
 

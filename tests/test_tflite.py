@@ -13,7 +13,8 @@ from deployables import batches, exported, int8_weight_count, network, weight_co
 from torch import Tensor, nn
 
 from lightning_edge.errors import ExportError
-from lightning_edge.exporters import Artifact, checks, deployable, export, load, tflite_graph
+from lightning_edge.exporters import Artifact, deployable, export, load, tflite_graph
+from lightning_edge.exporters.agreement import agreement_of, reference_outputs
 from lightning_edge.exporters.base import held_call
 from lightning_edge.network import Deployable, Precision
 from lightning_edge.quantization import quantize
@@ -44,7 +45,7 @@ def ends(path: Path) -> tuple[list[Any], list[Any]]:
 
 
 def steps(name: str, network: Deployable, artifact: Artifact) -> float:
-    largest = checks.agreement_of(network, artifact, batches(name)).max_steps
+    largest = agreement_of(network, artifact, batches(name)).max_steps
     assert largest is not None
     return largest
 
@@ -68,7 +69,7 @@ def test_float_outputs_are_those_of_the_network(folder: Path, name: str) -> None
     assert artifact.precision == "fp32"
     inputs = batches(name)[0]
     for output, wanted in zip(
-        artifact(*inputs.args, **inputs.kwargs), checks.reference_outputs(network(name, "fp32"), inputs), strict=True
+        artifact(*inputs.args, **inputs.kwargs), reference_outputs(network(name, "fp32"), inputs), strict=True
     ):
         torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
 

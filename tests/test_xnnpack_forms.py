@@ -12,7 +12,8 @@ from deployables import exported
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_edge.exporters import Artifact, ExportWarning, checks, deployable, export
+from lightning_edge.exporters import Artifact, ExportWarning, deployable, export
+from lightning_edge.exporters.agreement import agreement_of
 from lightning_edge.network import Deployable, Precision
 from lightning_edge.quantization import quantize
 
@@ -32,7 +33,7 @@ def written(model: nn.Module, inputs: Tensor, precision: Precision, folder: Path
     """A file, held against the network more closely than `export` does."""
     made = made_of(model, inputs, precision)
     artifact, _ = exported(made, "executorch", folder / "net.pte", batches=[inputs])
-    agreement = checks.agreement_of(made, artifact, [inputs])
+    agreement = agreement_of(made, artifact, [inputs])
     if precision == "fp32":
         assert agreement.max_relative < 1e-5
     else:
