@@ -218,12 +218,38 @@ def test_accumulated_gradients_survive_a_switch_in_their_middle() -> None:
     assert all(torch.isfinite(parameter).all() for parameter in user.parameters())
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])
 def test_other_precisions(precision: Any) -> None:
     user = new()
     fit(user, edge(), precision=precision, epochs=3)
     assert is_quantized(user.net)
     assert torch.isfinite(torch.tensor(user.losses)).all()
+    # A file computes in float32 between its integers, whatever the network was trained in.
+    images, _ = next(iter(data()))
+    converted = convert(user)
+    assert all(value.dtype is not torch.float64 for value in converted.state_dict().values())
+    found, expected = converted(images), user.float().eval().predict(images)
+    assert found.dtype is torch.float32
+    (scale,) = converted.output_scales
+    assert scale is not None
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.01 * scale)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_ranges_stay_in_float32_in_other_precisions_and_resume_exactly(tmp_path: Path, precision: Any) -> None:
+    whole = new()
+    fit(whole, edge(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), precision=precision)
+    resumed = new()
+    fit(resumed, edge(), ckpt_path=tmp_path / "epoch=2.ckpt", precision=precision)
+    expected, found = whole.state_dict(), resumed.state_dict()
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        # Lightning loads a checkpoint while the network is still float32, which loses digits of doubles.
+        assert precision == "64-true" or torch.equal(found[name], value), name
+    scales = [value.dtype for name, value in found.items() if name.endswith(("scale", "min_val", "max_val"))]
+    assert scales
+    assert set(scales) == {torch.float32}
 
 
 def test_checkpoints_of_every_time_validate_and_test(tmp_path: Path) -> None:

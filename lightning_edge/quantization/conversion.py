@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Deployable
@@ -33,6 +34,7 @@ def convert(module: nn.Module) -> Deployable:
     _, child = quantized_forward(module)
     with quiet_torchao():
         prepared = copy.deepcopy(child.bind()).cpu()
+    _widen(prepared)
     _refuse_unobserved(prepared)
     _refuse_not_finite(prepared)
     _take_out(prepared)
@@ -41,7 +43,27 @@ def convert(module: nn.Module) -> Deployable:
     with quiet_torchao():
         folded = convert_pt2e(copy.deepcopy(prepared), fold_quantize=True)
         unfolded = convert_pt2e(prepared, fold_quantize=False)
-    return Deployable(folded, child.inputs, "int8", unfolded, tuple(_output_scales(folded)), child.call.match)
+    inputs = child.inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    return Deployable(folded, inputs, "int8", unfolded, tuple(_output_scales(folded)), child.call.match)
+
+
+def _widen(graph: GraphModule) -> None:
+    """Let a graph of a network in half precision or double compute in float32, as its files will."""
+    own = {parameter.dtype for parameter in graph.parameters() if parameter.is_floating_point()} - {torch.float32}
+    if not own:
+        return
+    graph.float()
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dtype in own:
+            return value.float()
+        return torch.float32 if isinstance(value, torch.dtype) and value in own else value
+
+    for node in graph.graph.nodes:
+        node.args, node.kwargs = pytree.tree_map(wide, (node.args, dict(node.kwargs)))
+        if "val" in node.meta:  # torchao dequantizes to the type that is noted here
+            node.meta["val"] = pytree.tree_map(wide, node.meta["val"])
+    graph.recompile()
 
 
 def _refuse_unobserved(graph: GraphModule) -> None:

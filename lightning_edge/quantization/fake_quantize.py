@@ -191,6 +191,14 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         super().enable_observer(enabled)
         self.observing = enabled
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Ranges and scales go where the network goes, and stay float32 where it becomes half precision or double.
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype != tensor.dtype else result
+
+        return super()._apply(moved, recurse)
+
     def _state(self) -> ranges.State:
         observer = self.activation_post_process
         return ranges.State(observer.min_val, observer.max_val, self.scale, self.zero_point)
