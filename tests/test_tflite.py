@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,34 @@ def test_one_empty_buffer_is_enough(folder: Path) -> None:
     for batch in batches("residual"):
         pairs = zip(artifact(*batch.args), load(larger)(*batch.args), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_weights_halfway_between_two_integers_are_those_of_the_network(tmp_path: Path) -> None:
+    # LiteRT's converter rounds what it is given once more, and rounds some of these to the other side.
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for layer in (network[0], network[3]):
+        assert isinstance(layer.weight, Tensor)
+        # With 127/128 as the largest of a channel a step is 1/128; the others lie at, or one bit beside, a half.
+        halves = torch.randint(-120, 120, layer.weight.shape, generator=generator) + 0.5
+        halves = torch.nextafter(halves, halves + torch.randint(-1, 2, halves.shape, generator=generator))
+        layer.weight.data = (halves / 128).flatten(1)
+        layer.weight.data[:, 0] = 127 / 128
+        layer.weight.data = layer.weight.data.view(halves.shape)
+    images = torch.rand(16, 3, 3, 3, generator=generator)
+    quantized = deployable(quantize(network, [images]))
+    artifact = export(quantized, "tflite", tmp_path / "net.tflite", batches=[images])
+    held = {int8_weights(quantized.graph, "conv2d"), int8_weights(quantized.graph, "linear")}
+    model = tflite_graph.parse(artifact.path.read_bytes())
+    buffers = [bytes(buffer.data) for buffer in model.buffers if buffer.data is not None]
+    for values in held:
+        assert values in buffers
+
+
+def int8_weights(graph: nn.Module, layer: str) -> bytes:
+    """The integers of a layer's weight, channels last as LiteRT has them."""
+    assert isinstance(graph, torch.fx.GraphModule)
+    (node,) = [node for node in graph.graph.nodes if str(node.target) == f"aten.{layer}.default"]
+    stored = attrgetter(str(node.args[1].args[0].target))(graph)
+    values: bytes = (stored.permute(0, 2, 3, 1) if stored.dim() == 4 else stored).contiguous().numpy().tobytes()
+    return values
