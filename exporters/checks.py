@@ -117,7 +117,8 @@ def check_contents(network: Deployable, contents: Contents, target: str, *, want
         allowed = f" (of the network itself, {_counted(wanted)} may stay in float)" if wanted else ""
         raise ExportError(
             f"{target}: the network is int8 but the file computes in float: {_counted(contents.float_compute_ops)}"
-            f"{allowed}. Quantize these layers, or export the network as fp32."
+            f"{allowed}. The target's converter made no int8 of these: keep them in float (skip=[...] of Quantize "
+            "or quantize), write them in another way, leave the target out, or export the network as fp32."
         )
     kept = float_layers(network.graph)
     if len(contents.float_compute_ops) < len(kept):
@@ -191,7 +192,9 @@ def float_products(graph: torch.nn.Module) -> list[str]:
             factors = node.args[first : first + 2]
             quantized = all(_is_dequantized(factor) for factor in factors) and _is_quantized(node)
             if not (quantized and _is_constant(factors[1])):
-                found += [name] * _PRODUCTS[name]
+                # Converters split transposed convolutions into one for each group.
+                groups = node.args[6] if name.startswith("conv_transpose") and len(node.args) > 6 else 1
+                found += [name] * _PRODUCTS[name] * groups
     return found
 
 

@@ -137,6 +137,13 @@ def _slice_by_size(x: Any, begin: Any, size: Any) -> Tensor:
     return value
 
 
+def _crop(x: Any, crop_height: Any, crop_width: Any) -> Tensor:
+    value = tensor(x)
+    for axis, (before, after) in ((-2, _integers(crop_height)), (-1, _integers(crop_width))):
+        value = value.narrow(axis, before, value.shape[axis] - before - after)
+    return value
+
+
 def _pad(x: Any, pad: Any, mode: str = "constant", constant_val: Any = 0.0) -> Tensor:
     value, widths = tensor(x), _integers(pad)
     pairs = list(zip(widths[::2], widths[1::2], strict=True))
@@ -213,8 +220,13 @@ OPS: Mapping[str, Callable[..., Any]] = {
     "thresholded_relu": lambda x, alpha: torch.where(x >= alpha, x, 0.0),
     # elementwise
     "abs": _unary(torch.abs),
+    "acos": _unary(torch.acos),
+    "asin": _unary(torch.asin),
+    "atan": _unary(torch.atan),
+    "atanh": _unary(torch.atanh),
     "ceil": _unary(torch.ceil),
     "cos": _unary(torch.cos),
+    "cosh": _unary(torch.cosh),
     "erf": _unary(torch.erf),
     "exp": _unary(torch.exp),
     "exp2": _unary(torch.exp2),
@@ -226,8 +238,10 @@ OPS: Mapping[str, Callable[..., Any]] = {
     "rsqrt": lambda x, epsilon=1e-12: 1 / torch.sqrt(x + epsilon),
     "sign": _unary(torch.sign),
     "sin": _unary(torch.sin),
+    "sinh": _unary(torch.sinh),
     "sqrt": _unary(torch.sqrt),
     "square": _unary(torch.square),
+    "tan": _unary(torch.tan),
     "tanh": _unary(torch.tanh),
     "add": _binary(torch.add),
     "equal": _binary(torch.eq),
@@ -264,6 +278,7 @@ OPS: Mapping[str, Callable[..., Any]] = {
     "softmax": lambda x, axis=-1: torch.softmax(x, axis),
     # shapes
     "concat": _concat,
+    "crop": _crop,
     "expand_dims": _expand_dims,
     "fill": lambda shape, value=0.0: torch.full(_integers(shape), value),
     "gather": _gather,
@@ -284,6 +299,7 @@ OPS: Mapping[str, Callable[..., Any]] = {
 MOVES = frozenset(
     {
         "concat",
+        "crop",
         "expand_dims",
         "gather",
         "gather_along_axis",

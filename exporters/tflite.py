@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_edge.anatomy import Placements
 from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters import (
     float_layers,
+    litert_forms,
     tflite_contents,
     tflite_float_kernels,
     tflite_graph,
+    tflite_layers,
     tflite_metadata,
     tflite_placement,
     tflite_simplify,
@@ -77,6 +79,8 @@ def write(
     converted = _convert(network)
     model = tflite_graph.parse(converted if scheme is None else _in_scheme(converted, scheme))
     _check_order(model, network.inputs)
+    if network.precision == "int8":
+        tflite_layers.quantize_layers(model, network)
     tflite_simplify.simplify(model)
     if network.precision == "int8" and not integer_only:
         tflite_float_kernels.use_float_kernels(model)
@@ -121,11 +125,12 @@ def _convert(network: Deployable) -> bytes:
     litert_torch = require("litert_torch", EXTRA)
     quantize = require("litert_torch.quantize.quant_config", EXTRA)
     quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
-    graph: nn.Module = network.graph
+    # int8 with float weights before their quantizations: the converter refuses int8 constants.
+    graph = litert_forms.for_litert(network)
     inputs, config = network.inputs, None
     if network.precision == "int8":
-        # The converter refuses int8 constants; it needs the config only to know that the graph is quantized.
-        graph = float_layers.apart_for_litert(network.unfolded or graph)
+        # It needs the config only to know that the graph is quantized.
+        graph = float_layers.apart_for_litert(graph)
         scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
         config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
     try:

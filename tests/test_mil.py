@@ -49,15 +49,20 @@ def interpret(function: Callable[..., Any], *inputs: Tensor, ios: int = 17) -> l
 EVALUATED: dict[str, Callable[[], Any]] = {
     "abs": lambda: mb.abs(x=X),
     "abs of integers": lambda: mb.abs(x=COUNTS),
+    "acos": lambda: mb.acos(x=np.tanh(X)),
     "add": lambda: mb.add(x=X, y=Y),
     "add broadcast": lambda: mb.add(x=X, y=ROW),
     "add of integers": lambda: mb.add(x=COUNTS, y=np.int32(3)),
+    "asin": lambda: mb.asin(x=np.tanh(X)),
+    "atan": lambda: mb.atan(x=X),
+    "atanh": lambda: mb.atanh(x=np.tanh(X)),
     "cast to integers": lambda: mb.cast(x=3 * X, dtype="int32"),
     "cast to bool": lambda: mb.cast(x=COUNTS, dtype="bool"),
     "ceil": lambda: mb.ceil(x=X),
     "clip": lambda: mb.clip(x=X, alpha=-0.5, beta=0.5),
     "concat": lambda: mb.concat(values=[X, Y], axis=1),
     "cos": lambda: mb.cos(x=X),
+    "cosh": lambda: mb.cosh(x=X),
     "cumsum": lambda: mb.cumsum(x=X, axis=2),
     "elu": lambda: mb.elu(x=X, alpha=0.3),
     "equal": lambda: mb.equal(x=COUNTS, y=np.int32(2)),
@@ -147,10 +152,12 @@ EVALUATED: dict[str, Callable[[], Any]] = {
     "split": lambda: mb.split(x=X, axis=1, split_sizes=[1, 2]),
     "split evenly": lambda: mb.split(x=X, axis=3, num_splits=2),
     "sqrt": lambda: mb.sqrt(x=POSITIVE),
+    "sinh": lambda: mb.sinh(x=X),
     "square": lambda: mb.square(x=X),
     "squeeze": lambda: mb.squeeze(x=X[:1, :, :1], axes=[0, 2]),
     "stack": lambda: mb.stack(values=[X, Y], axis=1),
     "sub of a number": lambda: mb.sub(x=2.0, y=Y),
+    "tan": lambda: mb.tan(x=X),
     "tanh": lambda: mb.tanh(x=X),
     "threshold": lambda: mb.threshold(x=X, alpha=0.3),
     "thresholded_relu": lambda: mb.thresholded_relu(x=X.copy(), alpha=0.3),
@@ -173,6 +180,12 @@ def test_an_operation_gives_what_coremltools_computes(expression: Callable[[], A
     for output, variable in zip(outputs, made, strict=True):
         expected = torch.as_tensor(np.array(variable.val))
         torch.testing.assert_close(output.to(expected.dtype), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_crop_cuts_height_and_width() -> None:
+    x = torch.from_numpy(X)
+    (output,) = interpret(lambda given: mb.crop(x=given, crop_height=[1, 2], crop_width=[0, 3]), x)
+    assert torch.equal(output, x[:, :, 1:2, 0:3])
 
 
 def test_quantize_saturates_and_rounds_half_to_even() -> None:

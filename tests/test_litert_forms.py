@@ -1,0 +1,120 @@
+"""Layers that LiteRT's converter refuses or leaves in float: int8 in the file, or cropped there, to the same values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_edge.errors import ExportError
+from lightning_edge.exporters import deployable, export, tflite_graph
+from lightning_edge.exporters.tflite_graph import op_name
+from lightning_edge.quantization import quantize
+
+pytest.importorskip("ai_edge_litert")
+pytest.importorskip("litert_torch")
+
+
+class Upward(nn.Module):
+    """A transposed convolution with what may stand behind it, joined to its own input's input as in a U-Net."""
+
+    def __init__(self, activation: nn.Module | None = None, norm: bool = False, **settings: Any) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, stride=settings["stride"], padding=1), nn.ReLU())
+        self.up = nn.ConvTranspose2d(8, 6, **settings)
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.activation = activation or nn.Identity()
+        self.head = nn.Conv2d(9, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        upward = self.activation(self.norm(self.up(self.down(images))))
+        height, width = (min(pair) for pair in zip(upward.shape[2:], images.shape[2:], strict=True))
+        logits: Tensor = self.head(torch.cat([upward[:, :, :height, :width], images[:, :, :height, :width]], 1))
+        return logits
+
+
+def images() -> list[Tensor]:
+    return list(torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """Statistics that fit the weights."""
+    with torch.no_grad():
+        for batch in images():
+            network.train()(batch)
+    return network.eval()
+
+
+def operations(path: Path) -> list[str]:
+    model = tflite_graph.parse(path.read_bytes())
+    return [op_name(model, op) for op in model.subgraphs[0].operators]
+
+
+slow = pytest.mark.slow
+SETTINGS = [
+    {"kernel_size": 2, "stride": 2, "norm": True, "activation": nn.ReLU6(), "bias": False},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "activation": nn.ReLU()},
+    {"kernel_size": 3, "stride": 1, "padding": 1},
+    pytest.param({"kernel_size": 4, "stride": 2, "padding": 1, "norm": True, "activation": nn.SiLU()}, marks=slow),
+    pytest.param({"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1}, marks=slow),
+    pytest.param({"kernel_size": 3, "stride": 2, "padding": 1, "bias": False}, marks=slow),
+    pytest.param({"kernel_size": (2, 3), "stride": (2, 2), "padding": (0, 1), "output_padding": (0, 1)}, marks=slow),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_transposed_convolutions_are_int8_and_in_the_delegate(settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = quantize(trained(Upward(**settings)), images())
+    artifact = export(network, "tflite", tmp_path / "net.tflite", batches=images())
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps is not None
+    assert artifact.agreement.max_steps <= 1
+    assert (artifact.contents.float_compute_ops, artifact.contents.float_ops) == ((), ())
+    assert artifact.contents.placements is not None
+    assert artifact.contents.placements.fallback_share == 0
+    assert "DEQUANTIZE" not in operations(artifact.path)
+
+
+@pytest.mark.parametrize("padding", [pytest.param(0, marks=slow), 1])
+def test_float_transposed_convolutions_are_cropped_as_the_network_crops(padding: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Upward(kernel_size=3, stride=2, padding=padding, output_padding=padding).eval()
+    artifact = export(network, "tflite", tmp_path / "net.tflite", inputs=images()[0][:1], batches=images())
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_relative < 1e-5
+    assert operations(artifact.path).count("TRANSPOSE_CONV") == 1
+
+
+def test_linear_layers_that_share_weight_and_input_are_two_of_int8(tmp_path: Path) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.head = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 3)
+            self.right.weight = self.left.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(torch.relu(self.left(x)) + self.right(x))
+            return logits
+
+    torch.manual_seed(0)
+    rows = [torch.randn(16, 12) for _ in range(3)]
+    artifact = export(quantize(Shared().eval(), rows), "tflite", tmp_path / "net.tflite", batches=rows)
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps == 0
+    assert operations(artifact.path).count("FULLY_CONNECTED") == 3
+    assert artifact.contents.float_compute_ops == ()
+    assert artifact.contents.int8_weight_bytes == 12 * 8 + 8 * 3  # the shared weight once
+
+
+def test_a_transposed_convolution_in_groups_is_refused_and_can_stay_float(tmp_path: Path) -> None:
+    network = trained(Upward(kernel_size=2, stride=2, groups=2))
+    path = tmp_path / "net.tflite"
+    with pytest.raises(ExportError, match=r"computes in float: 2 x TRANSPOSE_CONV\. .*skip=\[\.\.\.\]"):
+        export(deployable(quantize(network, images())), "tflite", path)
+    assert not path.exists()
+    with pytest.warns(UserWarning, match="TRANSPOSE_CONV"):
+        export(quantize(network, images(), skip=["up"]), "tflite", path)
