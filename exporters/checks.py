@@ -44,11 +44,13 @@ _PRODUCTS = {
     "bmm": 1,
     "addmm": 1,
     "baddbmm": 1,
+    "einsum": 1,
     "scaled_dot_product_attention": 2,
 }
 _LAYERS = frozenset({"conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "linear"})
 _RECURRENT = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu"})
 _ADDED_FIRST = frozenset({"addmm", "baddbmm"})
+_OF_STACKS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 
 
 def check_numbers(network: torch.nn.Module) -> None:
@@ -189,13 +191,19 @@ def float_products(graph: torch.nn.Module) -> list[str]:
         name = operation(node)
         if name in _PRODUCTS:
             first = 1 if name in _ADDED_FIRST else 0
-            factors = node.args[first : first + 2]
+            factors = node.args[1] if name == "einsum" else node.args[first : first + 2]
             quantized = all(_is_dequantized(factor) for factor in factors) and _is_quantized(node)
-            if not (quantized and _is_constant(factors[1])):
+            if not (quantized and _is_weight(graph, name, factors[-1])):
                 # Converters split transposed convolutions into one for each group.
                 groups = node.args[6] if name.startswith("conv_transpose") and len(node.args) > 6 else 1
                 found += [name] * _PRODUCTS[name] * groups
     return found
+
+
+def _is_weight(graph: fx.GraphModule, name: str, factor: Any) -> bool:
+    """Whether a factor is the weight of a layer: a constant, but no stack of matrices, which no layer has."""
+    stored = _constant(factor)
+    return stored is not None and (name not in _OF_STACKS or attrgetter(str(stored.target))(graph).dim() < 3)
 
 
 def has_recurrent_layers(graph: torch.nn.Module) -> bool:

@@ -43,9 +43,11 @@ def apart_for_xnnpack(network: nn.Module) -> nn.Module:
     return _with_barriers(network, _float_paddings, negated_twice)
 
 
-def _with_barriers(
-    network: nn.Module, places: Callable[[fx.GraphModule], Iterator[fx.Node]], barrier: Barrier
-) -> nn.Module:
+# An operation, and what it is fed that is to come through a barrier.
+_Places = Iterator[tuple[fx.Node, Any]]
+
+
+def _with_barriers(network: nn.Module, places: Callable[[fx.GraphModule], _Places], barrier: Barrier) -> nn.Module:
     def graphs(module: nn.Module) -> Iterator[fx.GraphModule]:
         return (part for part in module.modules() if isinstance(part, fx.GraphModule))
 
@@ -53,28 +55,31 @@ def _with_barriers(
         return network
     network = copy.deepcopy(network)
     for module in graphs(network):
-        for node in list(places(module)):
+        for node, source in list(places(module)):
             with module.graph.inserting_before(node):
-                node.update_arg(0, barrier(module.graph, node.args[0]))
+                node.replace_input_with(source, barrier(module.graph, source))
         module.recompile()
     return network
 
 
-def _float_inputs_and_width_changes(module: fx.GraphModule) -> Iterator[fx.Node]:
-    yield from float_layers(module)
+def _float_inputs_and_width_changes(module: fx.GraphModule) -> _Places:
+    for layer in float_layers(module):
+        yield layer, layer.args[0]
     for node in module.graph.nodes:
+        if node.target is _ATEN.einsum.default:  # what is constant in it is float
+            yield from ((node, factor) for factor in node.args[1] if factor.op != "get_attr")
         source = node.args[0] if node.args else None
         if "dequantize_per_tensor" in str(getattr(source, "target", "")) and str(node.target).startswith(
             "quantized_decomposed.quantize_per_tensor"
         ):
             assert isinstance(source, fx.Node)
             if source.args[5] != node.args[5]:
-                yield node
+                yield node, source
 
 
-def _float_paddings(module: fx.GraphModule) -> Iterator[fx.Node]:
+def _float_paddings(module: fx.GraphModule) -> _Places:
     for node in module.graph.nodes:
         if node.target in _PADS and "dequantize" in str(getattr(node.args[0], "target", "")):
             readers = list(node.users)
             if not all("quantize_per_tensor" in str(reader.target) for reader in readers):
-                yield node
+                yield node, node.args[0]

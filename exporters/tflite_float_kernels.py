@@ -1,6 +1,6 @@
 """Compute in float, between the same int8 values, what LiteRT's delegate has no int8 kernels for.
 
-XNNPACK multiplies two activations, takes softmax and takes GELU in float only. Left in int8 these run on LiteRT's own
+XNNPACK multiplies stacks of matrices, takes softmax and GELU in float only. Left in int8 these run on LiteRT's own
 kernels, one hand-over before and one after each, which is slower than float and rounds inside: a step more or less in
 front of a LayerNorm becomes many behind it. In float between a dequantization and a quantization they stay with the
 delegate, and give what the network gives: it computes so too.
@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_edge.exporters import tflite_graph
 from lightning_edge.exporters.tflite_graph import add_float, conversion, op_name, schema_module
 
 _FLOAT_ONLY = {"BATCH_MATMUL", "GELU", "SOFTMAX"}
 
 
 def use_float_kernels(model: Any) -> None:
-    """Rewrite every graph of a ``ModelT``; a product with a constant matrix stays in int8, so do 16-bit operations."""
+    """Rewrite every graph of a ``ModelT``; linear layers stay in int8, so do 16-bit operations."""
     for graph in model.subgraphs:
         operators: list[Any] = []
         for op in graph.operators:
             ends = [graph.tensors[int(index)] for index in (*op.inputs, *op.outputs)]
-            if op_name(model, op) not in _FLOAT_ONLY or not all(_is_activation(model, tensor) for tensor in ends):
+            if op_name(model, op) not in _FLOAT_ONLY or not all(_is_int8(tensor) for tensor in ends):
                 operators.append(op)
                 continue
             floats = {int(index): add_float(graph, int(index), b"float") for index in (*op.inputs, *op.outputs)}
@@ -34,5 +33,5 @@ def use_float_kernels(model: Any) -> None:
         graph.operators = operators
 
 
-def _is_activation(model: Any, tensor: Any) -> bool:
-    return tensor.type == schema_module().TensorType.INT8 and not tflite_graph.length_bytes(model, tensor)
+def _is_int8(tensor: Any) -> bool:
+    return bool(tensor.type == schema_module().TensorType.INT8)

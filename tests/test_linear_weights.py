@@ -140,3 +140,62 @@ def test_files_compute_the_same_and_are_smaller(tmp_path: Path, name: str) -> No
     saved, of_floor = (many - few for many, few in zip(sizes["per_channel"], sizes["per_tensor"], strict=True))
     assert of_floor == 4 * (64 + 56 - 2)
     assert saved >= of_floor
+
+
+class Product(nn.Module):
+    """Linear layers as products with matrices, which are stored the other way around: as GPT-2's Conv1D."""
+
+    def __init__(self, like: nn.Linear, added: bool) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(like.weight.detach().T.contiguous())
+        self.row = nn.Parameter(like.bias.detach().clone()) if added else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix if self.row is None else torch.addmm(self.row, x, self.matrix)
+
+
+def around(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), layer, nn.ReLU(), nn.Linear(5, 3)).eval()
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_products_with_a_matrix_are_linear_layers(added: bool) -> None:
+    linear = nn.Linear(12, 5, bias=added)
+    if not added:
+        linear.bias = None  # type: ignore[assignment]
+    written = around(linear)
+    product = copy.deepcopy(written)
+    product[2] = Product(linear if added else nn.Linear(12, 5), added)  # type: ignore[index]
+    product[2].matrix.data = linear.weight.detach().T.contiguous()  # type: ignore[index, union-attr]
+    rows = torch.randn(32, 6)
+    first, second = (convert(quantize(network, [rows])) for network in (written, product))
+    torch.testing.assert_close(first(rows), second(rows), rtol=0, atol=1e-5)
+    assert stored(quantize(product, [rows])) == {"dequantize_per_channel": 3}
+    # Trained on, the matrix is what learns.
+    trained = quantize(product, [rows]).train()
+    trained(rows).square().sum().backward()
+    assert trained[2].matrix.grad is not None  # type: ignore[index]
+    assert trained[2].matrix.grad.abs().sum() > 0  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["executorch", pytest.param("tflite", marks=pytest.mark.slow)])
+def test_files_with_products_with_a_matrix_or_a_stack_of_them_are_right(name: str, tmp_path: Path) -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.product = nn.Linear(6, 12), Product(nn.Linear(12, 8), False)
+            self.stack, self.last = nn.Parameter(torch.randn(4, 2, 3) * 0.5), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = torch.relu(self.product(torch.relu(self.first(x)))).view(-1, 4, 2)
+            logits: Tensor = self.last(torch.einsum("bhd,hde->bhe", heads, self.stack).flatten(1))
+            return logits
+
+    pytest.importorskip("executorch" if name == "executorch" else "litert_torch")
+    rows = [torch.randn(16, 6) for _ in range(3)]
+    with pytest.warns(UserWarning, match="compute in float"):  # the stack, between int8 values
+        artifact = export(quantize(Stacked().eval(), rows), name, tmp_path / f"net{target(name).SUFFIX}", batches=rows)
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps is not None
+    assert artifact.agreement.max_steps <= 1
+    assert len(artifact.contents.float_compute_ops) == 1

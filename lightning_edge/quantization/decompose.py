@@ -15,6 +15,7 @@ everywhere, and what is trained is what ships:
 - Attention is softmax(q k^T / sqrt(d)) v: two products of matrices and a softmax, each with a range of its own, where
   the one operation has none inside. The division goes into the weights that q comes from, if they give nothing else. A
   mask that is the same for every input is a constant added in front of the softmax, see `masks`.
+- A product with a constant matrix is a linear layer, whose weights have a scale for each output.
 - A pool that averages a whole image is that mean. Means lie closer together than what they are means of, and kernels of
   means rescale, where those of pools do not: in a range of its own a mean has finer steps, of which less is amplified.
 - A pool that averages windows is a convolution of each channel by itself with equal weights, for the same reason, and
@@ -51,6 +52,8 @@ _LAYERS = {
 }
 # Of aten.scaled_dot_product_attention, behind query, key and value.
 _ATTENTION_ARGUMENTS = ("attn_mask", "dropout_p", "is_causal")
+# Of aten.addmm: factors of what is added and of the product.
+_SHARES = ("beta", "alpha")
 # Of aten.avg_pool1d and avg_pool2d, behind their input and the size of its window.
 _POOL_ARGUMENTS = ("stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 # XNNPACK's fast kernels for depthwise convolutions end there: at 7x7 the pool itself took a quarter of the time.
@@ -140,6 +143,21 @@ def _mean(graph: GraphModule, node: Node) -> Node:
         return node
     kept = call(graph, aten.mean.dim, x, [2, 3], True, instead_of=node)
     return call(graph, aten.flatten.using_ints, kept, 1, instead_of=node)
+
+
+def _linear(graph: GraphModule, node: Node) -> Node:
+    """A product with a constant matrix, and a constant row that is added to it, is a linear layer."""
+    bias, x, matrix = node.args if node.target is aten.addmm.default else (None, *node.args[:2])
+    if not isinstance(x, Node) or not isinstance(matrix, Node):
+        return node
+    if any(node.kwargs.get(name, 1) != 1 for name in _SHARES):
+        return node
+    if _is_constant(x) or not _is_constant(matrix) or matrix.meta["val"].dim() != 2 or x.meta["val"].dim() < 2:
+        return node
+    if isinstance(bias, Node) and (not _is_constant(bias) or bias.meta["val"].dim() != 1):
+        return node
+    weight = call(graph, aten.transpose.int, matrix, 0, 1)
+    return call(graph, aten.linear.default, x, weight, *([] if bias is None else [bias]), instead_of=node)
 
 
 def _attention(graph: GraphModule, node: Node) -> Node:
@@ -256,6 +274,9 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], Node]] = {
     aten.silu.default: _silu,
     aten.glu.default: _glu,
     aten.scaled_dot_product_attention.default: _attention,
+    aten.matmul.default: _linear,
+    aten.mm.default: _linear,
+    aten.addmm.default: _linear,
     aten.mean.dim: _mean,
     aten.adaptive_avg_pool2d.default: _adaptive_pool,
     aten.adaptive_avg_pool1d.default: _adaptive_pool,
