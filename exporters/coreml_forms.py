@@ -1,4 +1,4 @@
-"""Operations that coremltools' converter does not know, written out in those that it does."""
+"""Operations that coremltools' converter does not know, written out in those that it does; and moves that it joins."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from lightning_edge.exporters.graphs import VIEWS, operation
+
 _ATEN = torch.ops.aten
+_MOST_DIMENSIONS = 5
 _RECURRENT = (_ATEN.gru.input, _ATEN.lstm.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input)
 # It knows where() with tensors, but not with a number on its right.
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
@@ -20,9 +23,31 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
 
 def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Write out what it does not know: choices between a tensor and a number, shuffles, recurrent layers by steps."""
+    _move_at_once(program)
     table: dict[Any, Callable[..., Any]] = dict(_WRITTEN_OUT)
     if any(node.target in _RECURRENT for node in program.graph.nodes):
         known = torch.export.default_decompositions()
         table |= {target: known[target] for target in _RECURRENT}
     written: torch.export.ExportedProgram = program.run_decompositions(table)
     return written
+
+
+def _move_at_once(program: torch.export.ExportedProgram) -> None:
+    """Take out quantizations between operations that only move values through more dimensions than Core ML has.
+
+    It has five, and windows of attention are cut by a reshape to six, a transpose and a reshape back, which the
+    converter joins into what it has if nothing stands between them.
+    """
+    for node in program.graph.nodes:
+        if operation(node) != "quantize_per_tensor" or node.args[0].meta["val"].dim() <= _MOST_DIMENSIONS:
+            continue
+        source = node.args[0]
+        while operation(source) in VIEWS:
+            source = source.args[0]
+        if not operation(source).startswith("dequantize_per_tensor") or source.args[1:] != node.args[1:]:
+            continue
+        for reader in list(node.users):
+            if operation(reader).startswith("dequantize_per_tensor"):
+                reader.replace_all_uses_with(node.args[0])
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()

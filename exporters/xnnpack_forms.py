@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
     source, dims = node.args[:2]
     rank = len(_shape(source))
     over = sorted(int(str(dim)) % rank for dim in dims) if isinstance(dims, list | tuple) and rank else []
-    if (rank, over) == (3, [1]):
+    if (rank, over) in ((3, [1]), (4, [1, 2])):
         source = _image_of_tokens(graph, node, source)
     elif (rank, over) != (4, [2, 3]):
         return False
@@ -66,8 +67,9 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.Node:
-    """Give tokens (batch, tokens, channels) as an image of one column, in their quantization."""
-    batch, count, channels = _shape(tokens)
+    """Give tokens, or an image with the channels last, as an image of one column, in their quantization."""
+    batch, *counts, channels = _shape(tokens)
+    count = math.prod(counts)
     column = _insert(graph, before, _ATEN.view.default, tokens, [batch, count, 1, channels])
     column = _quantized(graph, before, column, tokens)
     return _quantized(graph, before, _insert(graph, before, _ATEN.permute.default, column, [0, 3, 1, 2]), tokens)
@@ -121,9 +123,13 @@ def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
     weight, bias, eps = (*given, *(None, None, 1e-5)[len(given) :])[:3]
     *others, channels = _shape(source)
     is_float = isinstance(source, fx.Node) and source.meta["val"].dtype is torch.float32
-    if not is_float or not isinstance(sizes, list | tuple) or len(sizes) > 1 or len(others) not in (1, 2):
+    if not is_float or not isinstance(sizes, list | tuple) or len(sizes) > 1 or len(others) not in (1, 2, 3):
         return False
-    batch, count = others if len(others) > 1 else (1, *others)
+    batch, count = (others[0], math.prod(others[1:])) if len(others) > 1 else (1, *others)
+    if len(others) > 2:  # as tokens: what is four-dimensional is kept with another axis last
+        others = [batch, count]
+        source = _insert(graph, node, _ATEN.view.default, source, [*others, channels])
+        source.meta["val"] = node.meta["val"].view(*others, channels)
 
     def mean(value: Any) -> fx.Node:
         image = _insert(graph, node, _ATEN.view.default, value, [batch, count, 1, channels])
@@ -139,6 +145,8 @@ def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
         result = _insert(graph, node, _ATEN.mul.Tensor, result, weight)
     if bias is not None:
         result = _insert(graph, node, _ATEN.add.Tensor, result, bias)
+    if len(_shape(node)) > 3:
+        result = _insert(graph, node, _ATEN.view.default, result, list(_shape(node)))
     return _replaced(graph, node, result)
 
 
@@ -196,6 +204,20 @@ def _taken(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, index:
     start = index % _shape(source)[dim]
     kept = _sliced(graph, before, source, dim, start, start + 1)
     return _insert(graph, before, _ATEN.view.default, kept, list(_shape(before)))
+
+
+def _roll(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Roll a dimension by joining its two parts the other way around; it is an index by computed places otherwise."""
+    if node.target is not _ATEN.roll.default or len(node.args) < 3 or not node.args[2]:
+        return False
+    result, shifts, dims = node.args
+    shape, source = _shape(node), result
+    for shift, dim in zip(shifts, dims, strict=True):  # type: ignore[arg-type]
+        start = -shift % shape[dim]
+        if start:
+            parts = [_sliced(graph, node, result, dim, *ends) for ends in ((start, shape[dim]), (0, start))]
+            result = _quantized(graph, node, _insert(graph, node, _ATEN.cat.default, parts, dim), source)
+    return _replaced(graph, node, result)  # type: ignore[arg-type]
 
 
 def _clamp(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -264,7 +286,8 @@ def _upsample(graph: fx.GraphModule, node: fx.Node) -> bool:
     return _replaced(graph, node, _insert(graph, node, _ATEN.permute.default, result, [0, 3, 1, 2]))
 
 
-_REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split, _clamp, _softplus, _upsample]
+_REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split, _roll, _clamp]
+_REWRITES += [_softplus, _upsample]
 
 
 def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, size: int) -> fx.Node:

@@ -294,6 +294,33 @@ def test_shuffled_channels_come_through(tmp_path: Path) -> None:
     torch.testing.assert_close(output, network(images).detach())
 
 
+class Windows(nn.Module):
+    """Rolls an image, cuts it into windows and puts them back: by six dimensions, which Core ML does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inside, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.first(images)).roll((-1, -1), (1, 2))
+        batch, height, width, channels = x.shape
+        x = x.view(batch, height // 2, 2, width // 2, 2, channels).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, channels)
+        x = self.inside(x).view(batch, height // 2, width // 2, 2, 2, channels).permute(0, 1, 3, 2, 4, 5)
+        logits: Tensor = self.last(x.reshape(batch, height, width, channels).roll((1, 1), (1, 2)))
+        return logits
+
+
+def test_windows_of_int8_values_come_through(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 4, 4, 3)
+    quantized = convert(quantize(Windows().eval(), [images]))
+    coreml.write(quantized, tmp_path / "net.mlpackage")
+    (output,) = coreml.open(tmp_path / "net.mlpackage", 1)([images[:1]])
+    (scale,) = quantized.output_scales
+    assert scale is not None
+    assert (output - quantized(images[:1])).abs().max() <= 1.01 * scale
+
+
 class Bessel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(x)

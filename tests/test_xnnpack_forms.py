@@ -70,6 +70,56 @@ def test_attention_parts_and_the_mean_of_tokens_are_delegated(
     assert artifact.contents.ops["GlobalAvgPooling2d"] == 1
 
 
+class Rolled(nn.Module):
+    """Images rolled between two layers, by one dimension or two."""
+
+    def __init__(self, shifts: tuple[int, ...], dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shifts, self.dims = shifts, dims
+        self.first, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run it."""
+        logits: Tensor = self.last(torch.relu(self.first(images)).roll(self.shifts, self.dims))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("shifts", "dims", "precision"),
+    [((-2, 1), (2, 3), "int8"), ((4,), (2,), "fp32"), pytest.param((1,), (-1,), "int8", marks=pytest.mark.slow)],
+)
+def test_rolled_images_are_joined_parts(
+    tmp_path: Path, shifts: tuple[int, ...], dims: tuple[int, ...], precision: Precision
+) -> None:
+    artifact = written(Rolled(shifts, dims), torch.randn(8, 3, 8, 8), precision, tmp_path)
+    assert any(name.startswith("Concatenate") for name in artifact.contents.ops)
+
+
+class ChannelsLast(nn.Module):
+    """Norms, a linear layer and a mean over an image whose channels are last, as ConvNeXt has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.inner, self.head = (
+            nn.Conv2d(3, 6, 3),
+            nn.LayerNorm(6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 4),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run it."""
+        x = self.stem(images).permute(0, 2, 3, 1)
+        logits: Tensor = self.head((x + self.inner(self.norm(x))).mean((1, 2)))
+        return logits
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_norms_and_means_of_channels_last_are_delegated(tmp_path: Path, precision: Precision) -> None:
+    artifact = written(ChannelsLast(), torch.randn(8, 3, 8, 8), precision, tmp_path)
+    assert artifact.contents.ops["GlobalAvgPooling2d"] == 3  # mean and variance of the norm, and the mean
+
+
 def test_attention_keeps_its_type(tmp_path: Path) -> None:
     tokens, path = torch.randn(4, 6, 8), tmp_path / "net.pte"
     artifact = export(Attention(is_causal=True), "executorch", path, inputs=tokens, scheme="fp16")
