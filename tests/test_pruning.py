@@ -593,6 +593,31 @@ def test_what_would_be_cut_wrongly_is_found_and_left_alone(kind: type[nn.Module]
         planned(network, inputs, Prune(params=0.7, round_to=1, scope="local", ignore=list(made)))
 
 
+class Positions(nn.Module):
+    """Attention with a bias for each pair of positions, which torch-pruning takes for one of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.free = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.heads, self.last = nn.Linear(16, 48), nn.Linear(32, 2)
+        self.bias = nn.Parameter(torch.randn(1, 4, 4, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.heads(self.embed(tokens)).view(-1, 4, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        mixed = (query @ key.transpose(-2, -1) + self.bias).softmax(-1) @ value
+        outputs: Tensor = self.last(torch.cat([mixed.transpose(1, 2).flatten(2), self.free(tokens)], -1))
+        return outputs
+
+
+def test_layers_whose_channels_do_not_fit_a_parameter_are_left_alone() -> None:
+    torch.manual_seed(0)
+    network, inputs = Positions(), Inputs((torch.randn(2, 4, 8),))
+    change = planned(network, inputs, Prune(params=0.8, round_to=1))
+    assert "out_features" not in change["attributes"]["heads"]
+    with pytest.raises(CompressionError, match=r"its channels do not fit those of 'bias'"):
+        planned(network, inputs, Prune(params=0.8, round_to=1, ignore=["free", "embed"]))
+
+
 def test_chunks_stay_equal() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:

@@ -224,6 +224,8 @@ class _Reading:
             own = units is unit_of and not union.joined
             self._add_layer(group, module, name, described, None if indices is straight else indices, units, own)
         for parameter, dimension, indices, origin in parameters:
+            if int(indices.max(initial=-1)) >= parameter.shape[dimension]:
+                return self._left(group, f"its channels do not fit those of {self.names[id(parameter)][0]!r}")
             units = np.full(parameter.shape[dimension], -1, dtype=np.int64)
             units[indices] = unit_of[origin]
             self._add_slot(group, Slot(self.names[id(parameter)][0], dimension % parameter.dim(), units, "rest", 0))
