@@ -231,6 +231,16 @@ def _clamp(graph: fx.GraphModule, node: fx.Node) -> bool:
     return _replaced(graph, node, _insert(graph, node, _ATEN.hardtanh.default, node.args[0], *bounds))
 
 
+def _cube(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Multiply x by itself twice for its third power, as in GELU's approximation: the delegate has the second only."""
+    if node.target is not _ATEN.pow.Tensor_Scalar or node.args[1] != 3:
+        return False
+    x = node.args[0]
+    return _replaced(
+        graph, node, _insert(graph, node, _ATEN.mul.Tensor, _insert(graph, node, _ATEN.mul.Tensor, x, x), x)
+    )
+
+
 def _softplus(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Compute softplus, and x tanh(softplus(x)), in operations that the delegate has.
 
@@ -287,7 +297,7 @@ def _upsample(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 _REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split, _roll, _clamp]
-_REWRITES += [_softplus, _upsample]
+_REWRITES += [_cube, _softplus, _upsample]
 
 
 def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, size: int) -> fx.Node:

@@ -120,6 +120,21 @@ def test_norms_and_means_of_channels_last_are_delegated(tmp_path: Path, precisio
     assert artifact.contents.ops["GlobalAvgPooling2d"] == 3  # mean and variance of the norm, and the mean
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_third_powers_are_delegated(tmp_path: Path, precision: Precision) -> None:
+    class Cubed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            logits: Tensor = self.last(torch.tanh(hidden + 0.044715 * torch.pow(hidden, 3.0)) * hidden)
+            return logits
+
+    written(Cubed(), torch.randn(16, 6), precision, tmp_path)
+
+
 def test_attention_keeps_its_type(tmp_path: Path) -> None:
     tokens, path = torch.randn(4, 6, 8), tmp_path / "net.pte"
     artifact = export(Attention(is_causal=True), "executorch", path, inputs=tokens, scheme="fp16")
