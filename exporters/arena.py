@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -116,7 +116,7 @@ def activations(model: Any) -> list[Buffer]:
         model: A file as `tflite_graph.parse` gives it, of one graph.
 
     Returns:
-        A buffer for each, in the order of the file's tensors.
+        A buffer for each, in the order of the file's tensors; then those of sums of transposed convolutions.
 
     Raises:
         ValueError: If there is more than one graph, a shape is not fixed, or a type has no fixed width.
@@ -141,7 +141,17 @@ def activations(model: Any) -> list[Buffer]:
             size_bytes = tensor_bytes(tensor)
             if size_bytes:
                 found.append(Buffer(size_bytes, first[index], last[index], _name(tensor)))
-    return found
+    return found + list(_sums(graph))
+
+
+def _sums(graph: Any) -> Iterator[Buffer]:
+    """Sums of integer transposed convolutions, four times as wide as what they give, while these run."""
+    transposed = tflite_graph.schema_module().BuiltinOptions.TransposeConvOptions
+    for step, op in enumerate(graph.operators, start=1):
+        if op.builtinOptionsType == transposed:
+            tensor = graph.tensors[int(op.outputs[0])]
+            if tflite_graph.dtype_name(tensor.type) in ("int8", "int16"):
+                yield Buffer(4 * tensor_bytes(tensor), step, step, f"sums of {_name(tensor)}")
 
 
 def variable_bytes(model: Any) -> int:

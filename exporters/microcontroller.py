@@ -196,6 +196,15 @@ def _check(path: Path, model: Any, floats: tuple[str, ...], operators: tuple[str
             "Export an int8 network: quantize it, or train it with Quantize; with integer_only=True if it has "
             "attention, softmax or GELU"
         )
+    graph = model.subgraphs[0]
+    if any(
+        tflite_graph.op_name(model, op) == "TRANSPOSE_CONV" and op.builtinOptions.fusedActivationFunction
+        for op in graph.operators
+    ):
+        raise ExportError(
+            f"{path}: a transposed convolution ends with an activation, which TensorFlow Lite Micro's kernel leaves "
+            "out. Do not join what it gives to values of another range, as a concatenation does, or leave it out"
+        )
     unknown = [name for name in operators if name not in METHODS]
     if unknown:
         raise ExportError(

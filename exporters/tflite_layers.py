@@ -8,6 +8,7 @@ The weights in it are what the network's int8 weights stand for, by which they a
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -20,9 +21,9 @@ from lightning_edge.exporters.graphs import operation
 from lightning_edge.exporters.tflite_graph import op_name, schema_module
 from lightning_edge.network import Deployable
 
-# Where an operation has what it is fed, its weight and its bias; and the first version with int8, bias and activation.
+# Where an operation has what it is fed, its weight and its bias; and the first version with int8 and a bias.
 _PLACES = {"TRANSPOSE_CONV": (2, 1, 3), "CONV_2D": (0, 1, 2), "FULLY_CONNECTED": (0, 1, 2)}
-_VERSIONS = {"TRANSPOSE_CONV": 4, "CONV_2D": 3, "FULLY_CONNECTED": 4}
+_VERSIONS = {"TRANSPOSE_CONV": 3, "CONV_2D": 3, "FULLY_CONNECTED": 4}
 # Operations that only clip, by what a layer that ends with them calls it.
 _ACTIVATIONS = {"RELU": "RELU", "RELU6": "RELU6", "RELU_N1_TO_1": "RELU_N1_TO_1"}
 # From PyTorch's order of a weight's axes to LiteRT's, by the operation in the network.
@@ -85,7 +86,7 @@ def _in_int8(
     op, (data, weight, bias) = found.op, _PLACES[op_name(model, found.op)]
     layer = copy.copy(op)
     layer.builtinOptions = copy.copy(op.builtinOptions)
-    layer.builtinOptions.fusedActivationFunction = found.activation
+    activation = layer.builtinOptions.fusedActivationFunction = _needed(found.activation, result.quantization)
     layer.inputs = [*(int(index) for index in op.inputs[: max(data, weight) + 1]), -1]
     if id(found.weight) not in places:
         levels, scales = found.weight.levels.to(torch.int8), found.weight.scales.tolist()
@@ -95,15 +96,35 @@ def _in_int8(
         (step,) = graph.tensors[found.source].quantization.scale
         steps = found.weight.scales.double() * float(step)
         layer.inputs[bias] = _add(model, graph, (found.bias / steps).round().to(torch.int32), steps.tolist())
+    elif op_name(model, op) == "TRANSPOSE_CONV":
+        layer.inputs.pop()  # the one kernel that counts its inputs
     layer.outputs = quantize.outputs
     code = model.operatorCodes[layer.opcodeIndex]
-    code.version = max(code.version, _VERSIONS[op_name(model, op)])
+    code.version = max(code.version, _VERSIONS[op_name(model, op)] + (activation != _activations().NONE))
     return layer
+
+
+def _needed(activation: int, quantization: Any) -> int:
+    """Give an activation, or none where the values behind it saturate within what it leaves.
+
+    TensorFlow Lite Micro's transposed convolution ignores its activation.
+    """
+    kinds = _activations()
+    limits = {kinds.RELU: (0.0, math.inf), kinds.RELU6: (0.0, 6.0), kinds.RELU_N1_TO_1: (-1.0, 1.0)}
+    (scale,), (zero_point,) = quantization.scale, quantization.zeroPoint
+    lowest, highest = ((level - int(zero_point)) * float(scale) for level in (-128, 127))
+    low, high = limits.get(activation, (math.inf, -math.inf))
+    idle = lowest >= low - 1e-3 * scale and highest <= high + 1e-3 * scale
+    return int(kinds.NONE if idle else activation)
+
+
+def _activations() -> Any:
+    return schema_module().ActivationFunctionType
 
 
 def _float_layer(model: Any, graph: Any, makers: dict[int, Any], index: int, weights: list[_Weight]) -> _Layer | None:
     """Find the layer that computes a float tensor from an int8 one, with a weight of the network."""
-    kinds = schema_module().ActivationFunctionType
+    kinds = _activations()
     op, added, activations = makers.get(index), None, []
     if op is not None and op_name(model, op) in _ACTIVATIONS:
         activations.append(getattr(kinds, op_name(model, op)))

@@ -130,6 +130,16 @@ def test_lifetimes() -> None:
     ]
 
 
+def test_transposed_convolutions_keep_their_sums_while_they_run() -> None:
+    model = residual()
+    from ai_edge_litert import schema_py_generated as schema
+
+    layer = model.subgraphs[0].operators[1]
+    layer.builtinOptionsType = schema.BuiltinOptions.TransposeConvOptions
+    assert arena.activations(model)[:-1] == arena.activations(residual())
+    assert arena.activations(model)[-1] == Buffer(160, 2, 2, "sums of t2")
+
+
 def test_a_variable_has_memory_of_its_own() -> None:
     model = residual()
     model.subgraphs[0].tensors[2].isVariable = True

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters import deployable, export, tflite_graph
+from lightning_edge.exporters.microcontroller import footprint
 from lightning_edge.exporters.tflite_graph import op_name
 from lightning_edge.quantization import quantize
 
@@ -77,6 +78,31 @@ def test_transposed_convolutions_are_int8_and_in_the_delegate(settings: dict[str
     assert artifact.contents.placements is not None
     assert artifact.contents.placements.fallback_share == 0
     assert "DEQUANTIZE" not in operations(artifact.path)
+
+
+def decoder(joined: bool, path: Path) -> Path:
+    """A file with a transposed convolution, a ReLU and, or not, something of another range joined to it."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.head = nn.ConvTranspose2d(3, 6, 2, stride=2, bias=False), nn.Conv2d(12, 4, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            upward = torch.relu(self.up(images))
+            logits: Tensor = self.head(torch.cat([upward, -upward if joined else upward], 1))
+            return logits
+
+    torch.manual_seed(0)
+    return export(quantize(Decoder().eval(), images()), "tflite", path, batches=images()).path
+
+
+def test_a_microcontroller_gets_no_activation_that_its_kernel_leaves_out(tmp_path: Path) -> None:
+    alone, joined = decoder(False, tmp_path / "alone.tflite"), decoder(True, tmp_path / "joined.tflite")
+    # The quantized values end at zero by themselves; joined to negative ones they do not.
+    assert footprint(alone).activation_bytes > 4 * 6 * 16 * 16
+    with pytest.raises(ExportError, match=r"joined\.tflite: a transposed convolution ends with an activation"):
+        footprint(joined)
 
 
 @pytest.mark.parametrize("padding", [pytest.param(0, marks=slow), 1])
