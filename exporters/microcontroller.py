@@ -203,7 +203,7 @@ def _check(path: Path, model: Any, floats: tuple[str, ...], operators: tuple[str
     ):
         raise ExportError(
             f"{path}: a transposed convolution ends with an activation, which TensorFlow Lite Micro's kernel leaves "
-            "out. Do not join what it gives to values of another range, as a concatenation does, or leave it out"
+            "out. Do not join what it gives to values of another range, as a concatenation does"
         )
     unknown = [name for name in operators if name not in METHODS]
     if unknown:

@@ -24,8 +24,8 @@ from lightning_edge.network import Deployable
 # Where an operation has what it is fed, its weight and its bias; and the first version with int8 and a bias.
 _PLACES = {"TRANSPOSE_CONV": (2, 1, 3), "CONV_2D": (0, 1, 2), "FULLY_CONNECTED": (0, 1, 2)}
 _VERSIONS = {"TRANSPOSE_CONV": 3, "CONV_2D": 3, "FULLY_CONNECTED": 4}
-# Operations that only clip, by what a layer that ends with them calls it.
-_ACTIVATIONS = {"RELU": "RELU", "RELU6": "RELU6", "RELU_N1_TO_1": "RELU_N1_TO_1"}
+# Operations that a layer may end with, under the same names.
+_ACTIVATIONS = frozenset({"RELU", "RELU6", "RELU_N1_TO_1"})
 # From PyTorch's order of a weight's axes to LiteRT's, by the operation in the network.
 _ORDERS = {"conv_transpose2d": (1, 2, 3, 0), "linear": (0, 1)}
 
