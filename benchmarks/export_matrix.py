@@ -244,7 +244,7 @@ def write(
     from lightning_edge import exporters
     from lightning_edge.errors import EdgeError
     from lightning_edge.exporters import schemes
-    from lightning_edge.exporters.agreement import agreement_of, rounding_of
+    from lightning_edge.exporters.agreement import agreement_of, rounding_of, violations_of
     from lightning_edge.measure import Tolerance
 
     scheme = row["scheme"]
@@ -267,9 +267,7 @@ def write(
             return None
     artifact, contents = staged.artifact, staged.artifact.contents
     tolerance = schemes.tolerance(scheme) if chosen else Tolerance()
-    violations = tolerance.violations(agreement, network.precision)
-    own = rounding_of(network, artifact, batches) if violations and scheme == "int8" else None
-    violations = tolerance.violations(agreement, network.precision, rounding=own)
+    violations, own = violations_of(network, agreement, tolerance, lambda: rounding_of(network, artifact, batches))
     result = "pass" if own is None else f"pass: its own rounding moves it by {own.max_steps:.2g}"
     places = contents.placements
     row |= {

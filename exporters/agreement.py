@@ -91,6 +91,20 @@ def check_batches(network: Deployable, artifact: Artifact) -> None:
         )
 
 
+def violations_of(
+    network: Deployable, agreement: Agreement, tolerance: Tolerance, rounding: Callable[[], Agreement]
+) -> tuple[list[str], Agreement | None]:
+    """Say what lies outside a tolerance, the network's own rounding looked at where something of int8 seems to.
+
+    Returns:
+        A line each; and what that rounding moves the outputs by, ``None`` where it was not looked at.
+    """
+    if not tolerance.violations(agreement, network.precision):
+        return [], None
+    own = rounding() if network.precision == "int8" and tolerance.max_steps is None else None
+    return tolerance.violations(agreement, network.precision, network.output_names(), own), own
+
+
 def check_agreement(
     network: Deployable,
     artifact: Artifact,
@@ -105,24 +119,19 @@ def check_agreement(
         artifact: The file.
         agreement: How far it lies from the network.
         tolerance: How far it may.
-        rounding: Finds what the network's own rounding moves its outputs by, on the same samples; looked at only
-            where an int8 file's largest difference asks for it.
+        rounding: Finds what the network's own rounding moves its outputs by, on the same samples.
 
     Raises:
         AgreementError: If it lies outside the tolerance; the message holds the figures.
     """
-    names = network.output_names()
-    violations = tolerance.violations(agreement, network.precision, names)
-    if violations and network.precision == "int8" and tolerance.max_steps is None:
-        own = rounding()
-        violations = tolerance.violations(agreement, network.precision, names, own)
-        if not violations:
-            checks.tell_of(
-                artifact.target,
-                f"a value of {artifact.path.name} lies {agreement.max_steps:.4g} quantization steps off. The network's "
-                f"own rounding moves it as far: between float32 and float64 by {own.max_steps:.4g}. That is how hardly "
-                "trained networks are; max_steps of Tolerance sets a limit that holds anyway",
-            )
+    violations, own = violations_of(network, agreement, tolerance, rounding)
+    if own is not None and not violations:
+        checks.tell_of(
+            artifact.target,
+            f"a value of {artifact.path.name} lies {agreement.max_steps:.4g} quantization steps off. The network's "
+            f"own rounding moves it as far: between float32 and float64 by {own.max_steps:.4g}. That is how hardly "
+            "trained networks are; max_steps of Tolerance sets a limit that holds anyway",
+        )
     if violations:
         raise AgreementError(
             f"{artifact.target}: {artifact.path.name} computes something else than the network it came from: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_edge.exporters import tflite_graph
@@ -23,26 +23,40 @@ def readers(graph: Any) -> dict[int, list[Any]]:
     return found
 
 
-def constant(model: Any, graph: Any, index: int) -> Any | None:
-    """Give the integers of a 32-bit constant as an array of its shape; ``None`` for other tensors."""
+def constant(model: Any, graph: Any, index: int, dtype: str = "int32") -> Any | None:
+    """Give a constant of this type, as numpy calls it, as an array of its shape; ``None`` for other tensors."""
     import numpy
 
     tensor = graph.tensors[int(index)]
-    if tensor.type != schema_module().TensorType.INT32 or not tflite_graph.length_bytes(model, tensor):
+    if tflite_graph.dtype_name(tensor.type) != dtype or not tflite_graph.length_bytes(model, tensor):
         return None
     data = bytes(model.buffers[tensor.buffer].data)
-    return numpy.frombuffer(data, dtype=numpy.int32).reshape(tensor.shape)
+    return numpy.frombuffer(data, dtype=dtype).reshape(tensor.shape)
 
 
-def add_constant(model: Any, graph: Any, values: Any) -> int:
-    """Add a constant, 32-bit integers in an array or list, and give its index."""
+def add_constant(
+    model: Any, graph: Any, values: Any, dtype: str = "int32", scales: Sequence[float] | None = None
+) -> int:
+    """Add a constant, integers in an array or list, and give its index.
+
+    Args:
+        model: The file.
+        graph: The graph of it that gets the constant.
+        values: The integers.
+        dtype: Their type, as numpy calls it.
+        scales: What a step of them is, of each in the first dimension or of all; zero stands for zero.
+    """
     import numpy
 
-    schema, values = schema_module(), numpy.asarray(values, dtype=numpy.int32)
+    schema, values = schema_module(), numpy.asarray(values, dtype=dtype)
     model.buffers.append(schema.BufferT(data=numpy.frombuffer(values.tobytes(), dtype=numpy.uint8)))
-    shape = numpy.array(values.shape, dtype=numpy.int32)
-    added = schema.TensorT(shape=shape, type=schema.TensorType.INT32, buffer=len(model.buffers) - 1, hasRank=True)
+    shape, kind = numpy.array(values.shape, dtype=numpy.int32), getattr(schema.TensorType, dtype.upper())
+    added = schema.TensorT(shape=shape, type=kind, buffer=len(model.buffers) - 1, hasRank=True)
     added.name = b"constant"
+    if scales is not None:
+        added.quantization = schema.QuantizationParametersT(
+            scale=numpy.array(scales, dtype=numpy.float32), zeroPoint=numpy.zeros(len(scales), dtype=numpy.int64)
+        )
     graph.tensors.append(added)
     return len(graph.tensors) - 1
 

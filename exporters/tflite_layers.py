@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lightning_edge.exporters import tflite_edit, tflite_graph
+from lightning_edge.exporters import tflite_edit
 from lightning_edge.exporters.graphs import operation
 from lightning_edge.exporters.tflite_graph import op_name, schema_module
 from lightning_edge.network import Deployable
@@ -89,13 +89,14 @@ def _in_int8(
     activation = layer.builtinOptions.fusedActivationFunction = _needed(found.activation, result.quantization)
     layer.inputs = [*(int(index) for index in op.inputs[: max(data, weight) + 1]), -1]
     if id(found.weight) not in places:
-        levels, scales = found.weight.levels.to(torch.int8), found.weight.scales.tolist()
-        places[id(found.weight)] = _add(model, graph, levels, scales)
+        levels, scales = found.weight.levels, found.weight.scales.tolist()
+        places[id(found.weight)] = tflite_edit.add_constant(model, graph, levels, "int8", scales)
     layer.inputs[data], layer.inputs[weight] = found.source, places[id(found.weight)]
     if found.bias is not None:
         (step,) = graph.tensors[found.source].quantization.scale
         steps = found.weight.scales.double() * float(step)
-        layer.inputs[bias] = _add(model, graph, (found.bias / steps).round().to(torch.int32), steps.tolist())
+        levels = (found.bias / steps).round()
+        layer.inputs[bias] = tflite_edit.add_constant(model, graph, levels, "int32", steps.tolist())
     elif op_name(model, op) == "TRANSPOSE_CONV":
         layer.inputs.pop()  # the one kernel that counts its inputs
     layer.outputs = quantize.outputs
@@ -179,29 +180,6 @@ def _weights(network: Deployable) -> list[_Weight]:
 
 
 def _floats(model: Any, graph: Any, index: int) -> Tensor | None:
-    """Give a float constant of the file; ``None`` for other tensors."""
-    import numpy
-
-    if index < 0:
-        return None
-    tensor = graph.tensors[index]
-    if tensor.type != schema_module().TensorType.FLOAT32 or not tflite_graph.length_bytes(model, tensor):
-        return None
-    values = numpy.frombuffer(bytes(model.buffers[tensor.buffer].data), dtype=numpy.float32)
-    return torch.from_numpy(values.reshape([int(size) for size in tensor.shape]).copy())
-
-
-def _add(model: Any, graph: Any, levels: Tensor, scales: list[float]) -> int:
-    """Add an integer constant with its scales, and give its index."""
-    import numpy
-
-    schema, values = schema_module(), levels.contiguous().numpy()
-    model.buffers.append(schema.BufferT(data=numpy.frombuffer(values.tobytes(), dtype=numpy.uint8)))
-    kind = schema.TensorType.INT8 if levels.dtype is torch.int8 else schema.TensorType.INT32
-    shape = numpy.array(values.shape, dtype=numpy.int32)
-    added = schema.TensorT(name=b"constant", shape=shape, type=kind, buffer=len(model.buffers) - 1, hasRank=True)
-    added.quantization = schema.QuantizationParametersT(
-        scale=numpy.array(scales, dtype=numpy.float32), zeroPoint=numpy.zeros(len(scales), dtype=numpy.int64)
-    )
-    graph.tensors.append(added)
-    return len(graph.tensors) - 1
+    """Give a float constant of the file; ``None`` for other tensors, and for an argument that is left out."""
+    values = None if index < 0 else tflite_edit.constant(model, graph, index, "float32")
+    return None if values is None else torch.from_numpy(values.copy())

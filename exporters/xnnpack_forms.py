@@ -296,8 +296,21 @@ def _upsample(graph: fx.GraphModule, node: fx.Node) -> bool:
     return _replaced(graph, node, _insert(graph, node, _ATEN.permute.default, result, [0, 3, 1, 2]))
 
 
-_REWRITES = [_layer_norm, _attention, _mean, _pool, _softmax, _squeeze, _select, _split, _roll, _clamp]
-_REWRITES += [_cube, _softplus, _upsample]
+_REWRITES = [
+    _layer_norm,
+    _attention,
+    _mean,
+    _pool,
+    _softmax,
+    _squeeze,
+    _select,
+    _split,
+    _roll,
+    _clamp,
+    _cube,
+    _softplus,
+    _upsample,
+]
 
 
 def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, size: int) -> fx.Node:

@@ -81,9 +81,9 @@ class Tolerance:
     def _of_output(self, output: OutputAgreement, precision: Precision, own: float | None) -> list[str]:
         found = []
         if precision == "int8":
-            largest = max(_MAX_STEPS, own if own is not None else _MAX_STEPS)
-            if self.max_steps is not None:
-                largest = self.max_steps
+            largest = self.max_steps
+            if largest is None:
+                largest = _MAX_STEPS if own is None else max(_MAX_STEPS, own)
             for said, value, limit in (
                 ("largest difference", output.max_steps, largest),
                 ("difference of all but 0.1 % of the values", output.most_steps, self.most_steps),
