@@ -24,6 +24,7 @@ from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from torchao.quantization.pt2e.observer import FixedQParamsObserver, MovingAverageMinMaxObserver
 
 from lightning_edge.quantization import ranges, traced
+from lightning_edge.quantization.memory_format import in_memory_order, in_order_of
 from lightning_edge.quantization.ranges import HIGHEST, LOWEST
 
 # Values of a large tensor that are rounded together: few enough to stay in a core's cache over the four operations.
@@ -41,18 +42,22 @@ class _RoundToScale(torch.autograd.Function):
         levels, ctx.inside = ranges.clipping(scale, zero_point, limits, low, high)
         # mul() makes the one new tensor, the rest works in it. 1/scale as quantized_decomposed has it, to the same
         # bits; adding the zero point and taking it off again is left out: among whole numbers it changes nothing.
-        if x.dtype is not torch.float32 or x.numel() < 2 * _PIECE or not x.is_contiguous():
+        row = None if x.dtype is not torch.float32 or x.numel() < 2 * _PIECE else in_memory_order(x)
+        if row is None:
             rounded = x.float().mul(1.0 / scale).round_().clamp_(*levels)
             return rounded.mul_(scale).to(x.dtype)
         rounded, size = torch.empty_like(x), _PIECE * torch.get_num_threads()
-        for piece, result in zip(x.view(-1).split(size), rounded.view(-1).split(size), strict=True):
+        results = in_memory_order(rounded)
+        assert results is not None
+        for piece, result in zip(row.split(size), results.split(size), strict=True):
             torch.mul(piece, 1.0 / scale, out=result).round_().clamp_(*levels).mul_(scale)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(gradients[0], x, *ctx.inside), None, None, None, None, None
+        gradient = in_order_of(gradients[0], x)
+        return torch.ops.aten.hardtanh_backward(gradient, x, *ctx.inside), None, None, None, None, None
 
 
 class _RoundToScales(torch.autograd.Function):

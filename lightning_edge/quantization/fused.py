@@ -8,6 +8,7 @@ The prepared graph is what torchao converts, node by node. For training it is re
 - A fake-quantizer behind an operation that only moves values, and that shares its range with the quantizer in front
   of it, goes: its values are on the grid already. Behind an average it rounds and no longer observes: means lie inside
   the range that they share, and a moving average over both would be too narrow for what is in front (torchao's is).
+- Convolutions get their images in the memory format that a CPU is fastest with.
 
 Import this module only where torchao may be imported.
 """
@@ -28,6 +29,7 @@ from torchao.quantization.pt2e.observer import FixedQParamsObserver, MovingAvera
 from lightning_edge.quantization.capture import FoldedBatchNorm
 from lightning_edge.quantization.fake_quantize import FakeQuantize
 from lightning_edge.quantization.layers import LiveBatchNorm, RoundedBias
+from lightning_edge.quantization.memory_format import put_channels_innermost
 from lightning_edge.quantization.quantizer import AVERAGES, MOVES_VALUES, WEIGHTED
 from lightning_edge.quantization.ranges import HIGHEST
 from lightning_edge.quantization.weights import LayerWeights, fuses
@@ -67,6 +69,7 @@ def fuse(
             graph.erase_node(node)
     _mark_joint(graph, modules)
     _look_up(graph, network, child, modules, runner)
+    put_channels_innermost(graph)
     graph.lint()
     runner.graph = graph
     return runner

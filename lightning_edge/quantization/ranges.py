@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_edge.errors import CompressionError
+from lightning_edge.quantization.memory_format import in_memory_order
 
 # Beyond it float32 arithmetic on the range overflows.
 LARGEST_RANGE = 1e30
@@ -124,8 +125,9 @@ def not_finite() -> CompressionError:
 
 def _ends(x: Tensor, low: float, high: float) -> tuple[float, float] | None:
     """Smallest and largest value of the global batch, clipped; ``None`` if it is empty."""
-    # Contiguous in memory in whatever order is all that it takes, and two reductions in one pass.
-    smallest, largest = (end.item() for end in torch.aminmax(x)) if x.numel() else (np.inf, -np.inf)
+    row = in_memory_order(x)
+    values = x if row is None else row  # of which aminmax would make a copy otherwise
+    smallest, largest = (end.item() for end in torch.aminmax(values)) if x.numel() else (np.inf, -np.inf)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         smallest, largest = _over_processes(smallest, largest, x.device)
     if smallest == np.inf and largest == -np.inf:
