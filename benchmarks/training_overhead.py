@@ -51,6 +51,23 @@ def plain(network: nn.Module, images: Tensor) -> nn.Module:
     return copy.deepcopy(network)
 
 
+class _ChannelsLast(nn.Module):
+    """A network whose images come with channels innermost in memory, as ours have them inside."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images.contiguous(memory_format=torch.channels_last))
+        return logits
+
+
+def channels_last(network: nn.Module, images: Tensor) -> nn.Module:
+    """Copy the float network, for a user who knows of torch's memory formats."""
+    return _ChannelsLast(copy.deepcopy(network).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+
+
 def torchao_pt2e(network: nn.Module, images: Tensor) -> nn.Module:
     """Prepare a copy as torchao's tutorial does."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
@@ -148,6 +165,7 @@ def variants(with_compile: bool) -> dict[str, Variant]:
     """Every way to train, by the name in the table."""
     found: dict[str, Variant] = {
         "float": plain,
+        "float, channels last": channels_last,
         "int8, folded": ours,
         "int8, folded, frozen": partial(ours, frozen=True),
         "int8, live BatchNorm": partial(ours, live=True),
@@ -156,7 +174,7 @@ def variants(with_compile: bool) -> dict[str, Variant]:
         "NNCF": nncf_quantize,
     }
     if with_compile:
-        for name in list(found)[:4]:
+        for name in ("float", "int8, folded", "int8, folded, frozen", "int8, live BatchNorm"):
             found[f"{name}, compiled"] = partial(compiled, found[name])
     return found
 

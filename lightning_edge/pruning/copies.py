@@ -16,12 +16,14 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.surgery import CALL_HOOKS
 
-_HOOKS = (
-    *CALL_HOOKS,
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
+_HOOKS = frozenset(
+    (
+        *CALL_HOOKS,
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+    )
 )
 # What Lightning hangs on its modules; a copy looks at the same one.
 _SHARED = ("_trainer", "_fabric")
