@@ -8,7 +8,6 @@ logits, = load("artifacts/net.tflite")(images)
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from lightning_edge.exporters.targets import TARGETS, check_options, check_targe
 from lightning_edge.interface import Interface
 from lightning_edge.measure import Tolerance
 from lightning_edge.network import Deployable, Inputs
+from lightning_edge.surgery import copy_of
 
 __all__ = [
     "TARGETS",
@@ -64,6 +64,7 @@ def deployable(model: nn.Module, inputs: Any = None) -> Deployable:
             Needed for a module that is not quantized; a quantized one keeps a sample of its own.
 
     Raises:
+        CompressionError: If the module cannot be copied.
         ExportError: If a weight is not finite.
         ValueError: If inputs are needed and not given, or given beside a `Deployable`.
     """
@@ -83,7 +84,7 @@ def deployable(model: nn.Module, inputs: Any = None) -> Deployable:
         )
     # A LightningModule holds its Trainer, and that everything else: the copy goes without.
     trainer = model.__dict__.get("_trainer")
-    network = copy.deepcopy(model, {id(trainer): None}).cpu().float().eval().requires_grad_(False)
+    network = copy_of(model, {id(trainer): None}).cpu().float().eval().requires_grad_(False)
     sample = Inputs.of(inputs).map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     return Deployable(in_plain_order(network), sample, "fp32")
 

@@ -54,7 +54,8 @@ def program_of(network: Deployable, backend: Backend) -> Any:
     """Export a network in the form that a backend hands most of to its delegate."""
     if backend == "xnnpack":
         network.graph = float_layers.apart_for_xnnpack(network.graph)
-    program = network.program()
+    constants = require("lightning_edge.exporters.pte_constants", _EXTRA)
+    program = constants.computed_before(network.program())
     # XNNPACK and Vulkan have a mean over height and width in that form alone.
     if backend in ("xnnpack", "vulkan"):
         program = xnnpack_forms.in_its_forms(program, vulkan=backend == "vulkan")

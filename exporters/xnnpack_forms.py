@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -89,27 +90,41 @@ def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _attention(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Compute attention without a mask, or that is causal, as two products and a softmax."""
+    """Compute attention without a mask, under one that is always the same, or causal, as two products and a softmax."""
     if node.target is not _ATEN.scaled_dot_product_attention.default:
         return False
     query, key, value, *others = node.args
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | node.kwargs
     scale, causal = given.pop("scale", None), given.pop("is_causal", False)
+    mask = _added_mask(graph, given.pop("attn_mask", None))
     batches = {_shape(operand)[:-2] for operand in (query, key, value)}
-    if any(other is not None and other for other in given.values()) or len(batches) > 1:
+    if mask is None or any(other is not None and other for other in given.values()) or len(batches) > 1:
         return False
     factor = torch.tensor([_shape(query)[-1] ** -0.5 if scale is None else float(str(scale))])
     scaled = _insert(graph, node, _ATEN.mul.Tensor, query, _constant(graph, node, "factor", factor, query))
     scores = _insert(graph, node, _ATEN.matmul.default, scaled, _insert(graph, node, _ATEN.transpose.int, key, -2, -1))
     if causal:
         unseen = torch.ones(_shape(query)[-2], _shape(key)[-2], dtype=torch.bool).triu(1)
-        mask = torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)
+        mask = mask + torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)
+    if mask.any():
         scores = _insert(graph, node, _ATEN.add.Tensor, scores, _constant(graph, node, "mask", mask, query))
     scores.meta["val"] = torch.empty(*_shape(query)[:-1], _shape(key)[-2], device="meta")
     weights = _insert(graph, node, _ATEN.softmax.int, scores, -1)
     weights.meta["val"] = scores.meta["val"]
     result = _insert(graph, node, _ATEN.matmul.default, weights, value)
     return _replaced(graph, node, result)
+
+
+def _added_mask(graph: fx.GraphModule, mask: Any) -> torch.Tensor | None:
+    """Give what a mask adds to the scores, 0 without one; ``None`` if that is not known, or leaves nothing of a row."""
+    if mask is None:
+        return torch.zeros(())
+    if mask.op != "get_attr":
+        return None
+    value: torch.Tensor = operator.attrgetter(str(mask.target))(graph)
+    if value.dtype is torch.bool:
+        value = torch.zeros(value.shape).masked_fill(~value, -torch.inf)
+    return None if bool((value == -torch.inf).all(-1).any()) else value
 
 
 def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -6,10 +6,11 @@ and its state_dict, and only its ``forward`` is looked up on the instance instea
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
@@ -107,6 +108,29 @@ def accepts(network: nn.Module, inputs: Inputs) -> bool:
     except TypeError:
         return False
     return True
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def copy_of(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
+    """Copy a module of the user's with all that it holds.
+
+    Args:
+        module: The module.
+        memo: As in ``copy.deepcopy``: what stands for objects that are not to be copied, by their ids.
+
+    Raises:
+        CompressionError: If something it holds cannot be copied.
+    """
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:  # whatever the user's own attributes raise
+        raise CompressionError(
+            f"{type(module).__name__} cannot be copied, and it is changed or tried on a copy only "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). Keep what "
+            "copy.deepcopy refuses, such as results of earlier calls, out of its attributes."
+        ) from error
 
 
 @contextmanager

@@ -43,7 +43,6 @@ def written(model: nn.Module, inputs: Tensor, precision: Precision, folder: Path
     return artifact
 
 
-@final
 class Attention(nn.Module):
     """One head of attention, and the mean of its tokens."""
 
@@ -68,6 +67,58 @@ def test_attention_parts_and_the_mean_of_tokens_are_delegated(
 ) -> None:
     artifact = written(Attention(**attention), torch.randn(16, 6, 8), precision, tmp_path)
     assert artifact.contents.ops["GlobalAvgPooling2d"] == 1
+
+
+class Masked(Attention):
+    """Attention under a mask that is computed from positions, and a bias that is looked up in a table of weights."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.table = kind, nn.Parameter(torch.randn(11))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Run it."""
+        places = torch.arange(tokens.shape[1])
+        distance = places[:, None] - places[None]
+        mask = {
+            "none masked": (distance >= -places.numel()).expand(tokens.shape[0], 1, -1, -1),
+            "near ones": distance.abs() <= 2,
+            "biases": self.table[distance + 5],
+            "a row of none": (distance.abs() <= 2) & (places[:, None] > 0),
+        }[self.kind]
+        self.attention = {"attn_mask": mask}
+        return super().forward(tokens)
+
+
+@pytest.mark.parametrize("kind", ["none masked", "near ones", "biases"])
+def test_masks_that_are_always_the_same_are_computed_before(tmp_path: Path, kind: str) -> None:
+    artifact = written(Masked(kind), torch.randn(16, 6, 8), "fp32", tmp_path)
+    assert artifact.contents.ops["Softmax"] == 1
+
+
+def test_attention_to_nothing_stays_what_it_is(tmp_path: Path) -> None:
+    """torch gives zeros for a row of which everything is masked, where a softmax would give no number."""
+    tokens = torch.randn(4, 6, 8)
+    with pytest.warns(ExportWarning, match="outside the delegate"):
+        artifact = export(Masked("a row of none"), "executorch", tmp_path / "net.pte", inputs=tokens)
+    assert artifact.agreement.max_relative < 1e-5
+
+
+def test_random_numbers_are_drawn_at_every_call() -> None:
+    from lightning_edge.exporters.pte_constants import computed_before
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(3) * torch.arange(3).add(1)
+
+    program = computed_before(torch.export.export(Noisy(), (torch.randn(2, 3),), strict=False))
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == [
+        "aten.rand.default",
+        "aten.mul.Tensor",
+        "aten.add.Tensor",
+    ]
+    network = program.module()
+    assert not torch.equal(network(torch.zeros(2, 3)), network(torch.zeros(2, 3)))
 
 
 class Rolled(nn.Module):

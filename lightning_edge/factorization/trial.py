@@ -6,7 +6,6 @@ layers in pairs, one with the whole layers and the products of those pairs as we
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from lightning_edge.errors import CompressionError
 from lightning_edge.factorization.decomposition import Layer, product, split
 from lightning_edge.network import Inputs, flatten_outputs
+from lightning_edge.surgery import copy_of
 
 
 class _Disagreement(Exception):
@@ -109,12 +109,7 @@ def _run(network: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def _copied(network: nn.Module) -> nn.Module:
-    try:
-        copied = copy.deepcopy(network)
-    except Exception as error:  # whatever the user's own attributes raise
-        raise CompressionError(
-            f"{type(network).__name__} cannot be copied, and factors are tried on a copy first: {error}"
-        ) from error
+    copied = copy_of(network)
     for module in copied.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
             hooks.clear()

@@ -21,25 +21,17 @@ from torch.utils import _pytree as pytree
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.decompose import decompose
-from lightning_edge.quantization.in_place import functional, inline_gradient_modes, make_functional
+from lightning_edge.quantization.in_place import inline_gradient_modes, make_functional
 from lightning_edge.quantization.masks import drop_idle_masks
-from lightning_edge.quantization.nodes import DROPS, SCALED, call, constant
+from lightning_edge.quantization.nodes import DROPOUTS, SCALED, call, constant
+from lightning_edge.quantization.paths import for_both_modes
+from lightning_edge.quantization.regularizers import Regularizer, as_dropouts, find_regularizers
 from lightning_edge.surgery import in_mode, redirected
 
 aten = torch.ops.aten
 
-DROPOUTS = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
-}
-
 # Bookkeeping that torch.export leaves in a graph and that computes nothing.
 _BOOKKEEPING = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range.default}
-
-# Left out of a graph where the tensor has the layout already, which attention dropout decides.
-_LAYOUT = {aten.contiguous.default, aten.clone.default}
 
 # Operations with a weight that a BatchNorm behind them can go into -> axis of the weight's output channels.
 _FOLDABLE: dict[Any, int] = {
@@ -61,7 +53,7 @@ class TakenOut:
     Attributes:
         source: Name of the node it read.
         readers: Names of the nodes that read it, directly or through others that were taken out.
-        operator: The operation.
+        operator: The operation, or the `Regularizer` that the dropout stands for.
         probability: The dropout's own; ``None`` for a detach.
         owner: Name of the submodule in whose ``forward`` it is called, whose mode says whether it drops.
     """
@@ -126,18 +118,19 @@ def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True) -> 
             than in evaluation (beyond dropout and BatchNorm), which one graph cannot do.
     """
     inputs = _two_samples(inputs)
-    with _mode(network, training=False):
-        graph = _export(network, inputs)
-    with _mode(network, training=True):
-        training = _export(network, inputs)
-    _refuse_other_path(network, _operations(graph), _operations(training))
-    _note_attention_dropout(graph, training)
+    regularizers = find_regularizers(network, inputs)
+    with as_dropouts(regularizers):
+        evaluation = _exported(network, inputs, training=False)
+        training = _exported(network, inputs, training=True)
+        if isinstance(training, CompressionError):
+            raise training if isinstance(evaluation, GraphModule) else evaluation
+        graph = for_both_modes(network, inputs, evaluation, training)
     make_functional(graph, type(network).__name__)
     drop_idle_masks(graph)
     if written_out:
         decompose(graph)
     batch_norms = tuple(_fold_batch_norms(graph))
-    taken_out = tuple(_take_out(graph, network))
+    taken_out = tuple(_take_out(graph, network, regularizers))
     graph.graph.lint()
     graph.recompile()
     return Captured(graph, taken_out, batch_norms)
@@ -160,6 +153,15 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
         for name, buffer in network.named_buffers():
             if name in buffers:
                 buffer.copy_(buffers[name])
+
+
+def _exported(network: nn.Module, inputs: Inputs, *, training: bool) -> GraphModule | CompressionError:
+    """The graph in one mode, or why there is none."""
+    try:
+        with _mode(network, training):
+            return _export(network, inputs)
+    except CompressionError as error:
+        return error
 
 
 def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
@@ -235,36 +237,7 @@ def _dynamic_batch(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
     return {name: pytree.tree_map(spec, value) for name, value in bound.arguments.items()}
 
 
-def _operations(graph: GraphModule) -> list[str]:
-    """Names of the operations in order, without what differs between the modes by design."""
-    return [
-        str(node.target)
-        for node in graph.graph.nodes
-        if node.op == "call_function" and functional(node.target) not in {*DROPOUTS, *_LAYOUT}
-    ]
-
-
-def _refuse_other_path(network: nn.Module, evaluated: list[str], trained: list[str]) -> None:
-    if evaluated == trained:
-        return
-    pairs = zip([*evaluated, "the end"], [*trained, "the end"], strict=False)
-    in_evaluation, in_training = next((pair for pair in pairs if pair[0] != pair[1]), ("the end", "the end"))
-    raise CompressionError(
-        f"{type(network).__name__} computes something else in training than in evaluation: {in_training} in training "
-        f"where evaluation has {in_evaluation}. One quantized graph serves both, so forward() must not branch on "
-        "self.training; name the part that does not branch with module=..., or move the branch out of the network."
-    )
-
-
-def _note_attention_dropout(graph: GraphModule, training: GraphModule) -> None:
-    """Keep the dropout inside attention, which is an argument, and in evaluation 0, for where it is written out."""
-    attention = aten.scaled_dot_product_attention.default
-    evaluated, trained = ([n for n in g.graph.nodes if n.target is attention] for g in (graph, training))
-    for node, other in zip(evaluated, trained, strict=True):
-        node.meta[DROPS] = other.args[4] if len(other.args) > 4 else other.kwargs.get("dropout_p", 0.0)
-
-
-def _take_out(graph: GraphModule, network: nn.Module) -> list[TakenOut]:
+def _take_out(graph: GraphModule, network: nn.Module, regularizers: dict[str, nn.Module]) -> list[TakenOut]:
     modules = dict(network.named_modules())
     found = [n for n in graph.graph.nodes if n.op == "call_function" and n.target in {*DROPOUTS, aten.detach.default}]
     taken_out = []
@@ -281,7 +254,8 @@ def _take_out(graph: GraphModule, network: nn.Module) -> list[TakenOut]:
             source = source.args[0]
         readers = [name for user in node.users for name in _readers(user, found)]
         owner = _owner(node, modules)
-        taken_out.append(TakenOut(source.name, tuple(readers), node.target, probability, owner))
+        operator = Regularizer(regularizers[owner]) if owner in regularizers else node.target
+        taken_out.append(TakenOut(source.name, tuple(readers), operator, probability, owner))
     for node in found:
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)

@@ -22,6 +22,7 @@ from lightning_edge.quantization.calls import CallShape
 from lightning_edge.quantization.capture import FoldedBatchNorm, TakenOut, capture
 from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 from lightning_edge.quantization.plan import LinearWeights, Plan
+from lightning_edge.surgery import copy_of
 
 CHILD = "edge_quantizers"
 
@@ -258,9 +259,13 @@ def quantized_forward(module: nn.Module) -> tuple[nn.Module, QuantizedForward]:
 
 
 def float_copy(module: nn.Module) -> nn.Module:
-    """Copy ``module`` with its present weights and without quantizers."""
+    """Copy ``module`` with its present weights and without quantizers.
+
+    Raises:
+        CompressionError: If something it holds cannot be copied.
+    """
     with quiet_torchao():
-        copied = copy.deepcopy(module)
+        copied = copy_of(module)
     for network in copied.modules():
         detach(network)
     return copied

@@ -21,6 +21,12 @@ REARRANGES = {
     aten.contiguous.default,
     aten.clone.default,
 }
+DROPOUTS = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
 # Of an operation that stands for another: which modules it was called in.
 _STACK = "nn_module_stack"
 # Scale and zero point of a value whose range is known before anything is observed.
