@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lightning_edge.quantization.masks import added_mask, causal_mask
+from lightning_edge.quantization.masks import added_mask, causal_mask, is_learnt_bias
 from lightning_edge.quantization.nodes import DROPS, FIXED_RANGE, POOLS, REARRANGES, SCALED, call, constant
 
 aten = torch.ops.aten
@@ -161,7 +161,7 @@ def _linear(graph: GraphModule, node: Node) -> Node:
 
 
 def _attention(graph: GraphModule, node: Node) -> Node:
-    """Attention of as many keys' heads as queries', under no mask or a constant one, in products and a softmax."""
+    """Attention of as many keys' heads as queries', under no mask, a constant or a learnt one, in its parts."""
     query, key, value, *others = node.args
     given = dict(zip(_ATTENTION_ARGUMENTS, others, strict=False)) | node.kwargs
     scale, mask, causal = given.pop("scale", None), given.pop("attn_mask", None), given.pop("is_causal", False)
@@ -173,7 +173,8 @@ def _attention(graph: GraphModule, node: Node) -> Node:
         added = added_mask(graph, mask)
     elif causal:
         added = causal_mask(query.meta["val"].shape[-2], key.meta["val"].shape[-2])
-    if added is None and (mask is not None or causal):
+    is_learnt = added is None and isinstance(mask, Node) and is_learnt_bias(mask)
+    if added is None and not is_learnt and (mask is not None or causal):
         return node
     query = _scaled(graph, node, query, query.meta["val"].shape[-1] ** -0.5 if scale is None else scale)
     keys = call(graph, aten.transpose.int, key, -2, -1, instead_of=node)
@@ -184,6 +185,10 @@ def _attention(graph: GraphModule, node: Node) -> Node:
         added = added.view([1] * (like.dim() - added.dim()) + list(added.shape))
         operand = constant(graph, f"mask_of_{node.name}", added, like)
         scores = call(graph, aten.add.Tensor, scores, operand, instead_of=node)
+    elif isinstance(mask, Node):
+        for _ in range(scores.meta["val"].dim() - mask.meta["val"].dim()):
+            mask = call(graph, aten.unsqueeze.default, mask, 0, instead_of=node)
+        scores = call(graph, aten.add.Tensor, scores, mask, instead_of=node)
     weights = call(graph, aten.softmax.int, scores, -1, instead_of=node)
     if node.meta.get(DROPS):
         weights = call(graph, aten.dropout.default, weights, node.meta[DROPS], False, instead_of=node)

@@ -15,19 +15,20 @@ from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
 
-# What stands for minus infinity in a mask begins here; one int8 step of such a range is larger than any score.
-_HUGE = 1e4
+# Added to scores, it leaves nothing of them behind a softmax (Swin masks by -100); one int8 step of a range that holds
+# it is a fifth of a score of 1.
+_HUGE = 50.0
+# What stands for minus infinity in a mask begins here.
+_INFINITE = 1e4
 # What stands for it where masks are written here: half precision has it as minus infinity.
 _MASKED = -1e9
 
 _SELECTING = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther}
 
+_ARITHMETIC = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.mul.Tensor}
 # How a mask is computed and brought to the shape of the scores.
 _SHAPING = {
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.rsub.Scalar,
-    aten.mul.Tensor,
+    *_ARITHMETIC,
     aten.view.default,
     aten.reshape.default,
     aten.expand.default,
@@ -44,14 +45,18 @@ _SHAPING = {
 def masked_scores(graph: GraphModule) -> set[Node]:
     """Softmaxes over masked scores, and the operations that mask them: their ranges mean nothing.
 
+    So are those that make the mask of an attention in one piece, which stays float itself.
+
     Args:
         graph: A captured graph.
     """
     found: set[Node] = set()
     for node in graph.graph.nodes:
-        if node.target not in (aten.softmax.int, aten._softmax.default):
+        is_whole = node.target is aten.scaled_dot_product_attention.default
+        if not is_whole and node.target not in (aten.softmax.int, aten._softmax.default):
             continue
-        trail, huge = [node.args[0]], False
+        mask = _mask_of(node) if is_whole else node.args[0]
+        trail, huge = [] if mask is None else [mask], is_whole
         for value in trail:  # grows while it is walked
             huge = huge or _brings_huge_values(graph, value)
             if value.target in _SELECTING or value.target in _SHAPING:
@@ -65,7 +70,14 @@ def _brings_huge_values(graph: GraphModule, node: Node) -> bool:
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(graph)
         return value.is_floating_point() and value.numel() > 0 and float(value.detach().abs().max()) >= _HUGE
-    return node.target in _SELECTING or any(isinstance(arg, int | float) and abs(arg) >= _HUGE for arg in node.args)
+    if node.target in _ARITHMETIC:
+        return any(isinstance(arg, int | float) and abs(arg) >= _HUGE for arg in node.args)
+    return node.target in _SELECTING
+
+
+def _mask_of(attention: Node) -> Node | None:
+    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    return mask if isinstance(mask, Node) else None
 
 
 def drop_idle_masks(graph: GraphModule) -> None:
@@ -73,8 +85,8 @@ def drop_idle_masks(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
             continue
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        if isinstance(mask, Node) and mask.meta["val"].dtype == torch.bool and _masks_nothing(graph, mask):
+        mask = _mask_of(node)
+        if mask is not None and mask.meta["val"].dtype == torch.bool and _masks_nothing(graph, mask):
             node.replace_input_with(mask, None)
     graph.graph.eliminate_dead_code()
 
@@ -102,7 +114,18 @@ def added_mask(graph: GraphModule, mask: Node) -> Tensor | None:
     if value.dtype == torch.bool:
         value = torch.zeros(value.shape, device=value.device).masked_fill_(~value, _MASKED)
     added = value.clamp(min=_MASKED)
-    return None if bool((added <= -_HUGE).all(-1).any()) else added
+    return None if bool((added <= -_INFINITE).all(-1).any()) else added
+
+
+def is_learnt_bias(mask: Node) -> bool:
+    """Whether a mask is real numbers, to be added to the scores, that do not depend on what the network is fed."""
+    before = [mask]
+    for node in before:  # grows while it is walked
+        if node.op == "placeholder":
+            return False
+        if node.target is not aten.sym_size.int:
+            before.extend(parent for parent in node.all_input_nodes if parent not in before)
+    return bool(mask.meta["val"].is_floating_point())
 
 
 def causal_mask(queries: int, keys: int) -> Tensor:
