@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from lightning_edge.errors import ExportError, require
-from lightning_edge.exporters import float_layers, mlpackage, pte_coreml, xnnpack_forms
+from lightning_edge.exporters import float_layers, mlpackage, pte_constants, pte_coreml, xnnpack_forms
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 
@@ -54,8 +54,7 @@ def program_of(network: Deployable, backend: Backend) -> Any:
     """Export a network in the form that a backend hands most of to its delegate."""
     if backend == "xnnpack":
         network.graph = float_layers.apart_for_xnnpack(network.graph)
-    constants = require("lightning_edge.exporters.pte_constants", _EXTRA)
-    program = constants.computed_before(network.program())
+    program = pte_constants.computed_before(network.program())
     # XNNPACK and Vulkan have a mean over height and width in that form alone.
     if backend in ("xnnpack", "vulkan"):
         program = xnnpack_forms.in_its_forms(program, vulkan=backend == "vulkan")

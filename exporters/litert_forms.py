@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from lightning_edge.exporters.graphs import CLIPS, operation
+from lightning_edge.exporters.litert_broadcasts import without_expansions
 from lightning_edge.network import Deployable
 
 _ATEN = torch.ops.aten
@@ -18,31 +18,21 @@ _TRANSPOSED = _ATEN.conv_transpose2d.input
 
 
 def for_litert(network: Deployable) -> nn.Module:
-    """Give the graph of a network in the form that LiteRT's converter takes; on a copy if anything changes.
+    """Give the graph of a network in the form that LiteRT's converter takes; as another module if anything changes.
 
     Transposed convolutions crop what they give: before by their padding, behind by that less the output padding. LiteRT
     crops as its SAME does, evenly or one more behind, and the converter refuses what is cropped otherwise, as by a
-    kernel of 3 with stride 2, padding 1 and output padding 1. Such a layer gives all, and slices cut it.
+    kernel of 3 with stride 2, padding 1 and output padding 1. Such a layer gives all, and slices cut it. Expansions of
+    images come out wrong, see `litert_broadcasts`.
 
     Args:
         network: What is exported.
     """
-    graph: nn.Module = network.unfolded or network.graph
-    if network.precision == "fp32":
-        if not any(isinstance(layer, nn.ConvTranspose2d) for layer in graph.modules()):
-            return graph
-        traced = network.program().module()
-        return graph if not _crop_by_slices(traced) else traced
-    if not any(True for part in _graphs(graph) for _ in _cropped(part)):
-        return graph
-    graph = copy.deepcopy(graph)
-    for part in _graphs(graph):
-        _crop_by_slices(part)
-    return graph
-
-
-def _graphs(module: nn.Module) -> Iterator[fx.GraphModule]:
-    return (part for part in module.modules() if isinstance(part, fx.GraphModule))
+    traced = network.program(fold_weights=False).module()
+    assert isinstance(traced, fx.GraphModule)
+    if any([_crop_by_slices(traced), without_expansions(traced)]):
+        return traced
+    return network.unfolded or network.graph
 
 
 def _cropped(module: fx.GraphModule) -> Iterator[tuple[Any, list[int], list[int]]]:
@@ -85,7 +75,8 @@ def _crop_by_slices(module: fx.GraphModule) -> bool:
         places = [node] if behind is None else list(behind.users)
         for place in places:
             _slice_behind(module.graph, place, behind, start, sizes)
-    module.recompile()
+    if found:
+        module.recompile()
     return bool(found)
 
 

@@ -1,13 +1,12 @@
 """What a network computes from its own values alone, computed before it is lowered for ExecuTorch.
 
 Its lowering keeps such operations, which then run at every call, on slower kernels outside the delegate: attention
-masks out of ranges of positions, biases looked up by relative position, position embeddings. Imports executorch.
+masks out of ranges of positions, biases looked up by relative position, position embeddings.
 """
 
 from __future__ import annotations
 
 import torch
-from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
 # Their operations say how a value is stored, and are what a backend looks for.
 _QUANTIZERS = {"quantized_decomposed", "torchao", "quant"}
@@ -19,6 +18,8 @@ def computed_before(program: torch.export.ExportedProgram) -> torch.export.Expor
     Args:
         program: A network in ATen operations; those that draw random numbers, and those of quantizers, stay.
     """
+    from executorch.exir.passes.constant_prop_pass import constant_prop_pass
+
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
     stay = {target for target in targets if not _is_plain(target)}
     changed: torch.export.ExportedProgram = constant_prop_pass(program, custom_skip_targets=stay)

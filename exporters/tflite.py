@@ -31,6 +31,7 @@ from lightning_edge.exporters.base import Contents, Runner, explain
 from lightning_edge.exporters.calls import TensorSpec
 from lightning_edge.exporters.divergence import Intermediate
 from lightning_edge.network import Deployable, Inputs
+from lightning_edge.windows import WindowsAsViews
 
 SUFFIX = ".tflite"
 EXTRA = "tflite"
@@ -134,7 +135,7 @@ def _convert(network: Deployable) -> bytes:
         scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
         config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), WindowsAsViews():
             converted = litert_torch.convert(graph, inputs.args, dict(inputs.kwargs) or None, quant_config=config)
             return bytes(converted.model_content())
     except Exception as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_edge.interface import Interface
+from lightning_edge.windows import WindowsAsViews
 
 Precision = Literal["fp32", "int8"]
 
@@ -141,7 +142,7 @@ class Deployable(nn.Module):
             ValueError: If the interface asks for several samples in a call, and an output is not one for each.
         """
         graph = self.graph if fold_weights or self.unfolded is None else self.unfolded
-        with torch.no_grad():
+        with torch.no_grad(), WindowsAsViews():
             if self.interface.max_batch > 1:
                 return _for_any_batch(graph, self.inputs, self.interface.max_batch)
             return torch.export.export(graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)

@@ -144,3 +144,40 @@ def test_a_transposed_convolution_in_groups_is_refused_and_can_stay_float(tmp_pa
     assert not path.exists()
     with pytest.warns(UserWarning, match="TRANSPOSE_CONV"):
         export(quantize(network, images(), skip=["up"]), "tflite", path)
+
+
+class Spread(nn.Module):
+    """A function of images between two layers."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), function
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.function(self.first(images)))
+        return logits
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("function", "joins"),
+    [
+        (lambda y: y * y[..., :1].expand_as(y), False),
+        (lambda y: y[:, :, :1].expand(-1, -1, 8, -1) + y, False),
+        (lambda y: torch.cat([y[..., :1].expand_as(y), y], 2)[:, :, 4:12], True),
+        (lambda y: y * y[..., :1].repeat(1, 1, 1, 8), True),
+    ],
+    ids=["product", "sum", "concatenation", "repetition"],
+)
+def test_values_spread_over_a_dimension(function: Any, joins: bool, precision: str, tmp_path: Path) -> None:
+    """The converter mixes up the axes of what is spread between images with the channels last."""
+    network, samples = trained(Spread(function)), images()
+    path = tmp_path / "net.tflite"
+    made = quantize(network, samples) if precision == "int8" else network
+    artifact = export(made, "tflite", path, batches=samples, **({} if precision == "int8" else {"inputs": samples[0]}))
+    agreement = artifact.agreement
+    assert agreement is not None
+    assert agreement.max_relative < 1e-5 if precision == "fp32" else (agreement.max_steps or 0) <= 2.01
+    assert artifact.contents.float_compute_ops == () or precision == "fp32"
+    assert "BROADCAST_TO" not in operations(path)
+    assert (operations(path).count("CONCATENATION") > 0) is joins

@@ -27,6 +27,7 @@ from lightning_edge.quantization.nodes import DROPOUTS, SCALED, call, constant
 from lightning_edge.quantization.paths import for_both_modes
 from lightning_edge.quantization.regularizers import Regularizer, as_dropouts, find_regularizers
 from lightning_edge.surgery import in_mode, redirected
+from lightning_edge.windows import WindowsAsViews
 
 aten = torch.ops.aten
 
@@ -168,7 +169,8 @@ def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
     device_type = next((tensor.device.type for tensor in inputs.tensors), "cpu")
     try:
         # With gradients, so that the graph shows where forward() turns them off.
-        with torch.enable_grad(), torch.autocast(device_type, enabled=False), _spelled_out(network, inputs):
+        without_autocast = torch.autocast(device_type, enabled=False)
+        with torch.enable_grad(), without_autocast, _spelled_out(network, inputs), WindowsAsViews():
             program = torch.export.export(
                 network, inputs.args, dict(inputs.kwargs), dynamic_shapes=_dynamic_batch(network, inputs), strict=False
             )

@@ -1,0 +1,82 @@
+"""Values that are spread over a dimension, for LiteRT's converter.
+
+It keeps images with the channels last, and where an expansion or a repetition meets that it mixes the axes up: the file
+computes something else, or is not made (litert-torch 0.10). What reads such a value spreads it by itself, as sums and
+products do, or gets as many copies of it joined.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+_ATEN = torch.ops.aten
+_EXPANSIONS = {_ATEN.expand.default, _ATEN.expand_as.default}
+_SPREADING = {
+    _ATEN.add.Tensor,
+    _ATEN.sub.Tensor,
+    _ATEN.mul.Tensor,
+    _ATEN.div.Tensor,
+    _ATEN.maximum.default,
+    _ATEN.minimum.default,
+}
+# By name, since they exist only where torchao has been imported.
+_QUANTIZERS = {"quantized_decomposed.quantize_per_tensor.default", "quantized_decomposed.dequantize_per_tensor.default"}
+
+
+def without_expansions(module: fx.GraphModule) -> bool:
+    """Write expansions and repetitions of images in other operations, in place; whether there were any."""
+    changed = False
+    for node in list(module.graph.nodes):
+        shape = _shape(node)
+        if node.target not in (*_EXPANSIONS, _ATEN.repeat.default) or len(shape) != 4:
+            continue
+        source = node.args[0]
+        times = [size // before for size, before in zip(shape, _shape(source), strict=False)]
+        if len(times) < 4 or not math.prod(_shape(source)):
+            continue
+        if node.target in _EXPANSIONS and all(_spreads(reader, via, source) for reader, via in _readers(node)):
+            result = source
+        else:
+            result = _joined(module.graph, node, source, times)
+        node.replace_all_uses_with(result)
+        module.graph.erase_node(node)
+        changed = True
+    if changed:
+        module.recompile()
+    return changed
+
+
+def _joined(graph: fx.Graph, node: Any, source: Any, times: list[int]) -> Any:
+    with graph.inserting_before(node):
+        for dim, count in enumerate(times):
+            if count > 1:
+                source = graph.call_function(_ATEN.cat.default, ([source] * count, dim))
+    return source
+
+
+def _readers(node: Any) -> list[tuple[Any, Any]]:
+    """What reads a value, through what quantizes it, and by which node."""
+    found = []
+    for user in node.users:
+        if str(user.target) in _QUANTIZERS:
+            found.extend(_readers(user))
+        else:
+            found.append((user, node))
+    return found
+
+
+def _spreads(reader: Any, via: Any, source: Any) -> bool:
+    """Whether a reader gives the same with the value as it is before it is spread."""
+    if reader.target not in _SPREADING:
+        return False
+    shapes = [_shape(source) if arg is via else _shape(arg) for arg in reader.args[:2] if isinstance(arg, fx.Node)]
+    return tuple(torch.broadcast_shapes(*shapes)) == _shape(reader)
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
