@@ -17,6 +17,7 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     _ATEN.where.ScalarOther: lambda condition, chosen, other: torch.where(
         condition, chosen, torch.full((), other, dtype=chosen.dtype)
     ),
+    _ATEN.concatenate.default: lambda tensors, dim=0: torch.cat(tensors, dim),
     _ATEN.channel_shuffle.default: lambda x, groups: x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2),
 }
 

@@ -15,6 +15,7 @@ from torch import fx
 
 _ATEN = torch.ops.aten
 _EXPANSIONS = {_ATEN.expand.default, _ATEN.expand_as.default}
+_REPETITIONS = {_ATEN.repeat.default, _ATEN.tile.default}
 _SPREADING = {
     _ATEN.add.Tensor,
     _ATEN.sub.Tensor,
@@ -32,7 +33,7 @@ def without_expansions(module: fx.GraphModule) -> bool:
     changed = False
     for node in list(module.graph.nodes):
         shape = _shape(node)
-        if node.target not in (*_EXPANSIONS, _ATEN.repeat.default) or len(shape) != 4:
+        if node.target not in (*_EXPANSIONS, *_REPETITIONS) or len(shape) != 4:
             continue
         source = node.args[0]
         times = [size // before for size, before in zip(shape, _shape(source), strict=False)]
@@ -40,14 +41,24 @@ def without_expansions(module: fx.GraphModule) -> bool:
             continue
         if node.target in _EXPANSIONS and all(_spreads(reader, via, source) for reader, via in _readers(node)):
             result = source
+            _pass_on(node, source)
         else:
             result = _joined(module.graph, node, source, times)
         node.replace_all_uses_with(result)
         module.graph.erase_node(node)
         changed = True
     if changed:
+        module.graph.eliminate_dead_code()
         module.recompile()
     return changed
+
+
+def _pass_on(node: Any, source: Any) -> None:
+    """Let what reads a value behind its quantization read the quantized value that it is made from."""
+    for quantize in node.users:
+        for dequantize in quantize.users if str(quantize.target) in _QUANTIZERS else ():
+            if str(source.target) == str(dequantize.target) and source.args[1:] == dequantize.args[1:]:
+                dequantize.replace_all_uses_with(source)
 
 
 def _joined(graph: fx.Graph, node: Any, source: Any, times: list[int]) -> Any:

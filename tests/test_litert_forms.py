@@ -166,8 +166,9 @@ class Spread(nn.Module):
         (lambda y: y[:, :, :1].expand(-1, -1, 8, -1) + y, False),
         (lambda y: torch.cat([y[..., :1].expand_as(y), y], 2)[:, :, 4:12], True),
         (lambda y: y * y[..., :1].repeat(1, 1, 1, 8), True),
+        (lambda y: y * y[..., :1].tile(8), True),
     ],
-    ids=["product", "sum", "concatenation", "repetition"],
+    ids=["product", "sum", "concatenation", "repetition", "tile"],
 )
 def test_values_spread_over_a_dimension(function: Any, joins: bool, precision: str, tmp_path: Path) -> None:
     """The converter mixes up the axes of what is spread between images with the channels last."""
@@ -177,7 +178,7 @@ def test_values_spread_over_a_dimension(function: Any, joins: bool, precision: s
     artifact = export(made, "tflite", path, batches=samples, **({} if precision == "int8" else {"inputs": samples[0]}))
     agreement = artifact.agreement
     assert agreement is not None
-    assert agreement.max_relative < 1e-5 if precision == "fp32" else (agreement.max_steps or 0) <= 2.01
+    assert agreement.max_relative < 1e-5 if precision == "fp32" else (agreement.max_steps or 0) <= 1.01
     assert artifact.contents.float_compute_ops == () or precision == "fp32"
     assert "BROADCAST_TO" not in operations(path)
     assert (operations(path).count("CONCATENATION") > 0) is joins

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -330,3 +331,54 @@ def test_weights_and_activations_are_int8_in_the_converted_graph() -> None:
 def test_bad_settings_are_refused_at_construction(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Quantize(**arguments)
+
+
+class Moved(nn.Module):
+    """What only moves values, or repeats them, between two layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.function(self.first(x)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: y.movedim(1, -1).moveaxis(-1, 1),
+        lambda y: y.swapaxes(2, 3),
+        lambda y: y.mT,
+        lambda y: y.narrow(2, 0, 4),
+        lambda y: y.roll((1, 2), (2, 3)),
+        lambda y: y.repeat(1, 1, 2, 1),
+        lambda y: y.tile(1, 1, 2, 1),
+        lambda y: y.repeat_interleave(2, 2),
+        lambda y: nn.functional.pixel_shuffle(nn.functional.pixel_unshuffle(y, 2), 2),
+        lambda y: y[:, :1].expand_as(y),
+        lambda y: torch.concat([y, y.flip(2)], 2),
+        lambda y: torch.hstack([y, y.relu()])[:, 4:12],
+    ],
+    ids=[
+        "movedim",
+        "swapaxes",
+        "mT",
+        "narrow",
+        "roll",
+        "repeat",
+        "tile",
+        "interleave",
+        "unshuffle",
+        "expand_as",
+        "concat",
+        "hstack",
+    ],
+)
+def test_what_moves_values_keeps_their_scale(function: Callable[[Tensor], Tensor]) -> None:
+    """Another scale would round them once more, and be an operation more in every file."""
+    images = torch.randn(8, 3, 8, 8)
+    quantized = quantize(Moved(function).eval(), [images])
+    scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
+    assert len(scales) == 3  # of the input, of the first layer's output, of the last one's

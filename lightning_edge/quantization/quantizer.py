@@ -98,10 +98,17 @@ MOVES_VALUES = {
     aten.unsqueeze.default,
     aten.slice.Tensor,
     aten.select.int,
+    aten.narrow.default,
     aten.expand.default,
+    aten.expand_as.default,
+    aten.repeat.default,
+    aten.tile.default,
+    aten.repeat_interleave.self_int,
+    aten.roll.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_nearest2d.default,
     aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
     aten.channel_shuffle.default,
     aten.flip.default,
 }
@@ -122,7 +129,7 @@ SAME_RANGE = {*MOVES_VALUES, *AVERAGES, aten.pad.default, aten.constant_pad_nd.d
 # One operand, several results, each read through operator.getitem.
 SPLITTING = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 
-JOINING = {aten.cat.default, aten.stack.default}
+JOINING = {aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default, aten.hstack.default}
 
 # What a plan can name.
 _QUANTIZABLE = {*WEIGHTED, *BINARY, *UNARY, *FIXED_RANGE, *SAME_RANGE, *SPLITTING, *JOINING}
