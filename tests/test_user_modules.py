@@ -205,6 +205,33 @@ def test_gradients_stop_where_the_user_stopped_them() -> None:
         assert torch.isfinite(convert(network)(images(2))).all()
 
 
+class Standardized(nn.Conv2d):
+    """Weights of mean zero and variance one, by BatchNorm's function, as BiT and timm have them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.reshape(1, self.out_channels, -1)
+        normal = F.batch_norm(weight, None, None, training=True, momentum=0.0, eps=1e-6)
+        return F.conv2d(x, normal.reshape_as(self.weight), self.bias)
+
+
+def test_standardized_weights_are_int8_and_learn() -> None:
+    network = User(lambda s, y: s.standardized(y).relu(), standardized=Standardized(8, 8, 3))
+    quantized = close_and_converted(network, images)
+    assert not any("batch_norm" in str(node.target) for node in convert(quantized).graph.graph.nodes)  # type: ignore[union-attr]
+    x = images(32)
+    network.train()(x).square().sum().backward()
+    expected = network.standardized.weight.grad  # type: ignore[union-attr]
+    quantized.train()(x).square().sum().backward()
+    found = quantized.standardized.weight.grad  # type: ignore[union-attr]
+    assert float(F.cosine_similarity(found.flatten(), expected.flatten(), dim=0)) > 0.95  # type: ignore[union-attr, operator]
+
+
+def test_statistics_of_a_batch_are_refused() -> None:
+    network = User(lambda s, y: s.norm(y), norm=nn.BatchNorm2d(8, track_running_stats=False))
+    with pytest.raises(CompressionError, match="keeps no running statistics"):
+        attach(network, Inputs((images(),)))
+
+
 def test_two_dropouts_in_a_row_both_drop() -> None:
     network = User(lambda s, y: s.second(s.first(y)), first=nn.Dropout(0.5), second=nn.Dropout2d(0.5)).train()
     attach(network, Inputs((images(),)))

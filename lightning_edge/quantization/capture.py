@@ -23,7 +23,7 @@ from lightning_edge.network import Inputs
 from lightning_edge.quantization.decompose import decompose
 from lightning_edge.quantization.in_place import inline_gradient_modes, make_functional
 from lightning_edge.quantization.masks import drop_idle_masks
-from lightning_edge.quantization.nodes import DROPOUTS, SCALED, call, constant
+from lightning_edge.quantization.nodes import DROPOUTS, SCALED, call, constant, depends_on_input
 from lightning_edge.quantization.paths import for_both_modes
 from lightning_edge.quantization.regularizers import Regularizer, as_dropouts, find_regularizers
 from lightning_edge.surgery import in_mode, redirected
@@ -283,6 +283,9 @@ def _fold_batch_norms(graph: GraphModule) -> Iterator[FoldedBatchNorm]:
         if node.op != "call_function" or node.target is not aten.batch_norm.default:
             continue
         x, gamma, beta, mean, variance, _, momentum, eps, _ = node.args
+        if mean is None and not depends_on_input(x):
+            _normalize_weights(graph, node)
+            continue
         if mean is None:
             raise CompressionError(
                 "A BatchNorm of the network keeps no running statistics (track_running_stats=False), so that every "
@@ -330,6 +333,25 @@ def _fold_batch_norms(graph: GraphModule) -> Iterator[FoldedBatchNorm]:
             momentum=momentum,
             eps=eps,
         )
+
+
+def _normalize_weights(graph: GraphModule, node: Node) -> None:
+    """Write out a normalization of weights, which networks with standardized weights take BatchNorm's function for."""
+    x, gamma, beta, *_, eps, _ = node.args
+    assert isinstance(x, Node)
+    rank = x.meta["val"].dim()
+    axes = [axis for axis in range(rank) if axis != 1]
+    shape = [1, -1] + [1] * (rank - 2)
+    with graph.graph.inserting_before(node):
+        centred = call(graph, aten.sub.Tensor, x, call(graph, aten.mean.dim, x, axes, True))
+        variance = call(graph, aten.mean.dim, call(graph, aten.mul.Tensor, centred, centred), axes, True)
+        inverse = call(graph, aten.rsqrt.default, call(graph, aten.add.Tensor, variance, eps))
+        result = call(graph, aten.mul.Tensor, centred, inverse)
+        for parameter, target in ((gamma, aten.mul.Tensor), (beta, aten.add.Tensor)):
+            if parameter is not None:
+                result = call(graph, target, result, call(graph, aten.view.default, parameter, shape))
+    node.replace_all_uses_with(result)
+    graph.graph.erase_node(node)
 
 
 def _depthwise_identity(graph: GraphModule, node: Node, x: Node) -> Node:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from lightning_edge.quantization.nodes import depends_on_input
+
 aten = torch.ops.aten
 
 # Added to scores, it leaves nothing of them behind a softmax (Swin masks by -100); one int8 step of a range that holds
@@ -70,9 +72,9 @@ def _brings_huge_values(graph: GraphModule, node: Node) -> bool:
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(graph)
         return value.is_floating_point() and value.numel() > 0 and float(value.detach().abs().max()) >= _HUGE
-    if node.target in _ARITHMETIC:
-        return any(isinstance(arg, int | float) and abs(arg) >= _HUGE for arg in node.args)
-    return node.target in _SELECTING
+    if node.target in _SHAPING - _ARITHMETIC:  # its numbers are places and sizes
+        return False
+    return node.target in _SELECTING or any(isinstance(arg, int | float) and abs(arg) >= _HUGE for arg in node.args)
 
 
 def _mask_of(attention: Node) -> Node | None:
@@ -119,13 +121,7 @@ def added_mask(graph: GraphModule, mask: Node) -> Tensor | None:
 
 def is_learnt_bias(mask: Node) -> bool:
     """Whether a mask is real numbers, to be added to the scores, that do not depend on what the network is fed."""
-    before = [mask]
-    for node in before:  # grows while it is walked
-        if node.op == "placeholder":
-            return False
-        if node.target is not aten.sym_size.int:
-            before.extend(parent for parent in node.all_input_nodes if parent not in before)
-    return bool(mask.meta["val"].is_floating_point())
+    return not depends_on_input(mask) and bool(mask.meta["val"].is_floating_point())
 
 
 def causal_mask(queries: int, keys: int) -> Tensor:

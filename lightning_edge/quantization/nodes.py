@@ -47,6 +47,17 @@ POOLS = "edge_pools"
 DROPS = "edge_drops"
 
 
+def depends_on_input(node: Node) -> bool:
+    """Whether a value depends on what the network is fed, beyond how many samples that are."""
+    before = [node]
+    for one in before:  # grows while it is walked
+        if one.op == "placeholder":
+            return True
+        if one.target is not aten.sym_size.int:
+            before.extend(parent for parent in one.all_input_nodes if parent not in before)
+    return False
+
+
 def call(graph: GraphModule, target: Any, *args: Any, instead_of: Node | None = None) -> Node:
     """Insert an operation with the shape and type of its result, which torchao reads when it places quantizers.
 
