@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -33,3 +35,9 @@ def operation(node: fx.Node) -> str:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return ""
     return node.target._schema.name.split("::")[-1].rstrip("_")
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of what a node gives, if that is one tensor; of anything else none."""
+    known = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return tuple(known.shape) if isinstance(known, torch.Tensor) else ()

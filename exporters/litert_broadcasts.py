@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from lightning_edge.exporters.graphs import operation, shape_of
+
 _ATEN = torch.ops.aten
 _EXPANSIONS = {_ATEN.expand.default, _ATEN.expand_as.default}
 _REPETITIONS = {_ATEN.repeat.default, _ATEN.tile.default}
@@ -24,20 +26,19 @@ _SPREADING = {
     _ATEN.maximum.default,
     _ATEN.minimum.default,
 }
-# By name, since they exist only where torchao has been imported.
-_QUANTIZERS = {"quantized_decomposed.quantize_per_tensor.default", "quantized_decomposed.dequantize_per_tensor.default"}
+_QUANTIZERS = {"quantize_per_tensor", "dequantize_per_tensor"}
 
 
 def without_expansions(module: fx.GraphModule) -> bool:
     """Write expansions and repetitions of images in other operations, in place; whether there were any."""
     changed = False
     for node in list(module.graph.nodes):
-        shape = _shape(node)
+        shape = shape_of(node)
         if node.target not in (*_EXPANSIONS, *_REPETITIONS) or len(shape) != 4:
             continue
         source = node.args[0]
-        times = [size // before for size, before in zip(shape, _shape(source), strict=False)]
-        if len(times) < 4 or not math.prod(_shape(source)):
+        times = [size // before for size, before in zip(shape, shape_of(source), strict=False)]
+        if len(times) < 4 or not math.prod(shape_of(source)):
             continue
         if node.target in _EXPANSIONS and all(_spreads(reader, via, source) for reader, via in _readers(node)):
             result = source
@@ -56,7 +57,7 @@ def without_expansions(module: fx.GraphModule) -> bool:
 def _pass_on(node: Any, source: Any) -> None:
     """Let what reads a value behind its quantization read the quantized value that it is made from."""
     for quantize in node.users:
-        for dequantize in quantize.users if str(quantize.target) in _QUANTIZERS else ():
+        for dequantize in quantize.users if operation(quantize) in _QUANTIZERS else ():
             if str(source.target) == str(dequantize.target) and source.args[1:] == dequantize.args[1:]:
                 dequantize.replace_all_uses_with(source)
 
@@ -73,7 +74,7 @@ def _readers(node: Any) -> list[tuple[Any, Any]]:
     """What reads a value, through what quantizes it, and by which node."""
     found = []
     for user in node.users:
-        if str(user.target) in _QUANTIZERS:
+        if operation(user) in _QUANTIZERS:
             found.extend(_readers(user))
         else:
             found.append((user, node))
@@ -84,10 +85,5 @@ def _spreads(reader: Any, via: Any, source: Any) -> bool:
     """Whether a reader gives the same with the value as it is before it is spread."""
     if reader.target not in _SPREADING:
         return False
-    shapes = [_shape(source) if arg is via else _shape(arg) for arg in reader.args[:2] if isinstance(arg, fx.Node)]
-    return tuple(torch.broadcast_shapes(*shapes)) == _shape(reader)
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    shapes = [shape_of(source) if arg is via else shape_of(arg) for arg in reader.args[:2] if isinstance(arg, fx.Node)]
+    return tuple(torch.broadcast_shapes(*shapes)) == shape_of(reader)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from lightning_edge.exporters.graphs import shape_of
+
 _ATEN = torch.ops.aten
 # By name, since they exist only where torchao has been imported.
 _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
@@ -52,7 +54,7 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is not _ATEN.mean.dim or (len(node.args) > 2 and node.args[2]) or node.kwargs:
         return False
     source, dims = node.args[:2]
-    rank = len(_shape(source))
+    rank = len(shape_of(source))
     over = sorted(int(str(dim)) % rank for dim in dims) if isinstance(dims, list | tuple) and rank else []
     if (rank, over) in ((3, [1]), (4, [1, 2])):
         source = _image_of_tokens(graph, node, source)
@@ -63,13 +65,13 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
     if len(readers) == 1 and str(readers[0].target) == _QUANTIZE:
         # The mean needs its own quantizers, or it is no int8 operation; the same ones, so nothing is rounded twice.
         kept = _quantized(graph, node, kept, source, scale=readers[0].args[1:])
-    flat = _insert(graph, node, _ATEN.view.default, kept, list(_shape(node)))
+    flat = _insert(graph, node, _ATEN.view.default, kept, list(shape_of(node)))
     return _replaced(graph, node, flat)
 
 
 def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.Node:
     """Give tokens, or an image with the channels last, as an image of one column, in their quantization."""
-    batch, *counts, channels = _shape(tokens)
+    batch, *counts, channels = shape_of(tokens)
     count = math.prod(counts)
     column = _insert(graph, before, _ATEN.view.default, tokens, [batch, count, 1, channels])
     column = _quantized(graph, before, column, tokens)
@@ -77,7 +79,7 @@ def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.
 
 
 def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
-    if node.target not in _POOLS or len(node.args) > 3 or _shape(node)[2:] != (1, 1):
+    if node.target not in _POOLS or len(node.args) > 3 or shape_of(node)[2:] != (1, 1):
         return False
     source, kernel = node.args[:2]
     assert isinstance(source, fx.Node)
@@ -97,18 +99,18 @@ def _attention(graph: fx.GraphModule, node: fx.Node) -> bool:
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | node.kwargs
     scale, causal = given.pop("scale", None), given.pop("is_causal", False)
     mask = _added_mask(graph, given.pop("attn_mask", None))
-    batches = {_shape(operand)[:-2] for operand in (query, key, value)}
+    batches = {shape_of(operand)[:-2] for operand in (query, key, value)}
     if mask is None or any(other is not None and other for other in given.values()) or len(batches) > 1:
         return False
-    factor = torch.tensor([_shape(query)[-1] ** -0.5 if scale is None else float(str(scale))])
+    factor = torch.tensor([shape_of(query)[-1] ** -0.5 if scale is None else float(str(scale))])
     scaled = _insert(graph, node, _ATEN.mul.Tensor, query, _constant(graph, node, "factor", factor, query))
     scores = _insert(graph, node, _ATEN.matmul.default, scaled, _insert(graph, node, _ATEN.transpose.int, key, -2, -1))
     if causal:
-        unseen = torch.ones(_shape(query)[-2], _shape(key)[-2], dtype=torch.bool).triu(1)
+        unseen = torch.ones(shape_of(query)[-2], shape_of(key)[-2], dtype=torch.bool).triu(1)
         mask = mask + torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)
     if mask.any():
         scores = _insert(graph, node, _ATEN.add.Tensor, scores, _constant(graph, node, "mask", mask, query))
-    scores.meta["val"] = torch.empty(*_shape(query)[:-1], _shape(key)[-2], device="meta")
+    scores.meta["val"] = torch.empty(*shape_of(query)[:-1], shape_of(key)[-2], device="meta")
     weights = _insert(graph, node, _ATEN.softmax.int, scores, -1)
     weights.meta["val"] = scores.meta["val"]
     result = _insert(graph, node, _ATEN.matmul.default, weights, value)
@@ -136,7 +138,7 @@ def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
         return False
     source, sizes, *given = node.args
     weight, bias, eps = (*given, *(None, None, 1e-5)[len(given) :])[:3]
-    *others, channels = _shape(source)
+    *others, channels = shape_of(source)
     is_float = isinstance(source, fx.Node) and source.meta["val"].dtype is torch.float32
     if not is_float or not isinstance(sizes, list | tuple) or len(sizes) > 1 or len(others) not in (1, 2, 3):
         return False
@@ -160,8 +162,8 @@ def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
         result = _insert(graph, node, _ATEN.mul.Tensor, result, weight)
     if bias is not None:
         result = _insert(graph, node, _ATEN.add.Tensor, result, bias)
-    if len(_shape(node)) > 3:
-        result = _insert(graph, node, _ATEN.view.default, result, list(_shape(node)))
+    if len(shape_of(node)) > 3:
+        result = _insert(graph, node, _ATEN.view.default, result, list(shape_of(node)))
     return _replaced(graph, node, result)
 
 
@@ -171,9 +173,9 @@ def _softmax(graph: fx.GraphModule, node: fx.Node) -> bool:
     Behind a convolution the lowering keeps four dimensions with the channels last. It renumbers the axes of what it
     hands over (concatenation, slices, padding), but not that of softmax, which then is one over the channels.
     """
-    if node.target is not _ATEN.softmax.int or len(_shape(node)) != 4 or node.args[1] not in (-1, 3):
+    if node.target is not _ATEN.softmax.int or len(shape_of(node)) != 4 or node.args[1] not in (-1, 3):
         return False
-    batch, *_, last = shape = list(_shape(node))
+    batch, *_, last = shape = list(shape_of(node))
     flat = _insert(graph, node, _ATEN.view.default, node.args[0], [batch, -1, last])
     result = _insert(graph, node, node.target, flat, -1, *node.args[2:])
     return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, result, shape))
@@ -183,7 +185,7 @@ def _squeeze(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Drop or add dimensions of one as a view."""
     if node.target not in _SQUEEZES:
         return False
-    return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, node.args[0], list(_shape(node))))
+    return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, node.args[0], list(shape_of(node))))
 
 
 def _select(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -216,9 +218,9 @@ def _split(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 def _taken(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, index: Any) -> fx.Node:
     """Give one of a dimension without that, in the quantization of what it is taken from."""
-    start = index % _shape(source)[dim]
+    start = index % shape_of(source)[dim]
     kept = _sliced(graph, before, source, dim, start, start + 1)
-    return _insert(graph, before, _ATEN.view.default, kept, list(_shape(before)))
+    return _insert(graph, before, _ATEN.view.default, kept, list(shape_of(before)))
 
 
 def _roll(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -226,7 +228,7 @@ def _roll(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is not _ATEN.roll.default or len(node.args) < 3 or not node.args[2]:
         return False
     result, shifts, dims = node.args
-    shape, source = _shape(node), result
+    shape, source = shape_of(node), result
     for shift, dim in zip(shifts, dims, strict=True):  # type: ignore[arg-type]
         start = -shift % shape[dim]
         if start:
@@ -291,7 +293,7 @@ def _upsample(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target not in _UPSAMPLES:
         return False
     source: Any = node.args[0]
-    (batch, channels, height, width), (*_, rows, columns) = _shape(source), _shape(node)
+    (batch, channels, height, width), (*_, rows, columns) = shape_of(source), shape_of(node)
     tall, wide = rows // height, columns // width
     if (rows, columns) != (tall * height, wide * width) or not 1 <= tall <= 4 or not 1 <= wide <= 4:
         return False
@@ -330,7 +332,7 @@ _REWRITES = [
 
 def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, size: int) -> fx.Node:
     """Cut rows that the pool leaves out, in the quantization of what they are cut from."""
-    if _shape(source)[dim] == size:
+    if shape_of(source)[dim] == size:
         return source
     cut = _sliced(graph, before, source, dim, 0, size)
     cut.meta["val"] = source.meta["val"].narrow(dim, 0, size)
@@ -371,8 +373,3 @@ def _constant(graph: fx.GraphModule, before: fx.Node, role: str, value: torch.Te
     graph.register_buffer(name, value.to(like.meta["val"].dtype))
     with graph.graph.inserting_before(before):
         return graph.graph.get_attr(name)
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()

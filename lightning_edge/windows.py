@@ -32,11 +32,7 @@ class WindowsAsViews(TorchFunctionMode):
 def _unfolded(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Tensor | None:
     """Images (N, C, H, W) as (N, C * window, count); ``None`` for windows that overlap, or have gaps or a frame."""
     window = _side_by_side(kernel_size, dilation, padding, stride)
-    if (
-        window is None
-        or input.dim() != 4
-        or any(size % side for size, side in zip(input.shape[2:], window, strict=True))
-    ):
+    if window is None or input.dim() != 4 or not _fits(input.shape[2:], window):
         return None
     (high, wide), channels = window, input.shape[1]
     rows, columns = input.shape[2] // high, input.shape[3] // wide

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import CompressionError
@@ -85,7 +86,11 @@ def _note_attention_dropout(graph: GraphModule, training: GraphModule) -> None:
     attention = aten.scaled_dot_product_attention.default
     evaluated, trained = ([n for n in g.graph.nodes if n.target is attention] for g in (graph, training))
     for node, other in zip(evaluated, trained, strict=True):
-        node.meta[DROPS] = other.args[4] if len(other.args) > 4 else other.kwargs.get("dropout_p", 0.0)
+        node.meta[DROPS] = _drops(other)
+
+
+def _drops(attention: Node) -> Any:
+    return attention.args[4] if len(attention.args) > 4 else attention.kwargs.get("dropout_p", 0.0)
 
 
 def _without_randomness(training: GraphModule) -> GraphModule:
@@ -97,7 +102,7 @@ def _without_randomness(training: GraphModule) -> GraphModule:
         elif target is aten.batch_norm.default:
             node.update_arg(5, False)
         elif target is aten.scaled_dot_product_attention.default:
-            node.meta[DROPS] = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+            node.meta[DROPS] = _drops(node)
             if len(node.args) > 4:
                 node.update_arg(4, 0.0)
             elif "dropout_p" in node.kwargs:
