@@ -178,7 +178,7 @@ def stage(
     if interface.max_batch > 1 and not getattr(module, "BATCHES", False):
         raise ValueError(
             f"{target}: Interface(max_batch={interface.max_batch}) is not for this target, whose files take one sample "
-            "a call; those of onnx and coreml take several. Leave max_batch out, or the target"
+            "a call; those of onnx, coreml and tflite take several. Leave max_batch out, or the target"
         )
     scheme = options.get("scheme")
     if scheme is not None and network.precision == "int8":

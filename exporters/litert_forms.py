@@ -17,7 +17,7 @@ _ATEN = torch.ops.aten
 _TRANSPOSED = _ATEN.conv_transpose2d.input
 
 
-def for_litert(network: Deployable) -> nn.Module:
+def for_litert(network: Deployable, samples: int = 1) -> nn.Module:
     """Give the graph of a network in the form that LiteRT's converter takes; as another module if anything changes.
 
     Transposed convolutions crop what they give: before by their padding, behind by that less the output padding. LiteRT
@@ -27,8 +27,9 @@ def for_litert(network: Deployable) -> nn.Module:
 
     Args:
         network: What is exported.
+        samples: For how many samples in a call.
     """
-    traced = network.program(fold_weights=False).module()
+    traced = network.program(fold_weights=False, samples=samples).module()
     assert isinstance(traced, fx.GraphModule)
     if any([_crop_by_slices(traced), without_expansions(traced)]):
         return traced

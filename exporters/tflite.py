@@ -19,6 +19,7 @@ from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters import (
     float_layers,
     litert_forms,
+    tflite_batches,
     tflite_contents,
     tflite_float_kernels,
     tflite_graph,
@@ -39,6 +40,7 @@ NEEDS = ("litert_torch", "ai_edge_litert")
 RUNTIME = ("ai_edge_litert.interpreter", "ai_edge_litert.schema_py_generated")
 INT8_OPTIONS = frozenset({"io", "integer_only"})
 ACTIVATION_BITS = frozenset({8, 16})
+BATCHES = True
 
 Io = Literal["int8", "float"]
 Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"]
@@ -89,6 +91,8 @@ def write(
     tflite_graph.shorten_names(model)
     if io == "float":
         tflite_graph.float_ends(model)
+    if network.interface.max_batch > 1:
+        tflite_batches.free_batch(model)
     tflite_graph.name_ends(model, network.interface.inputs, network.interface.outputs)
     interface = network.interface
     for name, text in replace(interface, labels=()).notes().items():  # those have a place of their own
@@ -127,14 +131,17 @@ def _convert(network: Deployable) -> bytes:
     quantize = require("litert_torch.quantize.quant_config", EXTRA)
     quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
     # int8 with float weights before their quantizations: the converter refuses int8 constants.
-    graph = litert_forms.for_litert(network)
-    inputs, config = network.inputs, None
+    samples = tflite_batches.SAMPLES if network.interface.max_batch > 1 else 1
+    graph = litert_forms.for_litert(network, samples)
+    inputs, config = network.inputs.repeated(samples), None
     if network.precision == "int8":
         # It needs the config only to know that the graph is quantized.
         graph = float_layers.apart_for_litert(graph)
         scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
         config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
     try:
+        if network.interface.max_batch > 1:
+            network.program()  # refuses what is no value for each sample
         with torch.no_grad(), _quiet(), WindowsAsViews():
             converted = litert_torch.convert(graph, inputs.args, dict(inputs.kwargs) or None, quant_config=config)
             return bytes(converted.model_content())
@@ -212,17 +219,20 @@ class _Runner:
         self._ins = self._interpreter.get_input_details()
         self._outs = self._interpreter.get_output_details()
         self.inputs = tuple(self._spec(details) for details in self._ins)
+        self._shapes = [spec.shape for spec in self.inputs]
         count = "1 thread" if threads == 1 else f"{threads} threads"
         self.runtime = f"LiteRT {version('ai-edge-litert')}, XNNPACK, {count}"
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run on the flattened inputs of one sample."""
+        """Run on the flattened inputs of one call."""
+        self._resize(tensors)
         self._feed(self._interpreter, tensors)
         self._interpreter.invoke()
         return [_dequantize(self._interpreter.get_tensor(details["index"]), details) for details in self._outs]
 
     def hold(self, tensors: list[Tensor]) -> Callable[[], object]:
         """Quantize one sample, and give the call that an app makes: values in the file's own types in and out."""
+        self._resize(tensors)
         arrays = [
             (details["index"], _array(tensor, details)) for tensor, details in zip(tensors, self._ins, strict=True)
         ]
@@ -256,6 +266,15 @@ class _Runner:
             if (index := details["index"]) in names and _scale(details)
             for values in [kept.get_tensor(index).copy()]
         ]
+
+    def _resize(self, tensors: list[Tensor]) -> None:
+        """Have the interpreter be ready for inputs of these shapes: only their number of samples ever differs."""
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if shapes != self._shapes:
+            for details, shape in zip(self._ins, shapes, strict=True):
+                self._interpreter.resize_tensor_input(details["index"], shape, strict=True)
+            self._interpreter.allocate_tensors()
+            self._shapes = shapes
 
     def _feed(self, interpreter: Any, tensors: list[Tensor]) -> None:
         for tensor, details in zip(tensors, self._ins, strict=True):

@@ -131,21 +131,23 @@ class Deployable(nn.Module):
         inputs = self.arranged(Inputs(args, kwargs))
         return self.graph(*inputs.args, **inputs.kwargs)
 
-    def program(self, *, fold_weights: bool = True) -> torch.export.ExportedProgram:
+    def program(self, *, fold_weights: bool = True, samples: int | None = None) -> torch.export.ExportedProgram:
         """Export for a batch of one, or for as many as the interface says: the form every target takes.
 
         Args:
             fold_weights: Whether int8 weights are constants (True) or float weights followed by their
                 quantize operations (False). Means nothing for ``fp32``.
+            samples: Export for exactly so many samples, whatever the interface says.
 
         Raises:
             ValueError: If the interface asks for several samples in a call, and an output is not one for each.
         """
         graph = self.graph if fold_weights or self.unfolded is None else self.unfolded
         with torch.no_grad(), WindowsAsViews():
-            if self.interface.max_batch > 1:
+            if samples is None and self.interface.max_batch > 1:
                 return _for_any_batch(graph, self.inputs, self.interface.max_batch)
-            return torch.export.export(graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)
+            inputs = self.inputs.repeated(samples or 1)
+            return torch.export.export(graph, inputs.args, dict(inputs.kwargs), strict=False)
 
     def output_names(self) -> list[str]:
         """Names of the flattened outputs: those of its interface, else the keys of a dict or ``output_<i>``."""

@@ -20,7 +20,7 @@ from lightning_edge.network import Inputs, Precision, flatten_outputs
 
 MOST = 3
 SEVERAL = Interface(max_batch=MOST)
-NAMES = {"onnx": "onnxruntime", "coreml": "coremltools"}
+NAMES = {"onnx": "onnxruntime", "coreml": "coremltools", "tflite": "ai_edge_litert"}
 
 
 @pytest.fixture(autouse=True)
@@ -107,11 +107,9 @@ def test_core_ml_declares_the_range(tmp_path: Path) -> None:
     assert (features.lowerBound, features.upperBound) == (6, 6)
 
 
-@pytest.mark.parametrize("target_name", ["executorch", "tflite"])
-def test_targets_of_one_sample_refuse_several(target_name: str, tmp_path: Path) -> None:
-    path = tmp_path / f"net{target(target_name).SUFFIX}"
-    with pytest.raises(ValueError, match=r"max_batch=3\) is not for this target.*onnx and coreml take several"):
-        export(nn.Linear(6, 2), target_name, path, inputs=torch.zeros(1, 6), interface=SEVERAL)
+def test_executorch_refuses_several(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_batch=3\) is not for this target.*onnx, coreml and tflite take several"):
+        export(nn.Linear(6, 2), "executorch", tmp_path / "net.pte", inputs=torch.zeros(1, 6), interface=SEVERAL)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,6 +142,85 @@ def test_networks_that_mix_samples_are_refused(
     with pytest.raises(error, match=message):
         export(Calculated(function), "onnx", tmp_path / "net.onnx", inputs=torch.rand(1, 6), interface=SEVERAL)
     assert list(tmp_path.iterdir()) == []
+
+
+class ClassToken(nn.Module):
+    """A token of its own in front of those of each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.cat([self.token.expand(tokens.shape[0], -1, -1), tokens], 1)
+
+
+@pytest.mark.parametrize(
+    ("built", "shape", "reason"),
+    [
+        (ClassToken(), (1, 4, 6), "a constant that is joined to each sample"),
+        (nn.ConvTranspose2d(2, 3, 2, stride=2), (1, 2, 4, 4), "a transposed convolution"),
+    ],
+)
+def test_tflite_refuses_what_holds_one_sample(
+    built: nn.Module, shape: tuple[int, ...], reason: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("ai_edge_litert")
+    with pytest.raises(ExportError, match=rf"tflite: {reason}.*which max_batch cannot change"):
+        export(built, "tflite", tmp_path / "net.tflite", inputs=torch.rand(shape), interface=SEVERAL)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Moved(nn.Module):
+    """Samples that are not in front between layers: behind tokens, as one axis with them, and in a stack of parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 12)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        first, second = self.layer(tokens.transpose(0, 1)).unflatten(-1, (2, 6)).permute(2, 1, 0, 3).unbind(0)
+        parts = torch.stack([first, second * 2])[:, :, 1:].sum(0)
+        result: Tensor = self.last(parts.flatten(0, 1)).unflatten(0, (-1, 3)).mean(1)
+        return result
+
+
+class SequenceFirst(nn.Module):
+    """torch's encoder as it comes, with the samples behind the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        encoded: Tensor = self.encoder(tokens.transpose(0, 1))
+        return encoded.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("built", "given"),
+    [
+        (Moved(), torch.randn(MOST, 4, 6)),
+        (SequenceFirst(), torch.randn(MOST, 4, 6)),
+        (nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(24, 3)), torch.randint(0, 9, (MOST, 4))),
+    ],
+)
+def test_tflite_follows_samples_to_other_axes(built: nn.Module, given: Tensor, tmp_path: Path) -> None:
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+    path = tmp_path / "net.tflite"
+    built.eval()
+    export(built, "tflite", path, inputs=given[:1], batches=[(given,)], interface=SEVERAL, isolated=False)
+    # As an app does it, without this package.
+    runtime = interpreter.Interpreter(model_path=str(path))
+    (taken,) = runtime.get_input_details()
+    assert taken["shape_signature"].tolist() == [-1, *given.shape[1:]]
+    runtime.resize_tensor_input(taken["index"], given.shape, strict=True)
+    runtime.allocate_tensors()
+    runtime.set_tensor(taken["index"], given.numpy().astype(taken["dtype"]))
+    runtime.invoke()
+    (found,) = runtime.get_output_details()
+    torch.testing.assert_close(torch.from_numpy(runtime.get_tensor(found["index"])), built(given))
 
 
 @pytest.mark.parametrize("given", [0, -1, 1.5, True, "4", (1, 4)])
