@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.errors import RunnerError, require
-from lightning_edge.exporters import onnx_file, onnx_graph, onnx_inside, onnx_int8, onnx_schemes
+from lightning_edge.exporters import onnx_file, onnx_graph, onnx_inside, onnx_int8, onnx_schemes, transposed
 from lightning_edge.exporters.base import Contents, Runner, explain
 from lightning_edge.exporters.calls import TensorSpec, of_one_sample
 from lightning_edge.exporters.divergence import Intermediate
@@ -134,6 +134,8 @@ def _in_half(network: Deployable) -> Deployable:
 def _convert(network: Deployable) -> Any:
     require("onnxscript", EXTRA)
     inliner = require("onnx.inliner", EXTRA)
+    if network.precision == "int8":  # ONNX Runtime has no int8 kernel for them
+        network = network.with_graph(transposed.as_convolutions(network.graph))
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(network.program(), dynamo=True, opset_version=_OPSET, verbose=False)
     assert program is not None

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from lightning_edge.exporters.onnx_equivalents import lone_softmaxes, subtractions, transposed_convolutions
+from lightning_edge.exporters.onnx_equivalents import lone_softmaxes, subtractions
 from lightning_edge.exporters.onnx_graph import Array, Graph, attribute, set_attribute
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -23,7 +23,7 @@ def rewrite(model: Any) -> None:
     """Apply every function of this module, and of `onnx_equivalents`, to a model, in place."""
     graph = Graph(model)
     steps = (repeats, averages, paddings, activations, linears, integer_biases, unsigned)
-    for step in (*steps, lone_softmaxes, subtractions, transposed_convolutions, pixels, zero_points):
+    for step in (*steps, lone_softmaxes, subtractions, pixels, zero_points):
         step(graph)
         graph.settle()
 

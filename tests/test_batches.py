@@ -17,6 +17,7 @@ from lightning_edge.errors import AgreementError, ExportError, RunnerError
 from lightning_edge.exporters import ExportWarning, contents_of, export, load, target
 from lightning_edge.exporters.base import sort_keywords
 from lightning_edge.network import Inputs, Precision, flatten_outputs
+from lightning_edge.quantization import quantize
 
 MOST = 3
 SEVERAL = Interface(max_batch=MOST)
@@ -105,6 +106,17 @@ def test_core_ml_declares_the_range(tmp_path: Path) -> None:
     batch, features = spec.description.input[0].type.multiArrayType.shapeRange.sizeRanges
     assert (batch.lowerBound, batch.upperBound) == (1, MOST)
     assert (features.lowerBound, features.upperBound) == (6, 6)
+
+
+def test_tflite_takes_several_samples_of_a_decoder_in_int8(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert")
+    images = torch.randn(MOST, 2, 4, 4)
+    decoder = nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.ReLU(), nn.Conv2d(3, 2, 1)).eval()
+    path = tmp_path / "net.tflite"
+    artifact = export(quantize(decoder, [images]), "tflite", path, batches=[(images,)], interface=SEVERAL)
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps == 0
+    assert artifact.contents.float_compute_ops == ()
 
 
 def test_executorch_refuses_several(tmp_path: Path) -> None:
