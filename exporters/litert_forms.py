@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from lightning_edge.exporters.litert_broadcasts import without_expansions
+from lightning_edge.exporters.litert_reshapes import reshape_results
 from lightning_edge.exporters.transposed import TransposedConvolution, as_convolutions, move_behind
 from lightning_edge.network import Deployable
 
@@ -24,7 +25,7 @@ def for_litert(network: Deployable, samples: int = 1) -> nn.Module:
     Transposed convolutions crop what they give: before by their padding, behind by that less the output padding. LiteRT
     crops as its SAME does, evenly or one more behind, and the converter refuses what is cropped otherwise, as by a
     kernel of 3 with stride 2, padding 1 and output padding 1. Such a layer gives all, and slices cut it. Expansions of
-    images come out wrong, see `litert_broadcasts`.
+    images come out wrong, see `litert_broadcasts`, and sums of two parts of one value, see `litert_reshapes`.
 
     Args:
         network: What is exported.
@@ -35,7 +36,7 @@ def for_litert(network: Deployable, samples: int = 1) -> nn.Module:
     network = network.with_graph(graph)
     traced = network.program(fold_weights=False, samples=samples).module()
     assert isinstance(traced, fx.GraphModule)
-    if any([_crop_by_slices(traced), without_expansions(traced)]):
+    if any([_crop_by_slices(traced), without_expansions(traced), reshape_results(traced)]):
         return traced
     return network.graph
 

@@ -178,3 +178,36 @@ def test_values_spread_over_a_dimension(function: Any, joins: bool, precision: s
     assert artifact.contents.float_compute_ops == () or precision == "fp32"
     assert "BROADCAST_TO" not in operations(path)
     assert (operations(path).count("CONCATENATION") > 0) is joins
+
+
+class Parts(nn.Module):
+    """A function of what a layer gives, four rows of eight, behind which comes another layer."""
+
+    def __init__(self, function: Any, given: int) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(6, 8), nn.Linear(given, 3), function
+
+    def forward(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.function(self.first(rows)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [
+        pytest.param(lambda x: x[:, 0] + x[:, 1], 8, id="sum"),
+        pytest.param(lambda x: (x[:, 0] - x[:, -1]).relu(), 8, id="difference"),
+        pytest.param(lambda x: x[:, 0] * x[:, 1] + x[:, 2], 8, id="product"),
+        pytest.param(lambda x: x[:, :2].flatten(1) + x[:, 2:].flatten(1), 16, id="flattened"),
+        pytest.param(lambda x: (x.unsqueeze(2) + x.unsqueeze(1)).flatten(1), 128, id="spread"),
+        pytest.param(lambda x: x[:, 0] * x[:, 0], 8, id="square"),
+    ],
+)
+def test_sums_and_products_of_parts_have_scales_of_their_own(function: Any, given: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rows = [torch.randn(6, 4, 6) for _ in range(2)]
+    network = quantize(Parts(function, given).eval(), rows)
+    artifact = export(network, "tflite", tmp_path / "net.tflite", batches=rows)
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps == 0
+    assert artifact.contents.float_ops == ()

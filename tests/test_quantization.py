@@ -360,6 +360,7 @@ class Moved(nn.Module):
         lambda y: y[:, :1].expand_as(y),
         lambda y: torch.concat([y, y.flip(2)], 2),
         lambda y: torch.hstack([y, y.relu()])[:, 4:12],
+        lambda y: torch.cat([nn.functional.pad(y[:, :, 1:], (0, 0, 0, 1)), y, y[:, :, :1]], 2),
     ],
     ids=[
         "movedim",
@@ -374,6 +375,7 @@ class Moved(nn.Module):
         "expand_as",
         "concat",
         "hstack",
+        "shifts",
     ],
 )
 def test_what_moves_values_keeps_their_scale(function: Callable[[Tensor], Tensor]) -> None:
@@ -382,3 +384,21 @@ def test_what_moves_values_keeps_their_scale(function: Callable[[Tensor], Tensor
     quantized = quantize(Moved(function).eval(), [images])
     scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
     assert len(scales) == 3  # of the input, of the first layer's output, of the last one's
+
+
+def test_an_input_that_is_joined_to_what_was_made_of_it_has_one_scale() -> None:
+    """As shifted tokens beside the tokens: torchao follows who shares with whom, here in a circle."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            later, earlier = nn.functional.pad(x[:, 1:], (0, 0, 0, 1)), nn.functional.pad(x[:, :-1], (0, 0, 1, 0))
+            logits: Tensor = self.layer(torch.cat([later, x, earlier], 2))
+            return logits
+
+    quantized = quantize(Shifted().eval(), [torch.randn(8, 5, 4)])
+    scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
+    assert len(scales) == 2  # of the input and of the layer's output

@@ -276,12 +276,15 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         first, *rest = operands
         if not _is_float(first):
             return
-        shared = SharedQuantizationSpec((first, node))
-        inputs: dict[Node, Any] = {first: self._activation, **dict.fromkeys(rest, shared)}
+        shared, spec = SharedQuantizationSpec((first, node)), self._activation
         producer = _annotation(first)
         if producer is not None and producer.output_qspec is not None:
-            inputs[first] = shared = SharedQuantizationSpec(first)
-            inputs.update(dict.fromkeys(rest, shared))
+            spec = shared = _at_root(SharedQuantizationSpec(first))
+        inputs: dict[Node, Any] = {first: spec, **dict.fromkeys(rest, shared)}
+        origin = shared.edge_or_node[0] if isinstance(shared.edge_or_node, tuple) else None
+        if origin in rest:
+            # Joined to what was made of it: all readers of one value share by themselves, and by name it is a circle.
+            inputs[origin] = self._activation
         self.quantized.append(node.name)
         node.meta["quantization_annotation"] = QuantizationAnnotation(
             input_qspec_map=inputs, output_qspec=shared, _annotated=True
@@ -295,10 +298,11 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         assert isinstance(source, Node)
         producer = _annotation(source)
         shared = SharedQuantizationSpec((source, split))
-        if producer is not None and producer.output_qspec is not None:
-            shared = SharedQuantizationSpec(source)
+        is_quantized = producer is not None and producer.output_qspec is not None
+        if is_quantized:
+            shared = _at_root(SharedQuantizationSpec(source))
         if _annotation(split) is None:
-            spec = shared if shared.edge_or_node is source else self._activation
+            spec = shared if is_quantized else self._activation
             split.meta["quantization_annotation"] = QuantizationAnnotation({source: spec}, None, _annotated=True)
         self.quantized.append(node.name)
         node.meta["quantization_annotation"] = QuantizationAnnotation(output_qspec=shared, _annotated=True)
@@ -311,6 +315,18 @@ def is_layer(node: Node) -> bool:
 
 def _annotation(node: Node) -> Any:
     return node.meta.get("quantization_annotation")
+
+
+def _at_root(shared: SharedQuantizationSpec) -> SharedQuantizationSpec:
+    """Share with what has a range of its own: torchao follows chains of sharing, and fails where two of them meet."""
+    while True:
+        place = shared.edge_or_node
+        node = place[1] if isinstance(place, tuple) else place
+        found = _annotation(node)
+        spec = found.input_qspec_map.get(place[0]) if isinstance(place, tuple) else found.output_qspec
+        if not isinstance(spec, SharedQuantizationSpec):
+            return shared
+        shared = spec
 
 
 def _activation_spec(constructor: Any) -> QuantizationSpec:
