@@ -109,7 +109,7 @@ def write(
         compute_precision = "float16"
     try:
         with quiet():
-            program = _tensors_only(coreml_forms.in_its_forms(network.program()))
+            program = _tensors_only(coreml_forms.in_its_forms(coreml_forms.program_of(network)))
             model = tools.convert(
                 program,
                 outputs=_output_types(tools, program),

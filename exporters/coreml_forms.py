@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
+from lightning_edge.exporters.constants import compute_before
 from lightning_edge.exporters.graphs import VIEWS, operation
+from lightning_edge.network import Deployable
 
 _ATEN = torch.ops.aten
 _MOST_DIMENSIONS = 5
@@ -20,6 +23,15 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     _ATEN.concatenate.default: lambda tensors, dim=0: torch.cat(tensors, dim),
     _ATEN.channel_shuffle.default: lambda x, groups: x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2),
 }
+
+
+def program_of(network: Deployable) -> torch.export.ExportedProgram:
+    """Export a network, without what it computes at every call alike; with it if the batch is free."""
+    program = network.program()
+    module = program.module() if network.interface.max_batch == 1 else None
+    if not isinstance(module, fx.GraphModule) or not compute_before(module):
+        return program
+    return network.with_graph(module).program()
 
 
 def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -2,7 +2,7 @@
 
 It keeps images with the channels last, and where an expansion or a repetition meets that it mixes the axes up: the file
 computes something else, or is not made (litert-torch 0.10). What reads such a value spreads it by itself, as sums and
-products do, or gets as many copies of it joined.
+products do, or gets as many copies of it joined. So do the keys and values of attention with fewer heads than queries.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ _QUANTIZERS = {"quantize_per_tensor", "dequantize_per_tensor"}
 
 
 def without_expansions(module: fx.GraphModule) -> bool:
-    """Write expansions and repetitions of images in other operations, in place; whether there were any."""
+    """Write expansions and repetitions of images and heads in other operations, in place; whether there were any."""
     changed = False
     for node in list(module.graph.nodes):
         shape = shape_of(node)
-        if node.target not in (*_EXPANSIONS, *_REPETITIONS) or len(shape) != 4:
+        if node.target is _ATEN.scaled_dot_product_attention.default and node.kwargs.get("enable_gqa"):
+            _join_heads(module.graph, node)
+            changed = True
+        if node.target not in (*_EXPANSIONS, *_REPETITIONS) or len(shape) not in (4, 5):
             continue
         source = node.args[0]
         times = [size // before for size, before in zip(shape, shape_of(source), strict=False)]
-        if len(times) < 4 or not math.prod(shape_of(source)):
+        if len(times) < len(shape) or not math.prod(shape_of(source)):
             continue
         if node.target in _EXPANSIONS and all(_spreads(reader, via, source) for reader, via in _readers(node)):
             result = source
@@ -52,6 +55,19 @@ def without_expansions(module: fx.GraphModule) -> bool:
         module.graph.eliminate_dead_code()
         module.recompile()
     return changed
+
+
+def _join_heads(graph: fx.Graph, attention: Any) -> None:
+    """Give attention a head of keys and values for each head of queries: neighbours share one (Ainslie et al. 2023)."""
+    heads = shape_of(attention.args[0])[1]
+    with graph.inserting_before(attention):
+        for place in (1, 2):
+            source = attention.args[place]
+            times = heads // shape_of(source)[1]
+            column = graph.call_function(_ATEN.unsqueeze.default, (source, 2))
+            joined = graph.call_function(_ATEN.cat.default, ([column] * times, 2))
+            attention.update_arg(place, graph.call_function(_ATEN.flatten.using_ints, (joined, 1, 2)))
+    attention.kwargs = {name: value for name, value in attention.kwargs.items() if name != "enable_gqa"}
 
 
 def _pass_on(node: Any, source: Any) -> None:

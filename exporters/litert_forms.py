@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
+from lightning_edge.exporters.constants import compute_before
 from lightning_edge.exporters.litert_broadcasts import without_expansions
 from lightning_edge.exporters.litert_reshapes import reshape_results
 from lightning_edge.exporters.transposed import TransposedConvolution, as_convolutions, move_behind
@@ -36,7 +37,8 @@ def for_litert(network: Deployable, samples: int = 1) -> nn.Module:
     network = network.with_graph(graph)
     traced = network.program(fold_weights=False, samples=samples).module()
     assert isinstance(traced, fx.GraphModule)
-    if any([_crop_by_slices(traced), without_expansions(traced), reshape_results(traced)]):
+    steps = (compute_before, _crop_by_slices, without_expansions, reshape_results)
+    if any([step(traced) for step in steps]):
         return traced
     return network.graph
 

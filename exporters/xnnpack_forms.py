@@ -50,15 +50,17 @@ def in_its_forms(program: torch.export.ExportedProgram, *, vulkan: bool = False)
 
 
 def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Take a mean over height and width, or of tokens, as one over height and width that keeps them."""
-    if node.target is not _ATEN.mean.dim or (len(node.args) > 2 and node.args[2]) or node.kwargs:
+    """Take a mean over height and width, of tokens or of features, as one over height and width that keeps them."""
+    if node.target is not _ATEN.mean.dim or node.kwargs:
         return False
     source, dims = node.args[:2]
-    rank = len(shape_of(source))
+    keeps, rank = len(node.args) > 2 and bool(node.args[2]), len(shape_of(source))
     over = sorted(int(str(dim)) % rank for dim in dims) if isinstance(dims, list | tuple) and rank else []
-    if (rank, over) in ((3, [1]), (4, [1, 2])):
+    if rank in (2, 3, 4) and over == [rank - 1]:
+        source = _image_of_features(graph, node, source)
+    elif (rank, over) in ((3, [1]), (4, [1, 2])) and not keeps:
         source = _image_of_tokens(graph, node, source)
-    elif (rank, over) != (4, [2, 3]):
+    elif (rank, over) != (4, [2, 3]) or keeps:
         return False
     kept = _insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True)
     readers = list(node.users)
@@ -76,6 +78,25 @@ def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.
     column = _insert(graph, before, _ATEN.view.default, tokens, [batch, count, 1, channels])
     column = _quantized(graph, before, column, tokens)
     return _quantized(graph, before, _insert(graph, before, _ATEN.permute.default, column, [0, 3, 1, 2]), tokens)
+
+
+def _image_of_features(graph: fx.GraphModule, before: fx.Node, features: Any) -> fx.Node:
+    """Give rows of features as an image one high with a channel for each row, in their quantization."""
+    *others, count = shape_of(features)
+    batch, rows = (others[0], math.prod(others[1:])) if len(others) > 1 else (1, *others)
+    image = _insert(graph, before, _ATEN.view.default, features, [batch, rows, 1, count])
+    return _quantized(graph, before, image, features)
+
+
+def _extreme(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Take the largest or smallest along dimensions with these kept, and drop them behind: what the delegate has."""
+    if node.target not in (_ATEN.amax.default, _ATEN.amin.default) or (len(node.args) > 2 and node.args[2]):
+        return False
+    kept = _insert(graph, node, node.target, *node.args[:2], True)
+    readers = list(node.users)
+    if len(readers) == 1 and str(readers[0].target) == _QUANTIZE:
+        kept = _quantized(graph, node, kept, node.args[0], scale=readers[0].args[1:])
+    return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, kept, list(shape_of(node))))
 
 
 def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -317,6 +338,7 @@ _REWRITES = [
     _layer_norm,
     _attention,
     _mean,
+    _extreme,
     _pool,
     _softmax,
     _squeeze,

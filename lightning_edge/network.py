@@ -145,9 +145,10 @@ class Deployable(nn.Module):
         graph = self.graph if fold_weights or self.unfolded is None else self.unfolded
         with torch.no_grad(), WindowsAsViews():
             if samples is None and self.interface.max_batch > 1:
-                return _for_any_batch(graph, self.inputs, self.interface.max_batch)
+                return _without_aliases(_for_any_batch(graph, self.inputs, self.interface.max_batch))
             inputs = self.inputs.repeated(samples or 1)
-            return torch.export.export(graph, inputs.args, dict(inputs.kwargs), strict=False)
+            program = torch.export.export(graph, inputs.args, dict(inputs.kwargs), strict=False)
+            return _without_aliases(program)
 
     def output_names(self) -> list[str]:
         """Names of the flattened outputs: those of its interface, else the keys of a dict or ``output_<i>``."""
@@ -160,6 +161,16 @@ class Deployable(nn.Module):
         if len(keys) == 1 and not any(isinstance(entry, pytree.MappingKey) for entry in paths[0]):
             return ["output"]
         return ["_".join(part) if not part[0].isdigit() else "output_" + "_".join(part) for part in keys]
+
+
+def _without_aliases(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Take out, in place, what gives a value under another name: converters do not know it, or copy the value."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.alias.default and all(user.op != "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
 
 
 def _carries_batch(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters import export, tflite_graph
@@ -211,3 +212,22 @@ def test_sums_and_products_of_parts_have_scales_of_their_own(function: Any, give
     assert artifact.agreement is not None
     assert artifact.agreement.max_steps == 0
     assert artifact.contents.float_ops == ()
+
+
+@pytest.mark.parametrize("spread", ["by torch", "by the network"])
+def test_queries_that_share_keys(spread: str, tmp_path: Path) -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.Linear(6, 32)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            query, *others = self.heads(tokens).unflatten(-1, (4, 8)).transpose(1, 2).split([2, 1, 1], 1)
+            if spread == "by the network":
+                others = [part[:, :, None].expand(-1, 1, 2, 5, 8).reshape(-1, 2, 5, 8) for part in others]
+            return functional.scaled_dot_product_attention(query, *others, enable_gqa=spread == "by torch")
+
+    torch.manual_seed(0)
+    artifact = export(Grouped(), "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 5, 6))
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_relative < 1e-5

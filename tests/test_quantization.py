@@ -402,3 +402,62 @@ def test_an_input_that_is_joined_to_what_was_made_of_it_has_one_scale() -> None:
     quantized = quantize(Shifted().eval(), [torch.randn(8, 5, 4)])
     scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
     assert len(scales) == 2  # of the input and of the layer's output
+
+
+class Normed(nn.Module):
+    """A norm that is written out, between two layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(6, 8), nn.Linear(8, 3), function
+        self.scale = nn.Parameter(torch.linspace(0.5, 2.0, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.scale * self.function(self.first(x)))
+        return logits
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def centred(x: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt((x - mean).square().mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        root_mean_square,
+        centred,
+        lambda x: x / (x * x).sum(-1, keepdim=True).sqrt().clamp_min(1e-6),
+        lambda x: nn.functional.normalize(x, dim=-1),
+        lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6),
+        lambda x: x * (x.var(-1, keepdim=True) + 1e-6).sqrt().reciprocal().expand_as(x),
+    ],
+    ids=["rms", "layer norm", "length", "normalize", "deviation", "reciprocal"],
+)
+def test_norms_that_are_written_out_are_float_inside(function: Callable[[Tensor], Tensor]) -> None:
+    """Rows of very different sizes: in int8 all that the small ones are divided by was zero."""
+    rows = [torch.randn(16, 5, 6) * torch.logspace(-3, 0, 5)[:, None] for _ in range(2)]
+    network = Normed(function).eval()
+    network.first.bias.data.zero_()
+    quantized = quantize(network, rows)
+    scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
+    assert len(scales) == 4  # of the input, the first layer's output, the norm's with its scale, the last one's
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x / (x.relu() + 1.0),
+        lambda x: x * torch.rsqrt(x.abs() + 1.0),
+        lambda x: x - x.mean(-1, keepdim=True),
+    ],
+    ids=["quotient", "root", "difference"],
+)
+def test_what_is_no_norm_is_quantized(function: Callable[[Tensor], Tensor]) -> None:
+    quantized = quantize(Normed(function).eval(), [torch.randn(16, 5, 6)])
+    scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
+    assert len(scales) > 4

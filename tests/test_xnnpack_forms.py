@@ -286,3 +286,43 @@ def test_softmax_over_the_rows_of_an_image_is_one_over_its_rows(tmp_path: Path, 
     assert artifact.agreement is not None
     steps = artifact.agreement.max_steps
     assert artifact.agreement.max_relative < 1e-4 if steps is None else steps < 1.5
+
+
+class RootMeanSquare(nn.Module):
+    """RMSNorm written out, as language models have it, and means of features that are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Run it."""
+        hidden = self.first(tokens)
+        normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.last(normed), hidden.mean(-1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 5, 6), (4, 2, 5, 6)], ids=str)
+def test_means_of_features_are_delegated(tmp_path: Path, shape: tuple[int, ...], precision: Precision) -> None:
+    artifact = written(RootMeanSquare(), torch.randn(shape), precision, tmp_path)
+    assert artifact.contents.ops["GlobalAvgPooling2d"] == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_largest_along_a_dimension_that_is_dropped(tmp_path: Path, precision: Precision) -> None:
+    class Largest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = self.first(tokens)
+            logits: Tensor = self.last(hidden.amax(1) - hidden.amin((1,)))
+            return logits
+
+    tokens = torch.randn(4, 5, 6)
+    made = made_of(Largest(), tokens, precision)
+    artifact, _ = exported(made, "executorch", tmp_path / "net.pte", batches=[tokens])
+    agreement = agreement_of(made, artifact, [tokens])
+    assert agreement.max_relative < (1e-5 if precision == "fp32" else 0.02)

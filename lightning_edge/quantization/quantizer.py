@@ -35,6 +35,7 @@ from lightning_edge.quantization.fake_quantize import FakeQuantize
 from lightning_edge.quantization.masks import masked_scores
 from lightning_edge.quantization.nodes import FIXED_RANGE as KNOWN_RANGE
 from lightning_edge.quantization.nodes import POOLS, REARRANGES
+from lightning_edge.quantization.norms import written_norms
 from lightning_edge.quantization.plan import LinearWeights, Plan, check_patterns, node_names, precision_of
 
 aten = torch.ops.aten
@@ -168,11 +169,13 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
             CompressionError: If a pattern of the plan names nothing, or the plan leaves no layer to quantize.
         """
         activations = fed_nodes(model)
-        masked = masked_scores(model)
+        masked, norms = masked_scores(model), written_norms(model)
         if self._plan:
             self._follow_plan(model, activations)
         for node in model.graph.nodes:
             if node not in activations or _annotation(node) is not None or not _is_float(node) or node in self._float:
+                continue
+            if node in norms:
                 continue
             if node in masked:
                 if node.target in FIXED_RANGE:  # the softmax, float in front and int8 behind
