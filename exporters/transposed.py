@@ -84,8 +84,9 @@ class TransposedConvolution:
 
     @property
     def is_stored_in_int8(self) -> bool:
-        """Whether its weight is one of integers."""
-        return operation(self.weight).startswith("dequantize_") and self.stored.op == "get_attr"
+        """Whether its weight is one of integers, and its bias not computed from anything."""
+        kinds = {self.stored.op, "get_attr" if self.bias is None else self.bias.op}
+        return operation(self.weight).startswith("dequantize_") and kinds == {"get_attr"}
 
     @property
     def stored(self) -> Any:
