@@ -63,12 +63,7 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
     elif (rank, over) != (4, [2, 3]) or keeps:
         return False
     kept = _insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True)
-    readers = list(node.users)
-    if len(readers) == 1 and str(readers[0].target) == _QUANTIZE:
-        # The mean needs its own quantizers, or it is no int8 operation; the same ones, so nothing is rounded twice.
-        kept = _quantized(graph, node, kept, source, scale=readers[0].args[1:])
-    flat = _insert(graph, node, _ATEN.view.default, kept, list(shape_of(node)))
-    return _replaced(graph, node, flat)
+    return _reshaped(graph, node, kept, source)
 
 
 def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.Node:
@@ -93,9 +88,15 @@ def _extreme(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target not in (_ATEN.amax.default, _ATEN.amin.default) or (len(node.args) > 2 and node.args[2]):
         return False
     kept = _insert(graph, node, node.target, *node.args[:2], True)
+    return _reshaped(graph, node, kept, node.args[0])
+
+
+def _reshaped(graph: fx.GraphModule, node: fx.Node, kept: fx.Node, source: Any) -> bool:
+    """Let what keeps the dimensions of its source stand for a node that does not, viewed in the node's shape; True."""
     readers = list(node.users)
     if len(readers) == 1 and str(readers[0].target) == _QUANTIZE:
-        kept = _quantized(graph, node, kept, node.args[0], scale=readers[0].args[1:])
+        # It needs its own quantizers, or it is no int8 operation; the same ones, so nothing is rounded twice.
+        kept = _quantized(graph, node, kept, source, scale=readers[0].args[1:])
     return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, kept, list(shape_of(node))))
 
 

@@ -333,6 +333,11 @@ def test_bad_settings_are_refused_at_construction(arguments: dict[str, float], m
         Quantize(**arguments)
 
 
+def activation_scales(network: nn.Module) -> set[float]:
+    """The different scales of its activations."""
+    return {float(module.scale) for module in network.modules() if getattr(module, "is_per_channel", None) is False}
+
+
 class Moved(nn.Module):
     """What only moves values, or repeats them, between two layers."""
 
@@ -382,7 +387,7 @@ def test_what_moves_values_keeps_their_scale(function: Callable[[Tensor], Tensor
     """Another scale would round them once more, and be an operation more in every file."""
     images = torch.randn(8, 3, 8, 8)
     quantized = quantize(Moved(function).eval(), [images])
-    scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
+    scales = activation_scales(quantized)
     assert len(scales) == 3  # of the input, of the first layer's output, of the last one's
 
 
@@ -400,7 +405,7 @@ def test_an_input_that_is_joined_to_what_was_made_of_it_has_one_scale() -> None:
             return logits
 
     quantized = quantize(Shifted().eval(), [torch.randn(8, 5, 4)])
-    scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
+    scales = activation_scales(quantized)
     assert len(scales) == 2  # of the input and of the layer's output
 
 
@@ -444,7 +449,7 @@ def test_norms_that_are_written_out_are_float_inside(function: Callable[[Tensor]
     network = Normed(function).eval()
     network.first.bias.data.zero_()
     quantized = quantize(network, rows)
-    scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
+    scales = activation_scales(quantized)
     assert len(scales) == 4  # of the input, the first layer's output, the norm's with its scale, the last one's
 
 
@@ -459,5 +464,5 @@ def test_norms_that_are_written_out_are_float_inside(function: Callable[[Tensor]
 )
 def test_what_is_no_norm_is_quantized(function: Callable[[Tensor], Tensor]) -> None:
     quantized = quantize(Normed(function).eval(), [torch.randn(16, 5, 6)])
-    scales = {float(module.scale) for module in quantized.modules() if getattr(module, "is_per_channel", None) is False}
+    scales = activation_scales(quantized)
     assert len(scales) > 4

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lightning_edge.quantization.nodes import REARRANGES, depends_on_input
+from lightning_edge.quantization.nodes import REARRANGES
 
 aten = torch.ops.aten
 
@@ -50,36 +50,41 @@ _SHAPING = {
 _PASSING = {*_SHAPING, aten.clamp.default, aten.clamp_min.default, aten.sqrt.default}
 
 
-def written_norms(graph: GraphModule) -> set[Node]:
+def written_norms(graph: GraphModule, fed: set[Node]) -> set[Node]:
     """Find the operations of norms that are written out, from the squares to the scale and shift behind them.
 
     Args:
         graph: A captured graph.
+        fed: The nodes of it that depend on what the network is fed.
     """
     found: set[Node] = set()
     for node in graph.graph.nodes:
         if node.target in _INVERSES:
             divisor: Any = node.args[0]
-        elif node.target is aten.div.Tensor and isinstance(node.args[1], Node) and depends_on_input(node.args[1]):
+        elif node.target is aten.div.Tensor and node.args[1] in fed:
             divisor = node.args[1]
         else:
             continue
-        trail = _trail(divisor)
+        trail = _trail(divisor, fed)
         if trail:
             found |= {*trail, node}
             for result in _products(node) if node.target in _INVERSES else [node]:
-                found |= {result, *_scaled(result), *(part for operand in result.args for part in _centred(operand))}
+                found |= {
+                    result,
+                    *_scaled(result, fed),
+                    *(part for operand in result.args for part in _centred(operand)),
+                }
     return found
 
 
-def _trail(divisor: Node) -> list[Node]:
+def _trail(divisor: Node, fed: set[Node]) -> list[Node]:
     """What a size is made by, back to the values that it is the size of; nothing of what is no size."""
     found, node = [], divisor
     while node.target not in _SUMS | _SIZES:
         if node.target in _PASSING:
             following: Any = node.args[0]
         elif node.target in _WITH_NUMBERS:
-            sources = [arg for arg in node.args[:2] if isinstance(arg, Node) and depends_on_input(arg)]
+            sources = [arg for arg in node.args[:2] if arg in fed]
             following = sources[0] if len(sources) == 1 else None
         else:
             following = None
@@ -121,13 +126,12 @@ def _products(inverse: Node) -> list[Node]:
     return [*found, *reached]
 
 
-def _scaled(node: Node) -> list[Node]:
+def _scaled(node: Node, fed: set[Node]) -> list[Node]:
     """What scales and shifts a norm's result by numbers of the network's own, for nobody else."""
     found: list[Node] = []
     while len(node.users) == 1:
         (user,) = node.users
-        others = [arg for arg in user.args if isinstance(arg, Node) and arg is not node]
-        is_affine = user.target in _WITH_NUMBERS and not any(map(depends_on_input, others))
+        is_affine = user.target in _WITH_NUMBERS and fed.isdisjoint({*user.all_input_nodes} - {node})
         if not is_affine and user.target is not aten.to.dtype:
             break
         found.append(user)

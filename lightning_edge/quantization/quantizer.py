@@ -169,13 +169,13 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
             CompressionError: If a pattern of the plan names nothing, or the plan leaves no layer to quantize.
         """
         activations = fed_nodes(model)
-        masked, norms = masked_scores(model), written_norms(model)
+        masked, norms = masked_scores(model), written_norms(model, activations)
         if self._plan:
             self._follow_plan(model, activations)
         for node in model.graph.nodes:
-            if node not in activations or _annotation(node) is not None or not _is_float(node) or node in self._float:
+            if node not in activations or _annotation(node) is not None or not _is_float(node):
                 continue
-            if node in norms:
+            if node in self._float or node in norms:
                 continue
             if node in masked:
                 if node.target in FIXED_RANGE:  # the softmax, float in front and int8 behind
