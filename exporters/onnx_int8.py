@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 
+from lightning_edge.exporters import onnx_channels
 from lightning_edge.exporters.onnx_equivalents import lone_softmaxes, subtractions
 from lightning_edge.exporters.onnx_graph import Array, Graph, attribute, set_attribute
 
@@ -23,7 +24,7 @@ def rewrite(model: Any) -> None:
     """Apply every function of this module, and of `onnx_equivalents`, to a model, in place."""
     graph = Graph(model)
     steps = (repeats, averages, paddings, activations, linears, integer_biases, unsigned)
-    for step in (*steps, lone_softmaxes, subtractions, pixels, zero_points):
+    for step in (*steps, lone_softmaxes, subtractions, pixels, onnx_channels.align, zero_points):
         step(graph)
         graph.settle()
 
