@@ -71,7 +71,7 @@ def align(graph: Graph) -> None:
             continue
         # Of the convolutions over all channels only those that make less than the kernel does gain.
         narrow = region.made if region.channels < _MADE_AT_A_TIME else []
-        gaining = [*region.depthwise, *(node for node in narrow if _looks_around(graph, node))]
+        gaining = [*region.depthwise, *(node for node in narrow if _overlaps(graph, node))]
         if not any(_is_large(node, shapes) for node in gaining):
             continue
         for node in (*region.made, *region.depthwise):
@@ -89,7 +89,7 @@ def _align_inputs(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
     nodes = []
     for node in graph.nodes:
         weight, data = _weight(graph, node), graph.maker(node.input[0], _DEQUANTIZE)
-        if weight is not None and data is not None and _looks_around(graph, node) and _is_large(node, shapes):
+        if weight is not None and data is not None and _overlaps(graph, node) and _is_large(node, shapes):
             channels = weight.shape[1]
             more = -channels % _READ_AT_A_TIME
             zero = graph.constant(data.input[2]) if len(data.input) > 2 else None
@@ -179,13 +179,17 @@ def _weight(graph: Graph, node: Any) -> Array | None:
     return weight if weight is not None and weight.ndim == _IMAGE else None
 
 
-def _looks_around(graph: Graph, node: Any) -> bool:
-    """Whether a convolution over all channels is of more than single pixels.
+def _overlaps(graph: Graph, node: Any) -> bool:
+    """Whether a convolution over all channels reads pixels more than once.
 
-    Those of single pixels are products of matrices, which take any number of channels.
+    Those that do not, such as those of single pixels and of patches, are products of matrices, which take any number of
+    channels.
     """
     weight = _weight(graph, node)
-    return weight is not None and attribute(node, "group", 1) == 1 and max(weight.shape[2:]) > 1
+    if weight is None or attribute(node, "group", 1) != 1:
+        return False
+    sizes = weight.shape[2:]
+    return any(step < size for step, size in zip(attribute(node, "strides", [1, 1]), sizes, strict=True))
 
 
 def _is_large(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -112,6 +112,10 @@ class Phase(ABC):
         """When this phase makes its last change; the first moment where it makes only one."""
         return self.first_moment()
 
+    def began(self, changes: Sequence[Change]) -> bool:
+        """Whether these changes did something to the network."""
+        return bool(changes)
+
     def finished(self, changes: Sequence[Change]) -> bool:
         """Whether nothing is left to do after these changes, so that a training that ends now ends as was asked."""
         return bool(changes)

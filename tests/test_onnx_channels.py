@@ -112,6 +112,11 @@ def test_small_images_and_many_channels_stay(tmp_path: Path) -> None:
     assert weights(path) == [(8, 3, 3, 3), (16, 8, 1, 1)]
 
 
+def test_patches_stay(images: Tensor, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 64, 4, stride=4), nn.ReLU(), convolution(64, 4, 1))
+    assert weights(of_int8(network, images, tmp_path / "patches.onnx")) == [(64, 3, 4, 4), (4, 64, 1, 1)]
+
+
 def test_pixels_and_batches_of_any_size(images: Tensor, tmp_path: Path) -> None:
     pixels = (images.clamp(-2, 2) * 60 + 128).round()
     interface = Interface(pixels=Pixels(mean=(0.5,), std=(0.25,)), max_batch=3)

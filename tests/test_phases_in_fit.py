@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -88,7 +89,9 @@ def data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(images, labels), batch_size=8)
 
 
-def fit(task: Task, *callbacks: L.Callback, epochs: int = 4, **settings: Any) -> L.Trainer:
+def fit(
+    task: Task, *callbacks: L.Callback, epochs: int = 4, ckpt_path: Path | None = None, **settings: Any
+) -> L.Trainer:
     trainer = L.Trainer(
         max_epochs=epochs,
         callbacks=list(callbacks),
@@ -100,7 +103,7 @@ def fit(task: Task, *callbacks: L.Callback, epochs: int = 4, **settings: Any) ->
         deterministic=True,
         **settings,
     )
-    trainer.fit(task, data())
+    trainer.fit(task, data(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -330,6 +333,37 @@ def test_named_parameters_and_fused_optimizers_go_on() -> None:
     adapters = set(watch.seen[-1]["held"]) - set(watch.seen[-1]["owned"])
     assert len(adapters) == 2
     assert set(watch.seen[-1]["owned"]) <= set(watch.seen[-1]["held"])
+
+
+def kinds(task: Task) -> list[str]:
+    return [change["kind"] for change in record.changes_of(task.net)]
+
+
+def test_a_cut_that_cannot_come_is_refused_at_the_first_batch() -> None:
+    for phase, reason in ((cut(macs=1, start=3), "layers would be empty"), (cut(ignore=["stem"]), "names no layer")):
+        task = new()
+        with pytest.raises(CompressionError, match=reason):
+            fit(task, edge(phase))
+        assert task.losses == []
+
+
+def test_the_trial_comes_behind_factorize_and_is_no_beginning() -> None:
+    task = new()
+    fit(task, edge(Factorize(energy=0.6, start=1, round_to=1), cut(start=2)))
+    assert kinds(task) == ["factorize", "trial", "cut"]
+    with pytest.warns(UserWarning, match="Prune never began"):
+        fit(new(), edge(cut(start=99)))
+
+
+def test_a_resumed_training_goes_on_from_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, path = new(), tmp_path / "before.ckpt"
+    fit(task, edge(cut(start=2)), epochs=1).save_checkpoint(path)
+    assert kinds(task) == ["trial"]
+    again = new()
+    monkeypatch.setattr("lightning_edge.pruning.phase.plan_trial", None)
+    monkeypatch.setattr("lightning_edge.pruning.plan.find_fault", None)
+    fit(again, edge(cut(start=2)), ckpt_path=path)
+    assert kinds(again) == ["trial", "cut"]
 
 
 def test_lbfgs_is_refused_before_anything_is_cut() -> None:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs, flatten_outputs
-from lightning_edge.pruning import Prune
+from lightning_edge.pruning import Prune, plan
 from lightning_edge.pruning.copies import bare_copy
+from lightning_edge.pruning.cutting import make_cut
 from lightning_edge.pruning.groups import trace
 from lightning_edge.pruning.importance import CRITERIA, score
+from lightning_edge.pruning.verification import find_fault
 from lightning_edge.schedule import Change, Clock
 from lightning_edge.succession import follow
 from lightning_edge.zoo.networks import DSCNN, MobileNetV2, MobileNetV3Small, ResNet8
@@ -317,12 +319,13 @@ def test_layers_by_pattern_and_ignored_layers() -> None:
 
 
 def follow_schedule(phase: Prune, clocks: list[Clock], network: nn.Module, inputs: Inputs) -> list[Change]:
+    """Train without training; gives the cuts, behind the trial that comes before them."""
     changes: list[Change] = []
     for clock in clocks:
         while change := phase.plan(network, clock, changes, SomeBatch(network, inputs)):
             phase.perform(network, change)
             changes.append(change)
-    return changes
+    return [change for change in changes if change["kind"] == "cut"]
 
 
 EPOCHS = [Clock(epoch, epoch / 10) for epoch in range(11)]
@@ -360,7 +363,9 @@ def test_moments() -> None:
     hurried = follow_schedule(Prune(macs=0.5, start=2, end=6), [Clock(10**9, 1.0)], ResNet8(), inputs)
     assert len(hurried) == 1
     assert hurried[0]["along"] == 1.0
-    assert Prune(macs=0.5, start=0.5).plan(ResNet8(), Clock(5, None), [], SomeBatch(ResNet8(), inputs)) is None
+    trial = Prune(macs=0.5, start=0.5).plan(ResNet8(), Clock(5, None), [], SomeBatch(ResNet8(), inputs))
+    assert trial is not None
+    assert trial["kind"] == "trial"
 
 
 def test_a_step_too_small_for_rounding_is_recorded() -> None:
@@ -593,6 +598,84 @@ def test_what_would_be_cut_wrongly_is_found_and_left_alone(kind: type[nn.Module]
         planned(network, inputs, Prune(params=0.7, round_to=1, scope="local", ignore=list(made)))
 
 
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Names of the groups that were tried together, in each trial, sorted."""
+    names: list[list[str]] = []
+
+    def counted(network: nn.Module, calls: Any, change: Change, groups: Any, kept: Any) -> str:
+        names.append(sorted(group.name for group in groups))
+        return find_fault(network, calls, change, groups, kept)
+
+    monkeypatch.setattr(plan, "find_fault", counted)
+    return names
+
+
+def test_what_stood_is_not_tried_again(tried: list[list[str]]) -> None:
+    torch.manual_seed(0)
+    network = ResNet8()
+    cuts = follow_schedule(Prune(macs=0.5, start=2, end=6, round_to=2), EPOCHS, network, images(2))
+    assert len(cuts) == 4
+    assert len(tried) == 1
+    assert all(set(cut["stood"]) == set(cuts[0]["stood"]) for cut in cuts)
+
+
+def test_what_the_trial_did_not_cut_is_tried_when_it_is(tried: list[list[str]]) -> None:
+    torch.manual_seed(0)
+    network, inputs = Shuffled(), Inputs((torch.randn(4, 4),))
+    trial = Prune(layers={"second": 0.5}, start=1).plan(network, EPOCHS[0], [], SomeBatch(network, inputs))
+    assert trial is not None
+    assert tried == [["second"]]
+    phase = Prune(params=0.7, round_to=1, scope="local", start=1)
+    cut = phase.plan(network, EPOCHS[1], [trial], SomeBatch(network, inputs))
+    assert cut is not None
+    # Both together, then each alone; what is left has stood already.
+    assert sorted(tried[1:]) == [["first"], ["first", "second"], ["second"]]
+    assert len(cut["faulty"]) == 1
+
+
+def test_what_did_not_stand_the_trial_is_left_alone(tried: list[list[str]]) -> None:
+    torch.manual_seed(0)
+    network, inputs = Hard(), Inputs((torch.randn(4, 4),))
+    phase = Prune(params=0.8, round_to=1, start=1, end=3)
+    cuts = follow_schedule(phase, EPOCHS, network, inputs)
+    assert len(cuts) == 2
+    assert not any("out_features" in cut["attributes"].get("second", {}) for cut in cuts)
+    # The trial's own: both together, each alone, and what is left.
+    assert sorted(tried) == [["first"], ["first"], ["first", "second"], ["second"]]
+
+
+def test_groups_that_only_stand_alone_are_tried_when_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def together(network: nn.Module, calls: Any, change: Change, groups: Any, kept: Any) -> str:
+        make_cut(network, change)
+        return "they differ" if len(groups) > 1 else ""
+
+    monkeypatch.setattr(plan, "find_fault", together)
+    network, inputs = Shuffled(), Inputs((torch.randn(4, 4),))
+    phase = Prune(params=0.7, round_to=1, start=1)
+    trial = phase.plan(network, EPOCHS[0], [], SomeBatch(network, inputs))
+    assert trial is not None
+    assert trial["stood"] == []
+    with pytest.raises(CompressionError, match="though each group of layers can be cut alone"):
+        phase.plan(network, EPOCHS[1], [trial], SomeBatch(network, inputs))
+
+
+def test_the_trial_says_what_can_be_cut_and_cuts_nothing() -> None:
+    torch.manual_seed(0)
+    network, inputs = Hard(), Inputs((torch.randn(4, 4),))
+    before = state(network)
+    phase = Prune(params=0.8, round_to=1, start=5)
+    trial = phase.plan(network, EPOCHS[0], [], SomeBatch(network, inputs))
+    assert trial is not None
+    assert not phase.perform(network, trial)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    told = phase.describe(trial)
+    assert told.startswith("tried on a copy, 1 group(s) of layers can be cut. Left alone are 'last': its channels")
+    assert "'second': cutting it was tried and does not work: its forward then fails" in told
+    assert not phase.began([trial])
+    assert phase.plan(network, EPOCHS[1], [trial], SomeBatch(network, inputs)) is None
+
+
 class Positions(nn.Module):
     """Attention with a bias for each pair of positions, which torch-pruning takes for one of channels."""
 
@@ -704,6 +787,27 @@ def test_group_regularizer_pushes_the_least_important_channels_hardest() -> None
     assert all(not parameter.grad.any() for parameter in network.parameters())
     assert phase.first_moment() == 1
     copy.deepcopy(phase)
+
+
+def test_the_regularizer_spares_what_did_not_stand_the_trial() -> None:
+    torch.manual_seed(0)
+    network, inputs = Hard(), Inputs((torch.randn(4, 4),))
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    phase = Prune(params=0.8, round_to=1, start=5, sparse_learning=0.1)
+    trial = phase.plan(network, EPOCHS[0], [], SomeBatch(network, inputs))
+    assert trial is not None
+    phase.before_step(network, EPOCHS[0], [trial], SomeBatch(network, inputs))
+    pushed = {name: bool((parameter.grad != 0).any()) for name, parameter in network.named_parameters()}
+    # The second reads what the first makes; what it makes itself is not pushed, nor is what reads that.
+    assert pushed == {
+        "first.weight": True,
+        "first.bias": False,
+        "second.weight": True,
+        "second.bias": False,
+        "last.weight": False,
+        "last.bias": False,
+    }
 
 
 # What is refused

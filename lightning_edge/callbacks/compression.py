@@ -129,6 +129,8 @@ class EdgeCompressionCallback(Callback):
         clock = _clock(trainer, batch_idx)
         self._batch, self._stepped = BatchAtHand(trainer, pl_module, self._found, batch, batch_idx), False
         for phase in (*ranked(self.phases), *(phase for phase in self.phases if phase.name not in ORDER)):
+            if isinstance(phase, Prune) and self._is_to_factorize():
+                continue  # nothing is tried of layers that will be others
             while (change := phase.plan(self._found, clock, self._done(phase), self._batch)) is not None:
                 self._perform(trainer, pl_module, phase, change)
         if self._distillation is not None:
@@ -173,7 +175,7 @@ class EdgeCompressionCallback(Callback):
             done = self._done(phase)
             name, begin = type(phase).__name__, phase.first_moment()
             ended = f"training ended in epoch {trainer.current_epoch} after {trainer.global_step} steps"
-            if not done:
+            if not phase.began(done):
                 rank_zero_warn(f"{name} never began: {ended}, and it begins at {begin!r}.")
             elif not phase.finished(done):
                 rank_zero_warn(
@@ -229,6 +231,9 @@ class EdgeCompressionCallback(Callback):
             self._keeper.after_step(self._found, self._earlier_masks)
         for phase in self.phases:
             phase.after_step(self._found, self._done(phase))
+
+    def _is_to_factorize(self) -> bool:
+        return any(isinstance(phase, Factorize) and not phase.finished(self._done(phase)) for phase in self.phases)
 
     def _done(self, phase: Phase) -> list[Change]:
         """What this phase has done in this training."""

@@ -7,8 +7,10 @@ unit.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,6 +23,9 @@ from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.pruning.channels import Channels, Integers, Side, channels_of
 from lightning_edge.pruning.cost import Positions
 from lightning_edge.pruning.opaque import as_wholes, untouched
+
+# A reason that groups are left alone for is told with the names of three, and at most so many reasons.
+TOLD = 6
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,13 @@ class Group:
     norms: dict[str, Integers] = field(default_factory=dict)
     reason: str = ""
 
+    @property
+    def identity(self) -> str:
+        """Tells the group from others of the network, before and after cuts: by what it shortens."""
+        places = sorted(f"{slot.tensor}:{slot.dimension}" for slot in self.slots)
+        counted = sorted(f"{module}.{attribute}" for module, attribute in self.attributes)
+        return hashlib.sha256("\n".join([self.name, *places, *counted]).encode()).hexdigest()[:16]
+
     def keeps(self, units: Integers) -> NDArray[np.bool_]:
         """Whether each unit is among these; the last entry stands for -1, what belongs to none."""
         kept = np.zeros(self.units + 1, dtype=np.bool_)
@@ -89,6 +101,20 @@ class Structure:
     groups: list[Group]
     positions: Positions
     inputs: Inputs
+
+
+def left_alone(groups: Sequence[Group]) -> str:
+    """Say which groups keep their channels, and why."""
+    reasons: dict[str, list[str]] = {}
+    for group in groups:
+        if group.reason:
+            reasons.setdefault(group.reason, []).append(group.name)
+    told = [
+        f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
+        for reason, names in list(reasons.items())[:TOLD]
+    ]
+    more = f"; and {len(reasons) - TOLD} other reasons" if len(reasons) > TOLD else ""
+    return f"Left alone are {'; '.join(told)}{more}." if told else "No layer is left alone."
 
 
 def trace(network: nn.Module, inputs: Inputs) -> Structure:

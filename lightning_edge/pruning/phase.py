@@ -10,7 +10,7 @@ from torch import nn
 from lightning_edge.pruning.cost import Measure
 from lightning_edge.pruning.cutting import make_cut, undo_cut
 from lightning_edge.pruning.importance import CRITERIA, Criterion
-from lightning_edge.pruning.plan import Goal, find_groups, plan_cut
+from lightning_edge.pruning.plan import Goal, find_groups, plan_cut, plan_trial
 from lightning_edge.pruning.ramp import Ramp, Schedule
 from lightning_edge.pruning.selection import Scope
 from lightning_edge.pruning.sparsity import GroupRegularizer
@@ -26,6 +26,8 @@ class Prune(Phase):
     Which layers' channels go together is found by DepGraph (Fang et al. 2023, arXiv:2301.12900, torch-pruning). Give
     one of ``macs``, ``params``, ``size`` and ``layers``. A float between 0 and 1 is the fraction that is kept of the
     network as it was before the first cut, an int an absolute number.
+
+    What may be cut is tried on a copy with the first batch of training, so that a goal out of reach is refused there.
 
     Moments are epochs (whole numbers from 0) or fractions of training (0.0 to 1.0).
 
@@ -136,12 +138,16 @@ class Prune(Phase):
         """When the whole cut has been made."""
         return self._ramp.end
 
+    def began(self, changes: Sequence[Change]) -> bool:
+        """Whether anything has been cut; the trial cuts nothing."""
+        return bool(_cuts(changes))
+
     def finished(self, changes: Sequence[Change]) -> bool:
         """Whether the whole cut has been made."""
         return bool(changes) and bool(changes[-1]["along"] >= 1.0)
 
     def plan(self, network: nn.Module, clock: Clock, changes: Sequence[Change], batch: Batch) -> Change | None:
-        """Plan the cut that is due.
+        """Plan the cut that is due, or the trial at the beginning of training.
 
         A cut for which rounding leaves nothing to take is recorded, too, so that a resumed run does not try again.
 
@@ -149,12 +155,15 @@ class Prune(Phase):
             CompressionError: If the network cannot be traced or copied, no channels can be cut, a pattern names no
                 layer, or the target would empty layers.
         """
-        last, epoch = (changes[-1]["along"], changes[-1]["epoch"]) if changes else (0.0, None)
+        cuts = _cuts(changes)
+        last, epoch = (cuts[-1]["along"], cuts[-1]["epoch"]) if cuts else (0.0, None)
         along = self._ramp.due(clock, last, epoch)
-        if along is None:
-            return None
-        change = plan_cut(network, self._goal(along, len(changes)), changes, batch)
-        return {**change, "cut": len(changes), "along": along, "epoch": clock.epoch}
+        if along is not None:
+            change = plan_cut(network, self._goal(along, len(cuts)), changes, batch)
+            return {**change, "cut": len(cuts), "along": along, "epoch": clock.epoch}
+        if not changes:
+            return {**plan_trial(network, self._goal(1.0, 0), batch), "along": 0.0, "epoch": clock.epoch}
+        return None
 
     @classmethod
     def perform(cls, network: nn.Module, change: Change) -> Succession:
@@ -182,12 +191,14 @@ class Prune(Phase):
         parameters = dict(network.named_parameters())
         key = (id(network), [(name, parameter.shape) for name, parameter in parameters.items()])
         if self._regularizer is None or self._regularizer[0] != key:
-            structure = find_groups(network, batch.inputs(), self.ignore or ())[1]
+            structure = find_groups(network, batch.inputs(), self.ignore or (), changes)[1]
             self._regularizer = key, GroupRegularizer(structure.groups, parameters)
         self._regularizer[1].add_gradients(parameters, self.sparse_learning)
 
     def describe(self, change: Change) -> str:
-        """Say in one line what a cut did."""
+        """Say in one line what a cut did, or what the trial found."""
+        if change["kind"] == "trial":
+            return f"tried on a copy, {len(change['stood'])} group(s) of layers can be cut. {change['left_alone']}"
         macs = _change_of("MACs", change["macs"])
         if not change["kept"]:
             return f"{macs}: nothing cut, the next step is smaller than {self.round_to} channels of any layer"
@@ -208,6 +219,10 @@ class Prune(Phase):
             ignore=self.ignore or (),
             seed=self.seed * 1_000_003 + cut,
         )
+
+
+def _cuts(changes: Sequence[Change]) -> list[Change]:
+    return [change for change in changes if change["kind"] == "cut"]
 
 
 def _change_of(what: str, costs: Sequence[int]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,15 +18,12 @@ from lightning_edge.pruning.channels import Integers
 from lightning_edge.pruning.copies import aside, bare_copy, sample_of
 from lightning_edge.pruning.cost import MEASURES, Cost, Measure, coefficients
 from lightning_edge.pruning.cutting import read_attribute, undo_cut
-from lightning_edge.pruning.groups import Group, Structure, trace
+from lightning_edge.pruning.groups import TOLD, Group, Structure, left_alone, trace
 from lightning_edge.pruning.importance import Criterion, Floats, score
 from lightning_edge.pruning.patterns import ignore, matching
 from lightning_edge.pruning.selection import TOLERANCE, Choices, Scope, allowed_counts, choose
 from lightning_edge.pruning.verification import find_fault
 from lightning_edge.schedule import Batch, Change
-
-# A reason that a group is left for is told of at most so many groups.
-_TOLD = 6
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,18 @@ class Goal:
 
 @dataclass
 class _Draft:
-    """What is known while a cut is planned."""
+    """What is known while a cut is planned.
+
+    Attributes:
+        network: A copy, traced; the trial cuts it.
+        parameters: Its parameters by name.
+        tensors: Those, and its buffers.
+        structure: All of its groups.
+        groups: Those that may be cut.
+        importances: Of the units of each.
+        stood: Identities of the groups that have stood a trial.
+        faulty: Of those that have not, with the reason.
+    """
 
     network: nn.Module
     parameters: Mapping[str, Tensor]
@@ -65,10 +74,18 @@ class _Draft:
     structure: Structure
     groups: list[Group]
     importances: list[Floats]
+    stood: set[str]
+    faulty: dict[str, str]
 
 
-def find_groups(network: nn.Module, inputs: Inputs, patterns: Sequence[str]) -> tuple[nn.Module, Structure]:
-    """Find the groups of a network and mark those that patterns name.
+class _OnlyAloneError(CompressionError):
+    """Groups that can be cut alone cannot be cut together."""
+
+
+def find_groups(
+    network: nn.Module, inputs: Inputs, patterns: Sequence[str], changes: Sequence[Change]
+) -> tuple[nn.Module, Structure]:
+    """Find the groups of a network and mark those that patterns name, and those that have not stood a trial.
 
     Returns:
         The copy that was traced, and its groups.
@@ -80,7 +97,14 @@ def find_groups(network: nn.Module, inputs: Inputs, patterns: Sequence[str]) -> 
         twin = bare_copy(network)
         structure = trace(twin, sample_of(inputs, twin))
     ignore(network, structure.groups, patterns)
+    faulty = _faulty(changes)
+    for group in structure.groups:
+        group.reason = group.reason or faulty.get(group.identity, "")
     return twin, structure
+
+
+def _faulty(changes: Sequence[Change]) -> dict[str, str]:
+    return {identity: reason for change in changes for identity, reason in change["faulty"].items()}
 
 
 def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: Batch) -> Change:
@@ -89,7 +113,7 @@ def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
     Args:
         network: The network; nothing of it changes.
         goal: What is to be reached.
-        changes: The cuts made so far, oldest first.
+        changes: Trial and cuts made so far, oldest first.
         batch: The batch at hand.
 
     Returns:
@@ -99,9 +123,44 @@ def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
     Raises:
         CompressionError: If the network cannot be traced, nothing can be cut, or the goal would empty layers.
     """
+    draft = _drafted(network, goal, changes, batch)
+    cuts = [change for change in changes if change["kind"] == "cut"]
+    with aside(network):
+        change = _settle(draft, goal, cuts)
+    if goal.removed >= 1.0:
+        _warn_if_missed(draft, goal, change, cuts)
+    return {**change, "stood": sorted(draft.stood), "faulty": draft.faulty}
+
+
+def plan_trial(network: nn.Module, goal: Goal, batch: Batch) -> Change:
+    """Try what may be cut before any cut is due, so that a training that cannot reach its goal ends at its beginning.
+
+    A cut changes weights, not which channels hang together, so that the same groups need no trial then.
+
+    Args:
+        network: The network; nothing of it changes.
+        goal: What is to be reached in the end; the same share of all groups goes, so that each is tried.
+        batch: The batch at hand.
+
+    Returns:
+        The record: which groups stood, which did not and why, and in words what is left alone.
+
+    Raises:
+        CompressionError: As `plan_cut` does.
+    """
+    goal = replace(goal, removed=1.0, criterion="l2", scope="local")
+    draft = _drafted(network, goal, [], batch)
+    with aside(network), suppress(_OnlyAloneError):  # other cuts than this one may stand: each is tried when it comes
+        _settle(draft, goal, [])
+    record = {"kind": "trial", "kept": {}, "attributes": {}, "left_alone": left_alone(draft.structure.groups)}
+    return {**record, "stood": sorted(draft.stood), "faulty": draft.faulty}
+
+
+def _drafted(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: Batch) -> _Draft:
+    """Find the groups and their importance."""
     inputs = batch.inputs()
     sensitivity = _sensitivity(goal.criterion, batch)
-    twin, structure = find_groups(network, inputs, goal.ignore)
+    twin, structure = find_groups(network, inputs, goal.ignore, changes)
     parameters = dict(twin.named_parameters())
     tensors = {**parameters, **dict(twin.named_buffers())}
     free = [group for group in structure.groups if not group.reason]
@@ -117,13 +176,8 @@ def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
         else:
             groups.append(group)
             importances.append(importance)
-    draft = _Draft(twin, parameters, tensors, structure, groups, importances)
-    price = coefficients(parameters, structure.positions)
-    base = {measure: _base(measure, price, parameters, changes) for measure in MEASURES}
-    with aside(network):
-        # One sample is enough to compare, but not every network takes a batch of one.
-        calls = [structure.inputs.sample(), structure.inputs]
-        return _settle(draft, goal, changes, base, price, calls)
+    stood = {identity for change in changes for identity in change["stood"]}
+    return _Draft(twin, parameters, tensors, structure, groups, importances, stood, _faulty(changes))
 
 
 def _sensitivity(criterion: Criterion, batch: Batch) -> dict[str, Tensor]:
@@ -150,44 +204,40 @@ def _base(
     return sum(price[measure][name] * tensor.numel() for name, tensor in parameters.items())
 
 
-def _settle(
-    draft: _Draft,
-    goal: Goal,
-    changes: Sequence[Change],
-    base: Mapping[Measure, float],
-    price: Mapping[Measure, Mapping[str, float]],
-    calls: Sequence[Inputs],
-) -> Change:
+def _settle(draft: _Draft, goal: Goal, cuts: Sequence[Change]) -> Change:
     """Choose, try, and leave alone what does not stand the trial, until the rest does."""
+    price = coefficients(draft.parameters, draft.structure.positions)
+    base = {measure: _base(measure, price, draft.parameters, cuts) for measure in MEASURES}
+    # One sample is enough to compare, but not every network takes a batch of one.
+    calls = [draft.structure.inputs.sample(), draft.structure.inputs]
     while True:
         if not draft.groups:
             raise CompressionError(
-                f"No channels of {type(draft.network).__name__} can be cut. {_left_alone(draft.structure.groups)}"
+                f"No channels of {type(draft.network).__name__} can be cut. {left_alone(draft.structure.groups)}"
             )
         units = np.array([group.units for group in draft.groups], dtype=np.int64)
         costs = _price(draft, price, units)
         if goal.layers is None:
             kept = _by_target(draft, goal, base[goal.measure], costs[goal.measure])
         else:
-            kept = _by_layer(draft, goal, goal.layers, changes)
+            kept = _by_layer(draft, goal, goal.layers, cuts)
         chosen = [
             np.sort(np.argsort(-importance, kind="stable")[:count])
             for importance, count in zip(draft.importances, kept, strict=True)
         ]
         cut = [place for place, count in enumerate(kept) if count < units[place]]
-        change = _record(draft, [draft.groups[place] for place in cut], [chosen[place] for place in cut])
-        change |= {measure: _costs(base[measure], costs[measure], units, kept) for measure in MEASURES}
-        if not cut:
-            break
         cutting, keeping = [draft.groups[place] for place in cut], [chosen[place] for place in cut]
+        change = _record(draft, cutting, keeping)
+        change |= {measure: _costs(base[measure], costs[measure], units, kept) for measure in MEASURES}
+        untried = {group.identity for group in cutting} - draft.stood
+        if not untried:
+            return change
         fault = find_fault(draft.network, calls, change, cutting, keeping)
         if not fault:
-            break
+            draft.stood |= untried
+            return change
         undo_cut(draft.network, change)
         _leave_faulty(draft, calls, cutting, keeping, fault)
-    if goal.removed >= 1.0:
-        _warn_if_missed(draft, goal, change, changes)
-    return change
 
 
 def _costs(base: float, cost: Cost, units: Integers, kept: Integers) -> list[int]:
@@ -215,7 +265,7 @@ def _by_target(draft: _Draft, goal: Goal, base: float, cost: Cost) -> Integers:
         raise CompressionError(
             f"{goal.measure}={goal.amount!r} asks for {final:,.0f} of {base:,.0f}, but with a single channel left in "
             f"every layer that may be cut {least:,.0f} remain: layers would be empty. Ask for more, or let more be "
-            f"cut. {_left_alone(draft.structure.groups)}"
+            f"cut. {left_alone(draft.structure.groups)}"
         )
     target = base - (base - min(final, base)) * goal.removed
     return choose(_choices(draft, goal.round_to), cost, target, goal.scope)
@@ -304,29 +354,16 @@ def _leave_faulty(
         undo_cut(draft.network, change)
         if alone:
             group.reason = f"cutting it was tried and does not work: {alone}"
+            draft.faulty[group.identity] = group.reason
             found = True
     if not found:
-        raise CompressionError(
+        raise _OnlyAloneError(
             f"{type(draft.network).__name__} cannot be cut as asked: {fault}, though each group of layers can be cut "
             f"alone. Leave layers out with ignore=[...]; these were to be cut: {[group.name for group in groups]}."
         )
     stays = [place for place, group in enumerate(draft.groups) if not group.reason]
     draft.groups = [draft.groups[place] for place in stays]
     draft.importances = [draft.importances[place] for place in stays]
-
-
-def _left_alone(groups: Sequence[Group]) -> str:
-    """Say which groups keep their channels, and why."""
-    reasons: dict[str, list[str]] = {}
-    for group in groups:
-        if group.reason:
-            reasons.setdefault(group.reason, []).append(group.name)
-    told = [
-        f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
-        for reason, names in list(reasons.items())[:_TOLD]
-    ]
-    more = f"; and {len(reasons) - _TOLD} other reasons" if len(reasons) > _TOLD else ""
-    return f"Left alone are {'; '.join(told)}{more}." if told else "No layer is left alone."
 
 
 def _warn_if_missed(draft: _Draft, goal: Goal, change: Change, changes: Sequence[Change]) -> None:
@@ -351,13 +388,13 @@ def _warn_if_missed(draft: _Draft, goal: Goal, change: Change, changes: Sequence
     small = [group.name for group in draft.groups if len(allowed_counts(group.units, group.step(goal.round_to))) == 1]
     rounding = (
         f" Layers keep multiples of round_to={goal.round_to} channels"
-        + (f", so that {', '.join(map(repr, small[:_TOLD]))} cannot be cut" if small else "")
+        + (f", so that {', '.join(map(repr, small[:TOLD]))} cannot be cut" if small else "")
         + "; a smaller round_to comes closer."
         if goal.round_to > 1
         else ""
     )
     warnings.warn(
         f"Prune asked for {goal.measure}={goal.amount!r}, {target:,.0f} of {base:,}, and reached {after:,} "
-        f"({after / target - 1:+.1%}).{rounding} {_left_alone(draft.structure.groups)}",
+        f"({after / target - 1:+.1%}).{rounding} {left_alone(draft.structure.groups)}",
         stacklevel=2,
     )
