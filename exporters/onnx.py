@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.errors import RunnerError, require
-from lightning_edge.exporters import onnx_file, onnx_graph, onnx_inside, onnx_int8, onnx_schemes, transposed
+from lightning_edge.exporters import (
+    onnx_equivalents,
+    onnx_file,
+    onnx_graph,
+    onnx_inside,
+    onnx_int8,
+    onnx_schemes,
+    transposed,
+)
 from lightning_edge.exporters.base import Contents, Runner, explain
 from lightning_edge.exporters.calls import TensorSpec, of_one_sample
 from lightning_edge.exporters.divergence import Intermediate
@@ -56,6 +64,7 @@ def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> N
             onnx_int8.rewrite(model)
         elif scheme is not None and scheme != "fp16":
             onnx_schemes.rewrite(model, scheme)
+        onnx_equivalents.padded_maxima(onnx_graph.Graph(model))
         onnx_graph.tidy(model)
         onnx_graph.set_notes(model, network.interface.notes())
         data = model.SerializeToString(deterministic=True)

@@ -1,6 +1,7 @@
 """Write operations that ONNX Runtime has no int8 kernel for, or a wrong one, as ones that it has, value for value.
 
-They work on uint8 activations and int32 biases, so they come after the functions of `onnx_int8` that write these.
+`subtractions` and `lone_softmaxes` work on uint8 activations and int32 biases, so they come after the functions of
+`onnx_int8` that write these; `padded_maxima` is for files of every precision.
 """
 
 from __future__ import annotations
@@ -58,3 +59,18 @@ def lone_softmaxes(graph: Graph) -> None:
         else:
             nodes.append(node)
     graph.settle(nodes)
+
+
+def padded_maxima(graph: Graph) -> None:
+    """Name the axes of a padding in front of MaxPool, which changes nothing but keeps ONNX Runtime from joining both.
+
+    It makes zeros in front of a MaxPool that pool's own padding, which no maximum takes: where all of a window's values
+    are negative, the zero at the border is lost (seen with 1.31, in BiT).
+    """
+    for node in graph.nodes:
+        if node.op_type != "Pad" or (len(node.input) > 3 and node.input[3]):
+            continue
+        amounts = graph.constant(node.input[1])
+        if amounts is not None and any(reader.op_type == "MaxPool" for reader in graph.readers[node.output[0]]):
+            axes = graph.add_constant(numpy.arange(amounts.size // 2, dtype=numpy.int64))
+            node.input[:] = [*node.input[:2], node.input[2] if len(node.input) > 2 else "", axes]

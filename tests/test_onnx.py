@@ -284,6 +284,23 @@ def test_transposed_convolutions_are_convolutions_on_int8_kernels(tmp_path: Path
     assert artifact.agreement.max_steps == 0
 
 
+@pytest.mark.parametrize("scheme", [None, "fp16", "int8"])
+def test_zeros_around_a_maximum_count(tmp_path: Path, scheme: str | None) -> None:
+    # ONNX Runtime takes them for the pool's own padding, which no maximum takes.
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2), nn.Conv2d(8, 4, 1)
+    ).eval()
+    with torch.no_grad():
+        layers[0].bias.fill_(-3.0)  # type: ignore[operator, union-attr]
+    images = [torch.randn(4, 3, 16, 16) for _ in range(2)]
+    model = quantize(layers.eval(), images) if scheme == "int8" else layers
+    options = {"scheme": scheme} if scheme == "fp16" else {}
+    artifact = export(model, "onnx", tmp_path / "padded.onnx", inputs=images[0][:1], batches=images, **options)
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_relative < (2e-3 if scheme == "fp16" else 1e-5)
+
+
 def test_repeating_pixels_computes_nothing_in_float(tmp_path: Path) -> None:
     artifact = in_int8(nn.Upsample(scale_factor=2.0), tmp_path / "larger.onnx")
     assert artifact.contents.float_ops == ()
