@@ -366,6 +366,7 @@ class Moved(nn.Module):
         lambda y: torch.concat([y, y.flip(2)], 2),
         lambda y: torch.hstack([y, y.relu()])[:, 4:12],
         lambda y: torch.cat([nn.functional.pad(y[:, :, 1:], (0, 0, 0, 1)), y, y[:, :, :1]], 2),
+        lambda y: y.unbind(2)[1].float()[:, :, None, 2:],
     ],
     ids=[
         "movedim",
@@ -381,6 +382,7 @@ class Moved(nn.Module):
         "concat",
         "hstack",
         "shifts",
+        "casts",
     ],
 )
 def test_what_moves_values_keeps_their_scale(function: Callable[[Tensor], Tensor]) -> None:

@@ -126,6 +126,94 @@ def test_in_place_operations_without_a_view_work() -> None:
     close_and_converted(User(function), images)
 
 
+def table(side: int) -> Tensor:
+    """Relative positions, written part by part, as BEiT makes them in each call."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack([y, x]).flatten(1)
+    relative = (places[:, :, None] - places[:, None, :]).permute(1, 2, 0).contiguous()
+    relative[:, :, 0] += side - 1
+    before = relative.sum(-1)
+    relative[:, :, 0] *= 2 * side - 1
+    found = torch.zeros(side**2 + 1, side**2 + 1, dtype=torch.int64)
+    found[1:, 1:] = relative.sum(-1) + before
+    found[0, 0:] = torch.tensor(7)
+    found.view(-1)[0] = 9
+    return found
+
+
+def test_tables_that_are_written_in_forward_are_constants() -> None:
+    def function(network: nn.Module, y: Tensor) -> Tensor:
+        bias = network.bias[table(2)].mean(-1)  # type: ignore[index]
+        return y * bias[0, 1] + bias[1:3].sum()
+
+    network = User(function)
+    network.bias = nn.Parameter(torch.randn(32, 8) / 4)
+    quantized = close_and_converted(network, images)
+    written = [buffer for name, buffer in quantized.named_buffers() if "written_in" in name]
+    assert any(torch.equal(buffer, table(2)) for buffer in written)
+    child = quantized_forward(quantized)[1]
+    assert not any("written_in" in name for name in child.state_dict())
+
+
+def test_what_the_input_is_written_into_is_no_constant() -> None:
+    def function(_: nn.Module, y: Tensor) -> Tensor:
+        places = torch.zeros(8)
+        places[:4] = y.mean((0, 2, 3))[:4]
+        return y + places[:, None, None]
+
+    with pytest.raises(CompressionError, match="writes in place"):
+        quantize(User(function).eval(), [images()])
+
+
+class Scaled(nn.Module):
+    """Makes a tensor of a number in forward, in a submodule."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return torch.where(y > torch.tensor(1.5), torch.tensor(1.5), y)
+
+
+def test_numbers_made_tensors_in_a_submodule(tmp_path: Path) -> None:
+    def build() -> User:
+        return User(lambda s, y: s.inside[0](y), inside=nn.Sequential(Scaled()))
+
+    quantized = close_and_converted(build(), images)
+    copied = copy.deepcopy(quantized)
+    batch = images()
+    torch.testing.assert_close(copied(batch), quantized(batch), rtol=0, atol=0)
+    trained = build()
+    attach(trained, Inputs.of(batch))
+    trained.train()(batch).sum().backward()
+    assert trained.conv.weight.grad is not None
+    assert not any("lifted" in name for name in trained.state_dict())
+
+
+class Skipping(User):
+    """Leaves a layer out by chance in training, decided by a random number as LayerDrop does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and torch.rand([]) < 0.3:
+            return super().forward(images * 0)
+        return super().forward(images)
+
+
+class Doubled(User):
+    """Gives something else in training."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (2 if self.training else 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Skipping, "cannot be captured"), (Doubled, r"in training than in evaluation: aten\.mul\.Tensor.*, 2\)")],
+)
+def test_what_training_alone_does_matters_for_training_alone(kind: type[User], message: str) -> None:
+    network = kind(lambda _, y: y.relu())
+    close_and_converted(network, images)
+    with pytest.raises(CompressionError, match=message):
+        attach(network, Inputs.of(images()))
+
+
 class Stars(User):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(args[0]) + kwargs["shift"]

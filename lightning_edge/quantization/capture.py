@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lightning_edge.network import Inputs
 from lightning_edge.quantization.decompose import decompose
 from lightning_edge.quantization.in_place import inline_gradient_modes, make_functional
 from lightning_edge.quantization.masks import drop_idle_masks
-from lightning_edge.quantization.nodes import DROPOUTS, SCALED, call, constant, depends_on_input
+from lightning_edge.quantization.nodes import DROPOUTS, LIFTED, SCALED, call, constant, depends_on_input
 from lightning_edge.quantization.paths import for_both_modes
 from lightning_edge.quantization.regularizers import Regularizer, as_dropouts, find_regularizers
 from lightning_edge.surgery import in_mode, redirected
@@ -104,7 +105,7 @@ class Captured:
     batch_norms: tuple[FoldedBatchNorm, ...]
 
 
-def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True) -> Captured:
+def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True, trained: bool = True) -> Captured:
     """Capture ``network`` as it is in eval mode, for batches of any size.
 
     The network itself is left as it was, and the graph's parameters and buffers are the network's own.
@@ -113,19 +114,19 @@ def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True) -> 
         network: Any module that torch.export takes.
         inputs: One call of it; only shapes and types matter, and only two samples are used.
         written_out: Whether activations are written in the operations that every target has in int8.
+        trained: Whether the graph will be trained. If not, what the network does in training only matters where one
+            graph can do both.
 
     Raises:
-        CompressionError: If torch.export refuses the network, or if it computes something else in training
-            than in evaluation (beyond dropout and BatchNorm), which one graph cannot do.
+        CompressionError: If torch.export refuses the network, or if it is to be trained and computes something else
+            in training than in evaluation (beyond dropout and BatchNorm), which one graph cannot do.
     """
     inputs = _two_samples(inputs)
     regularizers = find_regularizers(network, inputs)
     with as_dropouts(regularizers):
         evaluation = _exported(network, inputs, training=False)
         training = _exported(network, inputs, training=True)
-        if isinstance(training, CompressionError):
-            raise training if isinstance(evaluation, GraphModule) else evaluation
-        graph = for_both_modes(network, inputs, evaluation, training)
+        graph = for_both_modes(network, inputs, evaluation, training, trained=trained)
     make_functional(graph, type(network).__name__)
     drop_idle_masks(graph)
     if written_out:
@@ -197,8 +198,24 @@ def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
                 node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     inline_gradient_modes(graph)
+    _own_lifted(graph, network)
     graph.recompile()
     return graph
+
+
+def _own_lifted(graph: GraphModule, network: nn.Module) -> None:
+    """Hold in the graph what forward() makes of Python numbers; torch.export adds it to submodules.
+
+    The graph's submodules are the network's own in the end, which does not have them.
+    """
+    held = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    held |= {name for name, _ in network.named_buffers(remove_duplicate=False)}
+    for node in graph.graph.nodes:
+        target = str(node.target)
+        if node.op == "get_attr" and target not in held and "lifted_tensor" in target:
+            name = LIFTED + target.replace(".", "_")
+            graph.register_buffer(name, attrgetter(target)(graph), persistent=False)
+            node.target = name
 
 
 @contextmanager

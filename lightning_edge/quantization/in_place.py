@@ -6,6 +6,7 @@ content and run with another.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lightning_edge.errors import CompressionError
+from lightning_edge.quantization.nodes import LIFTED, constant
 
 aten = torch.ops.aten
 
@@ -38,6 +40,7 @@ def make_functional(graph: GraphModule, network: str) -> None:
     Raises:
         CompressionError: If a write is seen through another tensor (a view) or lands in a buffer.
     """
+    _compute_written(graph)
     position = {node: index for index, node in enumerate(graph.graph.nodes)}
     # An in-place operation returns the tensor that it wrote: both names mean one tensor.
     same: dict[Node, Node] = {}
@@ -68,6 +71,68 @@ def make_functional(graph: GraphModule, network: str) -> None:
         for reader in list(written.users):
             if position[reader] > position[node]:
                 reader.replace_input_with(written, node)
+
+
+def _compute_written(graph: GraphModule) -> None:
+    """Compute what forward() makes of numbers alone and writes into, as tables of relative positions (BEiT).
+
+    Through whatever views that goes, what others read of it is the same at every call.
+    """
+    known = _made_of_numbers(graph)
+    written = {_storage(node) for node in known if _writes(node)} - {None}
+    if not written:
+        return
+    values: dict[Node, Any] = {}
+    read: dict[Node, Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr" and node in known:
+            values[node] = getattr(graph, str(node.target)).clone()
+            continue
+        if node in known:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+            if _writes(node):
+                read.clear()  # those who read from here on see something else
+            continue
+        for source in node.all_input_nodes:
+            if source in known and _storage(source) in written:
+                if source not in read:
+                    value = source.meta["val"]
+                    name = f"written_in_{source.name}_for_{node.name}"
+                    with graph.graph.inserting_before(node):
+                        read[source] = constant(graph, name, values[source].clone(), value)
+                node.replace_input_with(source, read[source])
+    for node in reversed(known):
+        if not node.users:
+            graph.graph.erase_node(node)
+
+
+def _made_of_numbers(graph: GraphModule) -> dict[Node, None]:
+    """Find the operations that are fed neither inputs nor parameters nor buffers, in their order."""
+    tainted: set[int | None] = set()
+    while True:
+        known: dict[Node, None] = {}
+        before = len(tainted)
+        for node in graph.graph.nodes:
+            if node.op == "get_attr" and str(node.target).startswith(LIFTED):
+                known[node] = None
+            if node.op != "call_function":
+                continue
+            sources = node.all_input_nodes
+            if _is_plain(node.target) and all(source in known for source in sources) and _storage(node) not in tainted:
+                known[node] = None
+            elif _writes(node):
+                tainted.add(_storage(sources[0]))
+        if len(tainted) == before:
+            return known
+
+
+def _is_plain(operation: Any) -> bool:
+    """Whether an operation of ATen gives the same each time, or one that picks of several results."""
+    if operation is operator.getitem:
+        return True
+    aten_operation = isinstance(operation, torch._ops.OpOverload) and operation.namespace == "aten"
+    return aten_operation and torch.Tag.nondeterministic_seeded not in operation.tags
 
 
 def inline_gradient_modes(graph: GraphModule) -> None:

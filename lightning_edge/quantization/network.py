@@ -205,7 +205,7 @@ def attach(
     _tell_of_hooks(network)
     # LiteRT's converter has no 16-bit constants in sums and products.
     narrow = "int8_a16" not in (plan or {}).values()
-    captured = capture(network, inputs, written_out=written_out and narrow)
+    captured = capture(network, inputs, written_out=written_out and narrow, trained=averaging is not None)
     quantizer = EdgeQuantizer(averaging, plan, linear_weights)
     with quiet_torchao(), torch.random.fork_rng(devices=[]):  # torchao draws random numbers
         graph = prepare_qat_pt2e(captured.graph, quantizer)

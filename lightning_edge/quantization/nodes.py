@@ -43,6 +43,8 @@ FIXED_RANGE = "edge_fixed_range"
 SCALED = "edge_scaled"
 # Of a convolution: it stands for a pool and is no layer of the network.
 POOLS = "edge_pools"
+# How the names of constants begin that forward() makes of Python numbers: they are the graph's own.
+LIFTED = "lifted_out_of_"
 # Of attention: the probability with which it drops its weights in training.
 DROPS = "edge_drops"
 

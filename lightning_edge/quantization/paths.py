@@ -14,19 +14,35 @@ from torch.utils import _pytree as pytree
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.quantization.in_place import functional
-from lightning_edge.quantization.nodes import DROPOUTS, DROPS
+from lightning_edge.quantization.nodes import DROPOUTS, DROPS, LIFTED
 
 aten = torch.ops.aten
 
 # Left out of a graph where the tensor has the layout already, which attention dropout decides.
 _LAYOUT = {aten.contiguous.default, aten.clone.default}
 
+# Operations that are told the mode.
+_BY_MODE = {
+    aten.batch_norm.default,
+    aten.instance_norm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.gru.input,
+    aten.lstm.input,
+    aten.rnn_relu.input,
+    aten.rnn_tanh.input,
+}
+
 # Largest difference between the two modes, relative to the largest output: rounding of float32.
 _TOLERANCE = 1e-4
 
 
 def for_both_modes(
-    network: nn.Module, inputs: Inputs, evaluation: GraphModule | CompressionError, training: GraphModule
+    network: nn.Module,
+    inputs: Inputs,
+    evaluation: GraphModule | CompressionError,
+    training: GraphModule | CompressionError,
+    *,
+    trained: bool,
 ) -> GraphModule:
     """Give the graph that serves both modes: that of evaluation, or that of training with nothing random in it.
 
@@ -37,12 +53,19 @@ def for_both_modes(
         network: The network.
         inputs: One call of it.
         evaluation: Its graph in evaluation, or why it has none.
-        training: Its graph in training; its attention is left without dropout, which is noted on the graph that is
-            given.
+        training: Its graph in training, or why it has none; its attention is left without dropout, which is noted on
+            the graph that is given.
+        trained: Whether the graph will be trained; if not, that of evaluation does where none serves both.
 
     Raises:
-        CompressionError: If the modes compute different values.
+        CompressionError: If there is no graph, or if it is to be trained and the modes compute different values.
     """
+    if isinstance(training, CompressionError):
+        if isinstance(evaluation, CompressionError):
+            raise evaluation
+        if trained:
+            raise training
+        return evaluation
     if isinstance(evaluation, GraphModule) and _operations(evaluation) == _operations(training):
         _note_attention_dropout(evaluation, training)
         return evaluation
@@ -57,16 +80,39 @@ def for_both_modes(
         return quiet
     if isinstance(evaluation, CompressionError):
         raise evaluation
+    if not trained:
+        return evaluation
     raise _other_path(type(network).__name__, _operations(evaluation), _operations(training))
 
 
 def _operations(graph: GraphModule) -> list[str]:
-    """Names of the operations in order, without what differs between the modes by design."""
-    return [
-        str(node.target)
-        for node in graph.graph.nodes
-        if node.op == "call_function" and functional(node.target) not in {*DROPOUTS, *_LAYOUT}
-    ]
+    """The operations in order with what they are given, without what differs between the modes by design."""
+    described: list[str] = []
+    known: dict[Node, str] = {}
+    for node in graph.graph.nodes:
+        target = functional(node.target)
+        if node.op == "get_attr" and str(node.target).startswith(LIFTED):
+            known[node] = str(getattr(graph, str(node.target)).tolist())
+        elif node.op not in ("call_function", "output"):
+            known[node] = str(node.target)
+        elif target in {*DROPOUTS, *_LAYOUT}:
+            known[node] = known[node.all_input_nodes[0]]
+        else:
+            known[node] = f"value {len(described)}"
+            by_mode = target in _BY_MODE or (
+                node.op == "call_function" and not isinstance(target, torch._ops.OpOverload)
+            )
+            given: Any = node.all_input_nodes if by_mode else (node.args, dict(node.kwargs))
+            words = torch.fx.node.map_arg(given, lambda source: _Word(known[source]))
+            described.append(f"{node.target}{words}" if node.op == "call_function" else f"the result {words}")
+    return described
+
+
+class _Word(str):
+    """Text that is shown as it is inside a tuple."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
 
 
 def _other_path(network: str, evaluated: list[str], trained: list[str]) -> CompressionError:

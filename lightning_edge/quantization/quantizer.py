@@ -112,6 +112,7 @@ MOVES_VALUES = {
     aten.pixel_unshuffle.default,
     aten.channel_shuffle.default,
     aten.flip.default,
+    aten.to.dtype,
 }
 
 # One operand, and results within the range of its values.
