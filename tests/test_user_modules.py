@@ -188,10 +188,10 @@ def test_numbers_made_tensors_in_a_submodule(tmp_path: Path) -> None:
 
 
 class Skipping(User):
-    """Leaves a layer out by chance in training, decided by a random number as LayerDrop does."""
+    """Leaves everything out by chance in training, decided by a random number as LayerDrop does."""
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.training and torch.rand([]) < 0.3:
+        if self.training and torch.rand([]) < 0.9:
             return super().forward(images * 0)
         return super().forward(images)
 
@@ -203,15 +203,35 @@ class Doubled(User):
         return super().forward(images) * (2 if self.training else 1)
 
 
+class Checked(User):
+    """Looks at values in training, as DETR does for infinite ones."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and torch.isinf(images).any():
+            return super().forward(images.clamp(-1, 1))
+        return super().forward(images)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(Skipping, "cannot be captured"), (Doubled, r"in training than in evaluation: aten\.mul\.Tensor.*, 2\)")],
+    [(Checked, "cannot be captured"), (Doubled, r"in training than in evaluation: aten\.mul\.Tensor.*, 2\)")],
 )
 def test_what_training_alone_does_matters_for_training_alone(kind: type[User], message: str) -> None:
     network = kind(lambda _, y: y.relu())
     close_and_converted(network, images)
     with pytest.raises(CompressionError, match=message):
         attach(network, Inputs.of(images()))
+
+
+def test_layers_that_are_left_out_by_chance_all_run_in_int8() -> None:
+    network, batch = Skipping(lambda _, y: y.relu()), images()
+    expected = network.eval()(batch)
+    quantized = close_and_converted(network, images)  # nothing to tell of: nothing is trained
+    assert is_quantized(quantized)
+    with pytest.warns(UserWarning, match="which layers run, as LayerDrop does.*all of them run"):
+        attach(network.train(), Inputs.of(batch))
+    for _ in range(5):
+        torch.testing.assert_close(network(batch), expected, rtol=0, atol=float(expected.abs().max()) / 20)
 
 
 class Stars(User):

@@ -6,34 +6,25 @@ becomes part of the weights of the layer before it. Activations are written out,
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.decompose import decompose
-from lightning_edge.quantization.in_place import inline_gradient_modes, make_functional
+from lightning_edge.quantization.exported import exported, two_samples
+from lightning_edge.quantization.in_place import make_functional
 from lightning_edge.quantization.masks import drop_idle_masks
-from lightning_edge.quantization.nodes import DROPOUTS, LIFTED, SCALED, call, constant, depends_on_input
+from lightning_edge.quantization.nodes import DROPOUTS, SCALED, call, constant, depends_on_input
 from lightning_edge.quantization.paths import for_both_modes
 from lightning_edge.quantization.regularizers import Regularizer, as_dropouts, find_regularizers
-from lightning_edge.surgery import in_mode, redirected
-from lightning_edge.windows import WindowsAsViews
 
 aten = torch.ops.aten
-
-# Bookkeeping that torch.export leaves in a graph and that computes nothing.
-_BOOKKEEPING = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range.default}
 
 # Operations with a weight that a BatchNorm behind them can go into -> axis of the weight's output channels.
 _FOLDABLE: dict[Any, int] = {
@@ -121,11 +112,11 @@ def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True, tra
         CompressionError: If torch.export refuses the network, or if it is to be trained and computes something else
             in training than in evaluation (beyond dropout and BatchNorm), which one graph cannot do.
     """
-    inputs = _two_samples(inputs)
+    inputs = two_samples(inputs)
     regularizers = find_regularizers(network, inputs)
     with as_dropouts(regularizers):
-        evaluation = _exported(network, inputs, training=False)
-        training = _exported(network, inputs, training=True)
+        evaluation = exported(network, inputs, training=False)
+        training = exported(network, inputs, training=True, all_layers=trained)
         graph = for_both_modes(network, inputs, evaluation, training, trained=trained)
     make_functional(graph, type(network).__name__)
     drop_idle_masks(graph)
@@ -136,124 +127,6 @@ def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True, tra
     graph.graph.lint()
     graph.recompile()
     return Captured(graph, taken_out, batch_norms)
-
-
-@contextmanager
-def _mode(network: nn.Module, training: bool) -> Iterator[None]:
-    """Set the mode of every module and put back, module by module, what the user had; likewise BatchNorm's counters."""
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()} if training else {}
-    # momentum=None averages over all batches, which reads its counter as a Python number: no graph can hold that.
-    averaging = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None]
-    try:
-        for module in averaging:
-            module.momentum = 0.1
-        with in_mode(network, training):
-            yield
-    finally:
-        for module in averaging:
-            module.momentum = None
-        for name, buffer in network.named_buffers():
-            if name in buffers:
-                buffer.copy_(buffers[name])
-
-
-def _exported(network: nn.Module, inputs: Inputs, *, training: bool) -> GraphModule | CompressionError:
-    """The graph in one mode, or why there is none."""
-    try:
-        with _mode(network, training):
-            return _export(network, inputs)
-    except CompressionError as error:
-        return error
-
-
-def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
-    device_type = next((tensor.device.type for tensor in inputs.tensors), "cpu")
-    try:
-        # With gradients, so that the graph shows where forward() turns them off.
-        without_autocast = torch.autocast(device_type, enabled=False)
-        with torch.enable_grad(), without_autocast, _spelled_out(network, inputs), WindowsAsViews():
-            program = torch.export.export(
-                network, inputs.args, dict(inputs.kwargs), dynamic_shapes=_dynamic_batch(network, inputs), strict=False
-            )
-    except Exception as error:  # torch.export raises many kinds, all of them about the user's network here
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        first_sentence = re.split(r"(?<!e\.g)\.(?:\s|$)", reason[0])[0]
-        raise CompressionError(
-            f"{type(network).__name__} cannot be captured as one graph by torch.export: "
-            f"{first_sentence}. forward() must run for batches of any size, without Python branches on values of "
-            "tensors and without logging. What it takes and returns must be tensors in tuples, lists, dicts, or in a "
-            "dataclass given to torch.export.register_dataclass."
-        ) from error
-    graph = program.module(check_guards=False)
-    if any(node.target is torch.ops.higher_order.wrap_with_autocast for node in graph.graph.nodes):
-        raise CompressionError(
-            f"{type(network).__name__} sets torch.autocast in forward(), which one int8 graph cannot follow. Take it "
-            "out of the network; the Trainer's precision=... sets it for the whole training."
-        )
-    assert isinstance(graph, GraphModule)
-    for node in list(graph.graph.nodes):
-        counts = node.target is aten.add_.Tensor and "num_batches_tracked" in str(getattr(node.args[0], "target", ""))
-        if node.target in _BOOKKEEPING or counts:
-            if node.users:
-                node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-    inline_gradient_modes(graph)
-    _own_lifted(graph, network)
-    graph.recompile()
-    return graph
-
-
-def _own_lifted(graph: GraphModule, network: nn.Module) -> None:
-    """Hold in the graph what forward() makes of Python numbers; torch.export adds it to submodules.
-
-    The graph's submodules are the network's own in the end, which does not have them.
-    """
-    held = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    held |= {name for name, _ in network.named_buffers(remove_duplicate=False)}
-    for node in graph.graph.nodes:
-        target = str(node.target)
-        if node.op == "get_attr" and target not in held and "lifted_tensor" in target:
-            name = LIFTED + target.replace(".", "_")
-            graph.register_buffer(name, attrgetter(target)(graph), persistent=False)
-            node.target = name
-
-
-@contextmanager
-def _spelled_out(network: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Give a ``forward(*args, **kwargs)`` the signature of this call: torch.export cannot match shapes with stars."""
-    kinds = {parameter.kind for parameter in inspect.signature(network.forward).parameters.values()}
-    if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        yield
-        return
-    forward = network.forward
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    parameter = inspect.Parameter
-    named = [parameter(f"argument_{i}", parameter.POSITIONAL_OR_KEYWORD) for i in range(len(inputs.args))]
-    named += [parameter(name, parameter.KEYWORD_ONLY) for name in inputs.kwargs]
-    call.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
-    with redirected(network, call):
-        yield
-
-
-def _two_samples(inputs: Inputs) -> Inputs:
-    """Cut or repeat to a batch of two: torch.export takes a dimension of one for a constant."""
-    if inputs.batch_size >= 2:
-        return inputs.sample(size=2)
-    return inputs.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() and tensor.shape[0] == 1 else tensor)
-
-
-def _dynamic_batch(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    batch_size, batch = inputs.batch_size, torch.export.Dim("batch", min=1)
-
-    def spec(leaf: Any) -> dict[int, Any] | None:
-        carries_batch = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch_size
-        return {0: batch} if carries_batch else None
-
-    bound = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs)
-    return {name: pytree.tree_map(spec, value) for name, value in bound.arguments.items()}
 
 
 def _take_out(graph: GraphModule, network: nn.Module, regularizers: dict[str, nn.Module]) -> list[TakenOut]:

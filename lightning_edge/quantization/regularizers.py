@@ -2,7 +2,8 @@
 
 Such a layer gives its input back in evaluation, has nothing to learn, and draws random numbers in training, so that the
 graphs of the two modes differ. For capturing it is made a dropout, which is taken out of graphs and put back behind the
-quantizers; what is put back calls the layer itself. Knows torch only.
+quantizers; what is put back calls the layer itself. LayerDrop, which decides by random numbers which layers run (Fan et
+al. 2019, arXiv:1909.11556), cannot be put back: all layers run. Knows torch only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_edge.network import Inputs
 from lightning_edge.surgery import in_mode, redirected
@@ -103,3 +105,25 @@ def _keeps_form(layer: nn.Module, x: Tensor | None, devices: set[torch.device]) 
     except Exception:
         return False
     return isinstance(result, Tensor) and result.shape == x.shape and result.dtype == x.dtype
+
+
+class LayersStay(TorchFunctionMode):
+    """Has a single random number from 0 to 1 be 1, so that ``torch.rand([]) < probability`` leaves no layer out.
+
+    Attributes:
+        draws: How many there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, but for one that draws a single number."""
+        if func is torch.rand:
+            size = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
+            if all(length == 1 for length in size):
+                self.draws += 1
+                # Made of a Python number, whose value is known while a network is captured.
+                return torch.tensor(1.0).reshape(tuple(size))
+        return func(*args, **(kwargs or {}))
