@@ -14,6 +14,8 @@ from lightning_edge.network import Deployable
 
 _ATEN = torch.ops.aten
 _MOST_DIMENSIONS = 5
+# Operations that change the layout in memory alone.
+_NOTHING = frozenset({"clone", "contiguous"})
 _RECURRENT = (_ATEN.gru.input, _ATEN.lstm.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input)
 # It knows where() with tensors, but not with a number on its right.
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
@@ -49,13 +51,15 @@ def _move_at_once(program: torch.export.ExportedProgram) -> None:
     """Take out quantizations between operations that only move values through more dimensions than Core ML has.
 
     It has five, and windows of attention are cut by a reshape to six, a transpose and a reshape back, which the
-    converter joins into what it has if nothing stands between them.
+    converter joins into what it has if nothing stands between them. A value that is quantized twice, with nothing in
+    between that moves it, is taken for integers by the converter where it is a constant (T5's biases of positions).
     """
     for node in program.graph.nodes:
-        if operation(node) != "quantize_per_tensor" or node.args[0].meta["val"].dim() <= _MOST_DIMENSIONS:
+        if operation(node) != "quantize_per_tensor":
             continue
+        moves = VIEWS if node.args[0].meta["val"].dim() > _MOST_DIMENSIONS else _NOTHING
         source = node.args[0]
-        while operation(source) in VIEWS:
+        while operation(source) in moves:
             source = source.args[0]
         if not operation(source).startswith("dequantize_per_tensor") or source.args[1:] != node.args[1:]:
             continue

@@ -169,6 +169,14 @@ def _gather(x: Any, indices: Any, axis: int = 0, batch_dims: int = 0, validate_i
     return value.index_select(axis, index.flatten()).reshape(shape)
 
 
+def _gather_nd(x: Any, indices: Any, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
+    value, index = tensor(x), tensor(indices).to(torch.int64)
+    if batch_dims:
+        rows = [_gather_nd(row, places, batch_dims - 1) for row, places in zip(value, index, strict=True)]
+        return torch.stack(rows)
+    return value[index.unbind(-1)]
+
+
 def _gather_along_axis(x: Any, indices: Any, axis: int = 0, validate_indices: bool = False) -> Tensor:
     value, index = tensor(x), tensor(indices).to(torch.int64)
     return value.gather(axis, torch.where(index < 0, index + value.shape[axis], index))
@@ -283,6 +291,7 @@ OPS: Mapping[str, Callable[..., Any]] = {
     "fill": lambda shape, value=0.0: torch.full(_integers(shape), value),
     "gather": _gather,
     "gather_along_axis": _gather_along_axis,
+    "gather_nd": _gather_nd,
     "pad": _pad,
     "reshape": _reshape,
     "reverse": lambda x, axes=None: tensor(x).flip(axes if axes is not None else list(range(x.dim()))),
@@ -303,6 +312,7 @@ MOVES = frozenset(
         "expand_dims",
         "gather",
         "gather_along_axis",
+        "gather_nd",
         "identity",
         "pad",
         "pixel_shuffle",

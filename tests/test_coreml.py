@@ -321,6 +321,34 @@ def test_windows_of_int8_values_come_through(tmp_path: Path) -> None:
     assert (output - quantized(images[:1])).abs().max() <= 1.01 * scale
 
 
+def test_a_constant_that_is_quantized_twice_comes_through(tmp_path: Path) -> None:
+    class Biased(nn.Module):
+        """Attention under biases of relative positions and a mask of a whole sequence, as T5's encoder has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.table = nn.Linear(8, 24), nn.Embedding(9, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            steps = torch.arange(5)
+            bias = self.table(steps[None] - steps[:, None] + 4).permute(2, 0, 1)[None]
+            mask = (steps[None, None, None] >= 0).expand(x.shape[0], -1, 5, -1)
+            bias = torch.where(mask, bias, torch.finfo(torch.float32).min)
+            query, key, value = self.layer(x).view(-1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            weights = (query @ key.transpose(-2, -1) + bias.contiguous()).softmax(-1)
+            scores: Tensor = (weights @ value).flatten(1)
+            return scores
+
+    torch.manual_seed(0)
+    samples = torch.randn(4, 5, 8)
+    quantized = convert(quantize(Biased().eval(), [samples]))
+    coreml.write(quantized, tmp_path / "net.mlpackage")
+    (output,) = coreml.open(tmp_path / "net.mlpackage", 1)([samples[:1]])
+    (scale,) = quantized.output_scales
+    assert scale is not None
+    assert (output - quantized(samples[:1])).abs().max() <= 1.01 * scale
+
+
 class Bessel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(x)

@@ -456,6 +456,14 @@ LAYERS: dict[str, tuple[Callable[[Any], Any], Callable[[Tensor], Tensor]]] = {
         lambda x: mb.resize_bilinear(x=x, target_size_height=7, target_size_width=3, sampling_mode="UNALIGN_CORNERS"),
         lambda x: functional.interpolate(x, size=(7, 3), mode="bilinear"),
     ),
+    "gather_nd": (
+        lambda x: mb.gather_nd(x=x, indices=[[1, 0], [0, 2], [-1, -2]]),
+        lambda x: torch.stack([x[1, 0], x[0, 2], x[-1, -2]]),
+    ),
+    "gather_nd by batch": (
+        lambda x: mb.gather_nd(x=x, indices=[[[2, 3]], [[0, 1]]], batch_dims=1),
+        lambda x: torch.stack([x[0, 2, 3], x[1, 0, 1]])[:, None],
+    ),
     "einsum": (
         lambda x: mb.einsum(values=(x, mb.transpose(x=x, perm=[0, 3, 2, 1])), equation="nchw,nwhu->nchu"),
         lambda x: torch.einsum("nchw,nwhu->nchu", x, x.permute(0, 3, 2, 1)),
