@@ -84,18 +84,22 @@ def _compute_written(graph: GraphModule) -> None:
         return
     values: dict[Node, Any] = {}
     read: dict[Node, Node] = {}
+    depends: set[Node] = set()  # on what is written into, or has been
     for node in list(graph.graph.nodes):
         if node.op == "get_attr" and node in known:
             values[node] = getattr(graph, str(node.target)).clone()
+            depends.update({node} if _storage(node) in written else ())
             continue
         if node in known:
+            if _storage(node) in written or not depends.isdisjoint(node.all_input_nodes):
+                depends.add(node)
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
             if _writes(node):
                 read.clear()  # those who read from here on see something else
             continue
         for source in node.all_input_nodes:
-            if source in known and _storage(source) in written:
+            if source in depends:
                 if source not in read:
                     value = source.meta["val"]
                     name = f"written_in_{source.name}_for_{node.name}"
@@ -114,7 +118,7 @@ def _made_of_numbers(graph: GraphModule) -> dict[Node, None]:
         known: dict[Node, None] = {}
         before = len(tainted)
         for node in graph.graph.nodes:
-            if node.op == "get_attr" and str(node.target).startswith(LIFTED):
+            if node.op == "get_attr" and str(node.target).startswith(LIFTED) and _storage(node) not in tainted:
                 known[node] = None
             if node.op != "call_function":
                 continue

@@ -99,10 +99,7 @@ def _operations(graph: GraphModule) -> list[str]:
             known[node] = known[node.all_input_nodes[0]]
         else:
             known[node] = f"value {len(described)}"
-            by_mode = target in _BY_MODE or (
-                node.op == "call_function" and not isinstance(target, torch._ops.OpOverload)
-            )
-            given: Any = node.all_input_nodes if by_mode else (node.args, dict(node.kwargs))
+            given: Any = node.all_input_nodes if target in _BY_MODE else (node.args, dict(node.kwargs))
             words = torch.fx.node.map_arg(given, lambda source: _Word(known[source]))
             described.append(f"{node.target}{words}" if node.op == "call_function" else f"the result {words}")
     return described
