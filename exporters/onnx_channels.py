@@ -120,7 +120,7 @@ def _regions(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[_Regio
     depthwise: list[tuple[str, Any]] = []
     fixed = [*graph.outputs, *(value.name for value in graph.proto.input)]
     for node in graph.nodes:
-        operands = [name for name in node.input if name and not _is_constant(graph, name)]
+        operands = [name for name in node.input if name and _stored(graph, name) is None]
         if not operands:
             continue
         channels = {shapes[name][1] if len(shapes.get(name, ())) == _IMAGE else 0 for name in (*operands, *node.output)}
@@ -150,19 +150,16 @@ def _regions(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[_Regio
     return list(regions.values())
 
 
-def _is_constant(graph: Graph, name: str) -> bool:
+def _stored(graph: Graph, name: str) -> Array | None:
+    """The constant that an operand is or is dequantized from."""
     up = graph.maker(name, _DEQUANTIZE)
-    return graph.constant(name) is not None or (up is not None and graph.constant(up.input[0]) is not None)
+    return graph.constant(name if up is None else up.input[0])
 
 
 def _is_for_all(graph: Graph, node: Any) -> bool:
     """Whether the constants among an operation's operands are single numbers, the same for every channel."""
-    for name in node.input:
-        up = graph.maker(name, _DEQUANTIZE)
-        array = graph.constant(name if up is None else up.input[0]) if name else None
-        if array is not None and array.size != 1:
-            return False
-    return True
+    found = [_stored(graph, name) for name in node.input if name]
+    return all(array.size == 1 for array in found if array is not None)
 
 
 def _weight(graph: Graph, node: Any) -> Array | None:
@@ -175,7 +172,7 @@ def _weight(graph: Graph, node: Any) -> Array | None:
             return None
         if any(graph.constant(other) is None for other in up.input):
             return None
-    weight = graph.constant(graph.maker(node.input[1]).input[0])
+    weight = _stored(graph, node.input[1])
     return weight if weight is not None and weight.ndim == _IMAGE else None
 
 

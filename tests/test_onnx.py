@@ -294,7 +294,7 @@ def test_zeros_around_a_maximum_count(tmp_path: Path, scheme: str | None) -> Non
     with torch.no_grad():
         layers[0].bias.fill_(-3.0)  # type: ignore[operator, union-attr]
     images = [torch.randn(4, 3, 16, 16) for _ in range(2)]
-    model = quantize(layers.eval(), images) if scheme == "int8" else layers
+    model = quantize(layers, images) if scheme == "int8" else layers
     options = {"scheme": scheme} if scheme == "fp16" else {}
     artifact = export(model, "onnx", tmp_path / "padded.onnx", inputs=images[0][:1], batches=images, **options)
     assert artifact.agreement is not None

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lightning_edge.errors import CompressionError
 from lightning_edge.exporters import export
 from lightning_edge.network import Inputs
-from lightning_edge.quantization import attach, calibrate, convert, detach, quantize
+from lightning_edge.quantization import attach, calibrate, convert, detach, is_quantized, quantize
 from lightning_edge.quantization.layers import GraphDropout
 from tests.test_compression import Task, edge, fit, new
+from tests.test_user_modules import User, close_and_converted, images
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -234,3 +235,62 @@ def test_what_cannot_be_copied_is_told() -> None:
 def test_modes_that_compute_different_values_are_refused() -> None:
     with pytest.raises(CompressionError, match=r"CachedBiases computes something else in training.*to other values"):
         attach(CachedBiases(wrong=True), Inputs.of(torch.randn(8, 6)))
+
+
+class Skipping(User):
+    """Leaves everything out by chance in training, decided by a random number as LayerDrop does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and torch.rand([]) < 0.9:
+            return super().forward(images * 0)
+        return super().forward(images)
+
+
+class Doubled(User):
+    """Gives something else in training."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * (2 if self.training else 1)
+
+
+class Otherwise(User):
+    """Gives the other one of two halves in training."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = super().forward(images).chunk(2, 1)
+        return parts[1 if self.training else 0]
+
+
+class Checked(User):
+    """Looks at values in training, as DETR does for infinite ones."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and torch.isinf(images).any():
+            return super().forward(images.clamp(-1, 1))
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Checked, "cannot be captured"),
+        (Doubled, r"in training than in evaluation: aten\.mul\.Tensor.*, 2\)"),
+        (Otherwise, r"in training than in evaluation: .*getitem"),
+    ],
+)
+def test_what_training_alone_does_matters_for_training_alone(kind: type[User], message: str) -> None:
+    network = kind(lambda _, y: y.relu())
+    close_and_converted(network, images)
+    with pytest.raises(CompressionError, match=message):
+        attach(network, Inputs.of(images()))
+
+
+def test_layers_that_are_left_out_by_chance_all_run_in_int8() -> None:
+    network, batch = Skipping(lambda _, y: y.relu()), images()
+    expected = network.eval()(batch)
+    quantized = close_and_converted(network, images)  # nothing to tell of: nothing is trained
+    assert is_quantized(quantized)
+    with pytest.warns(UserWarning, match="which layers run, as LayerDrop does.*all of them run"):
+        attach(network.train(), Inputs.of(batch))
+    for _ in range(5):
+        torch.testing.assert_close(network(batch), expected, rtol=0, atol=float(expected.abs().max()) / 20)

@@ -13,6 +13,11 @@ from lightning_edge.schedule import Change
 from lightning_edge.succession import Succession, cut, resize
 
 
+def cuts_of(changes: Iterable[Change]) -> list[Change]:
+    """Give the cuts among changes, without the trial that comes before them."""
+    return [change for change in changes if change["kind"] == "cut"]
+
+
 def make_cut(network: nn.Module, change: Change) -> Succession:
     """Take the recorded channels out of a network, in place; parameters stay the same objects.
 

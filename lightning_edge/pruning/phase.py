@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_edge.pruning.cost import Measure
-from lightning_edge.pruning.cutting import make_cut, undo_cut
+from lightning_edge.pruning.cutting import cuts_of, make_cut, undo_cut
 from lightning_edge.pruning.importance import CRITERIA, Criterion
 from lightning_edge.pruning.plan import Goal, find_groups, plan_cut, plan_trial
 from lightning_edge.pruning.ramp import Ramp, Schedule
@@ -140,7 +140,7 @@ class Prune(Phase):
 
     def began(self, changes: Sequence[Change]) -> bool:
         """Whether anything has been cut; the trial cuts nothing."""
-        return bool(_cuts(changes))
+        return bool(cuts_of(changes))
 
     def finished(self, changes: Sequence[Change]) -> bool:
         """Whether the whole cut has been made."""
@@ -155,7 +155,7 @@ class Prune(Phase):
             CompressionError: If the network cannot be traced or copied, no channels can be cut, a pattern names no
                 layer, or the target would empty layers.
         """
-        cuts = _cuts(changes)
+        cuts = cuts_of(changes)
         last, epoch = (cuts[-1]["along"], cuts[-1]["epoch"]) if cuts else (0.0, None)
         along = self._ramp.due(clock, last, epoch)
         if along is not None:
@@ -219,10 +219,6 @@ class Prune(Phase):
             ignore=self.ignore or (),
             seed=self.seed * 1_000_003 + cut,
         )
-
-
-def _cuts(changes: Sequence[Change]) -> list[Change]:
-    return [change for change in changes if change["kind"] == "cut"]
 
 
 def _change_of(what: str, costs: Sequence[int]) -> str:

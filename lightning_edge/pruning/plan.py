@@ -17,7 +17,7 @@ from lightning_edge.network import Inputs
 from lightning_edge.pruning.channels import Integers
 from lightning_edge.pruning.copies import aside, bare_copy, sample_of
 from lightning_edge.pruning.cost import MEASURES, Cost, Measure, coefficients
-from lightning_edge.pruning.cutting import read_attribute, undo_cut
+from lightning_edge.pruning.cutting import cuts_of, read_attribute, undo_cut
 from lightning_edge.pruning.groups import TOLD, Group, Structure, left_alone, trace
 from lightning_edge.pruning.importance import Criterion, Floats, score
 from lightning_edge.pruning.patterns import ignore, matching
@@ -124,7 +124,7 @@ def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
         CompressionError: If the network cannot be traced, nothing can be cut, or the goal would empty layers.
     """
     draft = _drafted(network, goal, changes, batch)
-    cuts = [change for change in changes if change["kind"] == "cut"]
+    cuts = cuts_of(changes)
     with aside(network):
         change = _settle(draft, goal, cuts)
     if goal.removed >= 1.0:
