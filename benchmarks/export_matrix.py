@@ -1,13 +1,14 @@
 """Which networks pass on which target in which scheme: trained by a real fit, exported, checked, run and timed.
 
-    python benchmarks/export_matrix.py [--models resnet8,hf_vit] [--targets tflite] [--schemes fp16,int8_dynamic]
+    python benchmarks/export_matrix.py [--models resnet8,recipe:quickstart] [--targets tflite] [--schemes fp16]
         [--samples 512] [--repeats 100] [--weights FOLDER] [--output docs/models.md]
 
 Every network trains, is exported and run in a process of its own: 192 steps in float, 48 in int8, to tell noisy random
-patterns apart (from the reference weights of MLPerf Tiny with --weights FOLDER). The table is about conversion, not
-about accuracy: the agreement columns compare each file with the network it came from on inputs it has not seen, for
-int8 in steps of the output's quantization. Latencies are of one sample on one thread, the int8 and the float file of a
-target in turn; seconds are those of the export alone, the network being converted already.
+patterns apart (from the reference weights of MLPerf Tiny with --weights FOLDER); those of recipes train as these say,
+on digits. The table is about conversion, not about accuracy: the agreement columns compare each file with the network
+it came from on inputs it has not seen, for int8 in steps of the output's quantization. Latencies are of one sample on
+one thread, the int8 and the float file of a target in turn; seconds are those of the export alone, the network being
+converted already.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,12 @@ REFERENCE = {
     "mobilenet_v1": "vww01_mobilenetv1_025_fp32_weights.npz",
     "autoencoder": "ad01_fc_ae_fp32_weights.npz",
 }
+RECIPES = ("recipe:quickstart", "recipe:digits-pruned-int8")
 PAGE = """# Which networks pass where
 
 Made by `python benchmarks/export_matrix.py --output docs/models.md`. Every network is trained for 192 steps in float
 and 48 in int8 by a real `fit`, to tell noisy random patterns apart; then each file is exported, checked from its own
-contents and run. The table is about conversion, not accuracy.
+contents and run. Those of recipes are trained as these say. The table is about conversion, not accuracy.
 
 - **top-1, max, mean**: agreement of the file with the network it came from (int8: the converted graph) on {samples}
   inputs it has not seen; max and mean of int8 files in steps of the output's quantization, of others as the largest
@@ -135,7 +139,9 @@ def networks() -> dict[str, tuple[Callable[[], Any], tuple[int, ...]]]:
         "mobilenet_v1": (zoo.MobileNetV1, (3, 96, 96)),
         "autoencoder": (zoo.Autoencoder, (640,)),
         "mobilenet_v2": (zoo.MobileNetV2, (3, 32, 32)),
+        "mobilenet_v2_96": (zoo.MobileNetV2, (3, 96, 96)),
         "mobilenet_v3_small": (zoo.MobileNetV3Small, (3, 32, 32)),
+        "mobilenet_v3_small_224": (partial(zoo.MobileNetV3Small, width=1.0), (3, 224, 224)),
         "hf_vit": (vit, (3, 32, 32)),
         "hf_resnet": (resnet, (3, 64, 64)),
         "hf_mobilenet_v2": (mobilenet_v2, (3, 32, 32)),
@@ -143,13 +149,50 @@ def networks() -> dict[str, tuple[Callable[[], Any], tuple[int, ...]]]:
     }
 
 
-def fit(network: Any, shape: tuple[int, ...]) -> tuple[Any, Any, Patterns]:
-    """Train a network in float, then in int8; return the float network at the switch, the trained one and the data."""
+@dataclass
+class Trained:
+    """What a fit left.
+
+    Attributes:
+        baseline: The float network, as it was at the switch to int8.
+        task: The module that was trained, its network quantized.
+        batches: Inputs it has not seen.
+        regression: Whether its outputs are no classes.
+    """
+
+    baseline: Any
+    task: Any
+    batches: list[Any]
+    regression: bool
+
+
+def fit_recipe(name: str, samples: int) -> Trained:
+    """Train as a recipe says, without the exports at its end."""
+    from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback
+    from lightning_edge.cli import EdgeCLI, EdgeParser, EdgeTrainer
+    from lightning_edge.network import Inputs
+
+    quiet = [f"--trainer.{part}=false" for part in ("logger", "enable_checkpointing", "enable_progress_bar")]
+    arguments = ["--config", name, *quiet]
+    cli = EdgeCLI(
+        trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=None, args=arguments, run=False
+    )
+    trainer: Any = cli.trainer
+    trainer.callbacks = [part for part in trainer.callbacks if not isinstance(part, DeviceEvaluationCallback)]
+    trainer.fit(cli.model, datamodule=cli.datamodule)
+    (compression,) = (part for part in trainer.callbacks if isinstance(part, EdgeCompressionCallback))
+    batches = [Inputs.of(images) for images, _ in cli.datamodule.val_dataloader()]
+    return Trained(compression.baseline(cli.model), cli.model, batches[: samples // len(batches[0].tensors[0])], False)
+
+
+def fit(network: Any, shape: tuple[int, ...], samples: int) -> Trained:
+    """Train a network in float, then in int8, on patterns."""
     import lightning as L
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 
     from lightning_edge import EdgeCompressionCallback, Quantize
+    from lightning_edge.network import Inputs
 
     class Task(L.LightningModule):
         def __init__(self) -> None:
@@ -179,7 +222,8 @@ def fit(network: Any, shape: tuple[int, ...]) -> tuple[Any, Any, Patterns]:
     task = Task()
     task.train()
     trainer.fit(task, data)
-    return compression.baseline(task), task, patterns
+    batches = [Inputs.of(patterns.draw(16)[0]) for _ in range(samples // 16)]
+    return Trained(compression.baseline(task), task, batches, patterns.regression)
 
 
 class Patterns:
@@ -207,18 +251,20 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
     from lightning_edge import convert
     from lightning_edge.exporters import deployable
-    from lightning_edge.network import Inputs
     from lightning_edge.zoo.networks import load_reference_weights
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    build, shape = networks()[name]
-    network = build()
-    if options.weights is not None and name in REFERENCE:
-        load_reference_weights(network, options.weights / REFERENCE[name])
-    baseline, task, patterns = fit(network, shape)
-    batches = [Inputs.of(patterns.draw(16)[0]) for _ in range(options.samples // 16)]
-    forms = {"fp32": deployable(baseline, batches[0].sample()), "int8": convert(task)}
+    if name in RECIPES:
+        trained = fit_recipe(name, options.samples)
+    else:
+        build, shape = networks()[name]
+        network = build()
+        if options.weights is not None and name in REFERENCE:
+            load_reference_weights(network, options.weights / REFERENCE[name])
+        trained = fit(network, shape, options.samples)
+    batches, regression = trained.batches, trained.regression
+    forms = {"fp32": deployable(trained.baseline, batches[0].sample()), "int8": convert(trained.task)}
     rows: list[dict[str, Any]] = []
     for target in options.targets.split(","):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
@@ -226,7 +272,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             for scheme in ("fp32", "int8", *filter(None, options.schemes.split(","))):
                 row: dict[str, Any] = {"network": name, "target": target, "scheme": scheme}
                 path = Path(folder) / scheme
-                staged = write(row, forms.get(scheme, forms["fp32"]), target, path, batches, patterns.regression)
+                staged = write(row, forms.get(scheme, forms["fp32"]), target, path, batches, regression)
                 if staged is not None:
                     loaded[scheme] = (len(rows), files.enter_context(staged))
                 rows.append(row)
@@ -343,7 +389,7 @@ def main() -> None:
         print("ROWS " + json.dumps(measure(options.one, options)), flush=True)
         return
     rows = []
-    for name in options.models.split(",") if options.models else networks():
+    for name in options.models.split(",") if options.models else (*networks(), *RECIPES):
         done = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--one", name], capture_output=True, text=True, check=False
         )

@@ -3,8 +3,13 @@
     python benchmarks/training_overhead.py [--rounds 15] [--network resnet8] [--compile]
 
 Every variant trains its own copy on the same batch, in turn; medians over rounds, as ratios to float. Beside ours
-stand torchao's PT2E flow with ExecuTorch's XNNPACKQuantizer, torch's FX flow, and NNCF where it is installed (its pins
-conflict with ours: give it an environment of its own). ``--compile`` adds torch.compile, which takes minutes.
+stand torchao's PT2E flow with ExecuTorch's XNNPACKQuantizer, torch's FX flow, and NNCF where it is found. Installed as
+usual it changes versions that are pinned here; in a folder of its own it does not, and a compiler builds its kernels:
+
+    pip install --no-deps --target nncf nncf openvino-telemetry pydot ninja psutil
+    PATH=nncf/bin:$PATH PYTHONPATH=nncf NNCF_EXTENSION_LOAD_TIMEOUT=0 python benchmarks/training_overhead.py
+
+``--compile`` adds torch.compile, which takes minutes.
 """
 
 from __future__ import annotations
@@ -186,7 +191,7 @@ def steps_of(network: nn.Module, images: Tensor, labels: Tensor, with_compile: b
         try:
             steps[name] = stepper(variant(network, images), images, labels)
         except ImportError as error:
-            advice = ": pip install nncf in an environment of its own" if name == "NNCF" else ""
+            advice = ", see the top of this file" if name == "NNCF" else ""
             print(f"  {name:28} not installed{advice} ({error})")
         if name.endswith("compiled") and name in steps:
             start = time.perf_counter()

@@ -27,6 +27,7 @@ from lightning_edge.network import Deployable, Inputs, Precision
 
 Result = TypeVar("Result")
 
+_COLOR = re.compile(r"\x1b\[[\d;]*m")
 _OPERATOR = re.compile(r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*")
 
 
@@ -301,8 +302,8 @@ def compressed_bytes(path: Path) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line an exception says, or its type where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Give the first line an exception says, without colors, or its type where it says nothing."""
+    lines = [line.strip() for line in _COLOR.sub("", str(error)).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 

@@ -21,7 +21,7 @@ from torch.export.graph_signature import ConstantArgument
 from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import ExportError, RunnerError, require
 from lightning_edge.exporters import coreml_forms, coreml_placement, coreml_weights, mil_inside
-from lightning_edge.exporters.base import Contents, Runner, first_line
+from lightning_edge.exporters.base import Contents, Runner, explain, first_line
 from lightning_edge.exporters.calls import TensorSpec, of_one_sample
 from lightning_edge.exporters.coreml_weights import Scheme
 from lightning_edge.exporters.divergence import Intermediate
@@ -131,11 +131,8 @@ def write(
                 f"coremltools could not write the weights to its temporary folder {gettempdir()}: {first_line(error)} "
                 "Free some space there, or set TMPDIR to a folder that has it."
             ) from error
-        raise ExportError(
-            f"Core ML's converter (coremltools {tools.__version__}) cannot take this network: "
-            f"{type(error).__name__}: {error}. Replace the operation named there with one it converts, "
-            "or export to another target."
-        ) from error
+        advice = "Replace that operation by one that coremltools has, or leave the target out."
+        raise explain("coreml", error, advice) from error
     if not sparse_weights:
         compact(path, network.output_names(), network.interface)
 

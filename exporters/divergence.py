@@ -173,7 +173,7 @@ def _layer(node: fx.Node) -> str:
 
 
 def _differences(one: Tensor, other: Tensor) -> Iterator[Tensor]:
-    """Compare integers in both ways they may lie: in one order, or the channels of one last.
+    """Compare integers in each way they may lie: in one order, or the channels of one first and of the other last.
 
     A file may have channels of zeros behind those of the network, for its kernels' sake.
     """
@@ -184,4 +184,6 @@ def _differences(one: Tensor, other: Tensor) -> Iterator[Tensor]:
     one, other = one.double(), other.double()
     if other.dim() > 2 and other.movedim(-1, 1).shape == one.shape:
         yield (one - other.movedim(-1, 1)).abs()
+    if other.dim() > 2:
+        yield (one.flatten() - other.movedim(1, -1).flatten()).abs()
     yield (one.flatten() - other.flatten()).abs()

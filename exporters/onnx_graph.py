@@ -153,6 +153,29 @@ def set_attribute(node: Any, name: str, value: Any) -> None:
     node.attribute.extend([*others, require("onnx", _EXTRA).helper.make_attribute(name, value)])
 
 
+def same_quantization(graph: Graph, one: Any, other: Any) -> bool:
+    """Whether two operations quantize with the same scale and zero point."""
+    pairs = [(graph.constant(a), graph.constant(b)) for a, b in zip(one.input[1:], other.input[1:], strict=False)]
+    return len(one.input) == len(other.input) and all(
+        left is not None and right is not None and left.dtype == right.dtype and numpy.array_equal(left, right)
+        for left, right in pairs
+    )
+
+
+def requantized(graph: Graph, name: str, kind: str) -> Any:
+    """The operation of this kind that only moved a value: between its dequantization and the same quantization.
+
+    Returns:
+        The operation, which reads a dequantized value, or ``None``.
+    """
+    up = graph.maker(name, "DequantizeLinear")
+    down = None if up is None else graph.maker(up.input[0], "QuantizeLinear")
+    mover = None if down is None else graph.maker(down.input[0], kind)
+    first = None if mover is None else graph.maker(mover.input[0], "DequantizeLinear")
+    same = first is not None and all(same_quantization(graph, first, other) for other in (down, up))
+    return mover if same else None
+
+
 def name_outputs(model: Any, names: Sequence[str], inputs: Sequence[str] = ()) -> None:
     """Name the outputs of the graph; one that is an input, a constant or given twice gets an operation of its own.
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy
 
-from lightning_edge.exporters import onnx_channels
+from lightning_edge.exporters import onnx_channels, onnx_linears
 from lightning_edge.exporters.onnx_equivalents import lone_softmaxes, subtractions
-from lightning_edge.exporters.onnx_graph import Array, Graph, attribute, set_attribute
+from lightning_edge.exporters.onnx_graph import Array, Graph, attribute, requantized, same_quantization, set_attribute
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
@@ -21,10 +21,11 @@ _PRODUCTS = frozenset({*_LAYERS, "MatMul"})
 
 
 def rewrite(model: Any) -> None:
-    """Apply every function of this module, and of `onnx_equivalents`, to a model, in place."""
+    """Apply every function of this module, and those of `onnx_equivalents`, channels and linears, in place."""
     graph = Graph(model)
-    steps = (repeats, averages, paddings, activations, linears, integer_biases, unsigned)
-    for step in (*steps, lone_softmaxes, subtractions, pixels, onnx_channels.align, zero_points):
+    steps = (repeats, averages, paddings, activations, linears, integer_biases, unsigned, lone_softmaxes, subtractions)
+    faster = (onnx_channels.align, onnx_linears.as_convolutions, onnx_linears.flattened_pixels)
+    for step in (*steps, pixels, *faster, zero_points):
         step(graph)
         graph.settle()
 
@@ -34,8 +35,7 @@ def paddings(graph: Graph) -> None:
     for node in graph.nodes:
         if node.op_type != "Conv" or attribute(node, "auto_pad", b"NOTSET") != b"NOTSET":
             continue
-        source = _through_requantization(graph, node.input[0])
-        pad = graph.maker(source, "Pad")
+        pad = graph.maker(node.input[0], "Pad") or requantized(graph, node.input[0], "Pad")
         if pad is None or attribute(pad, "mode", b"constant") != b"constant":
             continue
         amounts = graph.constant(pad.input[1])
@@ -184,7 +184,7 @@ def repeats(graph: Graph) -> None:
     """Leave out a dequantization and a quantization that undo each other."""
     for node in graph.nodes:
         up = graph.maker(node.input[0], _DEQUANTIZE) if node.op_type == _QUANTIZE else None
-        if up is not None and graph.maker(up.input[0], _QUANTIZE) is not None and _equal(graph, up, node):
+        if up is not None and graph.maker(up.input[0], _QUANTIZE) is not None and same_quantization(graph, up, node):
             for reader in graph.readers[node.output[0]]:
                 reader.input[:] = [up.input[0] if name == node.output[0] else name for name in reader.input]
 
@@ -303,26 +303,6 @@ def _integer_bias(
     dequantize = graph.make(_DEQUANTIZE, inputs, axis=0)
     node.input[2] = dequantize.output[0]
     return [*before, dequantize]
-
-
-def _through_requantization(graph: Graph, name: str) -> str:
-    """The value before a quantization that undoes nothing: the same scale is dequantized before a padding."""
-    up = graph.maker(name, _DEQUANTIZE)
-    down = None if up is None else graph.maker(up.input[0], _QUANTIZE)
-    pad = None if down is None else graph.maker(down.input[0], "Pad")
-    first = None if pad is None else graph.maker(pad.input[0], _DEQUANTIZE)
-    if down is None or first is None or not all(_equal(graph, first, other) for other in (down, up)):
-        return name
-    return str(down.input[0])
-
-
-def _equal(graph: Graph, one: Any, other: Any) -> bool:
-    """Whether two operations quantize with the same scale and zero point."""
-    pairs = [(graph.constant(a), graph.constant(b)) for a, b in zip(one.input[1:], other.input[1:], strict=False)]
-    return len(one.input) == len(other.input) and all(
-        left is not None and right is not None and left.dtype == right.dtype and numpy.array_equal(left, right)
-        for left, right in pairs
-    )
 
 
 def _limits(graph: Graph, clip: Any) -> tuple[float, float] | None:

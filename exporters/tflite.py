@@ -132,19 +132,21 @@ def _convert(network: Deployable) -> bytes:
     quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
     # int8 with float weights before their quantizations: the converter refuses int8 constants.
     samples = tflite_batches.SAMPLES if network.interface.max_batch > 1 else 1
-    graph = litert_forms.for_litert(network, samples)
     inputs, config = network.inputs.repeated(samples), None
-    if network.precision == "int8":
-        # It needs the config only to know that the graph is quantized.
-        graph = float_layers.apart_for_litert(graph)
-        scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
-        config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
     try:
+        graph = litert_forms.for_litert(network, samples)
+        if network.precision == "int8":
+            # It needs the config only to know that the graph is quantized.
+            graph = float_layers.apart_for_litert(graph)
+            scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
+            config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
         if network.interface.max_batch > 1:
             network.program()  # refuses what is no value for each sample
         with torch.no_grad(), _quiet(), WindowsAsViews():
             converted = litert_torch.convert(graph, inputs.args, dict(inputs.kwargs) or None, quant_config=config)
             return bytes(converted.model_content())
+    except ExportError:
+        raise
     except Exception as error:
         raise explain(
             "tflite",

@@ -143,6 +143,39 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
     assert left(tmp_path) == []
 
 
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() if x.sum() > 0 else x
+
+
+class Singular(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.svdvals(x)
+
+
+@pytest.mark.parametrize("target_name", TARGETS)
+@pytest.mark.parametrize(
+    ("network", "shape", "what", "advice"),
+    [
+        (Branches(), (1, 3), "data-dependent", "write it without if and .item() on tensors."),
+        (Singular(), (1, 3, 4), "svd", "or leave the target out."),
+    ],
+    ids=["branches", "operation"],
+)
+def test_what_no_target_takes_is_one_error_of_one_line(
+    target_name: str, network: nn.Module, shape: tuple[int, ...], what: str, advice: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"net{target(target_name).SUFFIX}"
+    with pytest.raises(ExportError) as refused:
+        export(network, target_name, path, inputs=torch.randn(*shape))
+    message = str(refused.value)
+    assert message.startswith(f"{target_name}: ")
+    assert what in message
+    assert message.endswith(advice)
+    assert message.isprintable()
+    assert left(tmp_path) == []
+
+
 def test_missing_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "litert_torch", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'lightning-edge\[tflite\]'"):
@@ -390,6 +423,7 @@ def test_outputs_without_a_batch_are_compared_sample_by_sample(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["tflite", "executorch"])
 @pytest.mark.parametrize("bias", [0.0, 1.5])
+@pytest.mark.filterwarnings("ignore:1, 2 gave nothing but 0")
 def test_a_network_that_always_gives_the_same_is_exact(name: str, bias: float, tmp_path: Path) -> None:
     pytest.importorskip({"tflite": "ai_edge_litert"}.get(name, name))
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -396,6 +396,20 @@ class TestGuard:
             warnings.simplefilter("error", CalibrationWarning)
             quantize(Outlier(), data, validation_batches=data)
 
+    def test_a_layer_that_gave_nothing_but_zeros_is_told_at_conversion(self) -> None:
+        network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+        with torch.no_grad():
+            network[0].bias.fill_(-1e3)
+        data = [torch.randn(8, 4)]
+        with pytest.warns(CalibrationWarning, match=r"^1 gave nothing but 0 .*look for a dead ReLU.*skip=") as told:
+            convert(quantize(network, data))
+        assert [one.category for one in told].count(CalibrationWarning) == 1
+        with torch.no_grad():
+            network[0].bias.fill_(1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CalibrationWarning)
+            convert(quantize(network, data))
+
     def test_bad_arguments_are_refused(self) -> None:
         quantized = quantize(Outlier(), batches())
         with pytest.raises(ValueError, match="validation_batches is empty"):

@@ -179,3 +179,31 @@ def warn_of(findings: list[CalibrationFinding]) -> None:
     """Tell of findings in one warning; of none, nothing."""
     if findings:
         warnings.warn(in_words(findings), CalibrationWarning, stacklevel=3)
+
+
+def warn_of_empty_ranges(graph: GraphModule) -> None:
+    """Tell of activations that were 0 on everything they were observed on, in one warning.
+
+    Args:
+        graph: A network's graph with quantizers, whose ranges were observed.
+    """
+    found = dict.fromkeys(
+        layer
+        for module, layer in _activation_quantizers(graph).values()
+        if not any(float(end) for end in _ends(module.activation_post_process))
+    )
+    if found:
+        names = list(found)
+        more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+        warnings.warn(
+            f"{', '.join(names[:_TOLD])}{more} gave nothing but 0 on all data of calibration or training: the int8 "
+            "range is empty, and whatever else may come there is lost. Give data that reaches it, look for a dead "
+            "ReLU, or keep it in float with skip=[...].",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+
+
+def _ends(observer: Any) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of everything that an observer saw."""
+    return observer.min_val.min(), observer.max_val.max()

@@ -1,0 +1,171 @@
+"""Linear layers in int8 ONNX files: which become convolutions, and that no value changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_edge.exporters import deployable, export, load, onnx_linears
+from lightning_edge.exporters.divergence import first_divergence
+from lightning_edge.interface import Interface
+from lightning_edge.network import Inputs
+from lightning_edge.quantization import quantize
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+class Tokens(nn.Module):
+    """A block of attention and of two layers over 24 tokens, and a layer over the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(48, 48) for _ in range(3))
+        self.wide, self.narrow, self.head = nn.Linear(48, 96), nn.Linear(96, 48, bias=False), nn.Linear(48, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (layer(tokens) for layer in (self.query, self.key, self.value))
+        tokens = tokens + nn.functional.scaled_dot_product_attention(query, key, value)
+        tokens = tokens + self.narrow(self.wide(tokens).relu())
+        return self.head(tokens[:, 0])
+
+
+class Shared(nn.Module):
+    """One layer that is called three times, and one that is called once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.once = nn.Linear(48, 48), nn.Linear(48, 48)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        for _ in range(3):
+            rows = self.again(rows).relu()
+        return self.once(rows)
+
+
+def chain(layers: int) -> nn.Module:
+    parts = [part for _ in range(layers) for part in (nn.Linear(48, 48), nn.ReLU6())]
+    return nn.Sequential(*parts[:-1])
+
+
+def classifier(pool: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), pool, nn.Flatten(), nn.Linear(8, 5))
+
+
+def kinds(path: Path) -> Counter[str]:
+    """How many operations of each kind a file has."""
+    return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+
+
+def run_kinds(path: Path) -> Counter[str]:
+    """How many operations of each kind ONNX Runtime runs for a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".run")), 4
+    onnxruntime.InferenceSession(str(path), options)
+    return kinds(path.with_suffix(".run"))
+
+
+def outputs(path: Path, samples: Tensor) -> Tensor:
+    artifact = load(path)
+    return torch.cat([artifact(sample[None])[0] for sample in samples])
+
+
+@pytest.fixture
+def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Files as they were without this module; undo it for what it does."""
+    for name in ("as_convolutions", "flattened_pixels"):
+        monkeypatch.setattr(onnx_linears, name, lambda graph: None)
+    return monkeypatch
+
+
+def both(network: nn.Module, samples: Tensor, folder: Path, patch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Write a network without and with the forms of this module."""
+    quantized = quantize(network.eval(), [(samples,)])
+    before, after = folder / "before.onnx", folder / "after.onnx"
+    export(quantized, "onnx", before, batches=[(samples,)], isolated=False)
+    patch.undo()
+    export(quantized, "onnx", after, batches=[(samples,)], isolated=False)
+    return before, after
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "linear", "convolutions"),
+    [
+        (Tokens(), (24, 48), 1, 5),
+        (chain(3), (48,), 0, 3),
+        (chain(2), (48,), 2, 0),
+        (chain(1), (24, 48), 0, 1),
+        (chain(1), (1, 48), 1, 0),
+        (Shared(), (24, 48), 3, 1),
+    ],
+    ids=["attention", "three layers", "two layers", "tokens", "one token", "shared weights"],
+)
+def test_linear_layers_become_convolutions_where_that_is_faster(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    linear: int,
+    convolutions: int,
+    tmp_path: Path,
+    as_before: pytest.MonkeyPatch,
+) -> None:
+    samples = torch.randn(8, *shape)
+    before, after = both(network, samples, tmp_path, as_before)
+    assert (kinds(before)["Gemm"], kinds(before)["Conv"]) == (linear + convolutions, 0)
+    assert (kinds(after)["Gemm"], kinds(after)["Conv"]) == (linear, convolutions)
+    run = run_kinds(after)
+    assert (run["QGemm"], run["QLinearConv"]) == (linear, convolutions)
+    assert run["Transpose"] <= run_kinds(before)["Transpose"]  # those written are undone by those of the kernels
+    assert run["Reshape"] <= run_kinds(before)["Reshape"] + (2 if len(shape) == 1 else 0)
+    torch.testing.assert_close(outputs(after, samples), outputs(before, samples), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("network", "shape"), [(chain(4), (48,)), (Tokens(), (24, 48))], ids=["rows", "tokens"])
+def test_several_samples_a_call(network: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    samples = torch.randn(8, *shape)
+    quantized = quantize(network.eval(), [(samples,)])
+    path = tmp_path / "batch.onnx"
+    export(quantized, "onnx", path, batches=[(samples,)], interface=Interface(max_batch=16))
+    assert kinds(path)["Conv"] >= 4
+    session = onnxruntime.InferenceSession(str(path))
+    name = session.get_inputs()[0].name
+    for count in (1, 5):
+        (rows,) = session.run(None, {name: samples[:count].numpy()})
+        torch.testing.assert_close(torch.as_tensor(rows), outputs(path, samples[:count]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(4), nn.AvgPool2d(4)], ids=["average", "maximum", "window"]
+)
+def test_no_move_of_channels_is_left_before_a_classifier(
+    pool: nn.Module, tmp_path: Path, as_before: pytest.MonkeyPatch
+) -> None:
+    samples = torch.randn(8, 3, 10, 10)
+    before, after = both(classifier(pool), samples, tmp_path, as_before)
+    assert (run_kinds(before)["Transpose"], run_kinds(after)["Transpose"]) == (2, 1)  # the image's own
+    torch.testing.assert_close(outputs(after, samples), outputs(before, samples), rtol=0, atol=0)
+
+
+def test_several_pixels_are_flattened_in_their_order(tmp_path: Path, as_before: pytest.MonkeyPatch) -> None:
+    samples = torch.randn(8, 3, 10, 10)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+    before, after = both(network, samples, tmp_path, as_before)
+    torch.testing.assert_close(outputs(after, samples), outputs(before, samples), rtol=0, atol=0)
+
+
+def test_values_inside_are_compared_whichever_way_they_lie(tmp_path: Path) -> None:
+    samples = torch.randn(8, 24, 48)
+    network = deployable(quantize(Tokens().eval(), [(samples,)]))
+    artifact = export(network, "onnx", tmp_path / "tokens.onnx", isolated=False)
+    found = artifact.runner.intermediates([samples[:1]])  # type: ignore[attr-defined]
+    assert first_divergence(network, Inputs.of(samples[:1]), found) is None
+    inside = next(value for value in found if value.values.shape == (1, 96, 24, 1))
+    wrong = replace(inside, values=inside.values // 2)
+    first = first_divergence(network, Inputs.of(samples[:1]), [wrong])
+    assert first is not None
+    assert first.layer == "wide"
