@@ -24,8 +24,8 @@ def rewrite(model: Any) -> None:
     """Apply every function of this module, and those of `onnx_equivalents`, channels and linears, in place."""
     graph = Graph(model)
     steps = (repeats, averages, paddings, activations, linears, integer_biases, unsigned, lone_softmaxes, subtractions)
-    faster = (onnx_channels.align, onnx_linears.as_convolutions, onnx_linears.flattened_pixels)
-    for step in (*steps, pixels, *faster, zero_points):
+    rows = (onnx_linears.averages_of_rows, onnx_linears.as_convolutions, onnx_linears.flattened_pixels)
+    for step in (*steps, pixels, onnx_channels.align, *rows, zero_points):
         step(graph)
         graph.settle()
 

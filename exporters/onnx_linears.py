@@ -1,4 +1,4 @@
-"""Write linear layers inside an int8 ONNX file, and what leads to them, in forms that ONNX Runtime is faster at.
+"""Write what works on rows inside an int8 ONNX file in forms that ONNX Runtime is faster at: linear layers and means.
 
 Its kernel of linear layers (QGemm) takes 1.2 to 1.7 times as long as that of convolutions for the same products and
 sums. The rows become the pixels of one image, so that a batch stays one product of matrices; ONNX Runtime keeps images
@@ -57,9 +57,7 @@ def as_convolutions(graph: Graph) -> None:
             rows = (layer.data if layer.reshape is None else graph.maker(layer.reshape.input[0])).input[0]
             features = layer.stored.shape[1]
             if (rows, features) not in images:
-                shape = graph.add_constant(numpy.array([1, -1, 1, features], numpy.int64))
-                reshape = graph.make("Reshape", [rows, shape])
-                nodes += [reshape, graph.make("Transpose", reshape.output, perm=_TO_IMAGE)]
+                nodes += _to_image(graph, rows, [1, -1, 1, features])
                 images[rows, features] = nodes[-1].output[0]
             up = graph.make(_DEQUANTIZE, [images[rows, features], *layer.data.input[1:]])
             layer.weight.input[0] = graph.add_constant(layer.stored[:, :, None, None])
@@ -70,11 +68,46 @@ def as_convolutions(graph: Graph) -> None:
         if layer is not None:
             rows, filters = node.output[0], layer.stored.shape[0]
             node.output[0] = images[rows, filters] = graph.new_name()
-            shape = graph.add_constant(numpy.array([-1, filters], numpy.int64))
-            turned = graph.make("Transpose", node.output, perm=_TO_ROWS)
-            nodes += [turned, graph.make("Reshape", [turned.output[0], shape], [rows])]
+            nodes += _from_image(graph, node.output[0], [-1, filters], rows)
     graph.settle(nodes)
     _join_reshapes(graph)
+
+
+def averages_of_rows(graph: Graph) -> None:
+    """Write the mean of all rows of a sample as GlobalAveragePool, which has an int8 kernel: ReduceMean has none."""
+    shapes, nodes = graph.shapes(), []
+    for node in graph.nodes:
+        nodes.append(node)
+        mean = graph.maker(node.input[0], "ReduceMean") if node.op_type == _QUANTIZE else None
+        up = None if mean is None else graph.maker(mean.input[0], _DEQUANTIZE)
+        axes = None if mean is None or len(mean.input) < 2 else graph.constant(mean.input[1])
+        if mean is None or up is None or axes is None or graph.only_reader(mean.output[0]) is None:
+            continue
+        sizes, result = (shapes.get(name, ()) for name in (mean.input[0], mean.output[0]))
+        rank = len(sizes)
+        if rank < 3 or not result or sorted(int(axis) % rank for axis in axes) != list(range(1, rank - 1)):
+            continue
+        nodes[-1:] = _to_image(graph, up.input[0], [-1, math.prod(sizes[1:-1]), 1, sizes[-1]])
+        image = graph.make(_DEQUANTIZE, [nodes[-1].output[0], *up.input[1:]])
+        pool = graph.make("GlobalAveragePool", image.output)
+        down = graph.make(_QUANTIZE, [pool.output[0], *node.input[1:]])
+        nodes += [image, pool, down, *_from_image(graph, down.output[0], [-1, *result[1:]], node.output[0])]
+    graph.settle(nodes)
+
+
+def _to_image(graph: Graph, values: str, shape: list[int]) -> list[Any]:
+    """What makes an image of rows: of this shape with the channels last, whose last operation moves them."""
+    reshape = graph.make("Reshape", [values, graph.add_constant(numpy.array(shape, numpy.int64))])
+    return [reshape, graph.make("Transpose", reshape.output, perm=_TO_IMAGE)]
+
+
+def _from_image(graph: Graph, image: str, shape: list[int], result: str) -> list[Any]:
+    """What makes values of this shape of an image, with the channels last, under a name."""
+    turned = graph.make("Transpose", [image], perm=_TO_ROWS)
+    return [
+        turned,
+        graph.make("Reshape", [*turned.output, graph.add_constant(numpy.array(shape, numpy.int64))], [result]),
+    ]
 
 
 def flattened_pixels(graph: Graph) -> None:

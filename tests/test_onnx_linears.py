@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_edge.exporters import deployable, export, load, onnx_linears
+from lightning_edge.exporters import ExportWarning, deployable, export, load, onnx_linears
 from lightning_edge.exporters.divergence import first_divergence
 from lightning_edge.interface import Interface
 from lightning_edge.network import Inputs
@@ -149,6 +149,43 @@ def test_no_move_of_channels_is_left_before_a_classifier(
     before, after = both(classifier(pool), samples, tmp_path, as_before)
     assert (run_kinds(before)["Transpose"], run_kinds(after)["Transpose"]) == (2, 1)  # the image's own
     torch.testing.assert_close(outputs(after, samples), outputs(before, samples), rtol=0, atol=0)
+
+
+class Average(nn.Module):
+    """A layer over the mean of some dimensions."""
+
+    def __init__(self, dims: tuple[int, ...], keepdim: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.dims, self.keepdim = dims, keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).mean(self.dims, keepdim=self.keepdim))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [(Average((1,)), (7, 16)), (Average((1,), keepdim=True), (30, 16)), (Average((1, 2)), (3, 5, 16))],
+    ids=["tokens", "kept", "pixels"],
+)
+def test_means_of_rows_are_int8(
+    network: nn.Module, shape: tuple[int, ...], tmp_path: Path, as_before: pytest.MonkeyPatch
+) -> None:
+    samples = torch.randn(8, *shape)
+    as_before.setattr(onnx_linears, "averages_of_rows", lambda graph: None)
+    with pytest.warns(ExportWarning, match="compute in float: ReduceMean"):
+        before, after = both(network, samples, tmp_path, as_before)
+    assert kinds(after)["ReduceMean"] == 0
+    assert run_kinds(after)["QLinearGlobalAveragePool"] == 1
+    assert run_kinds(after)["Transpose"] <= run_kinds(before)["Transpose"]
+    torch.testing.assert_close(outputs(after, samples), outputs(before, samples), rtol=0, atol=0)
+
+
+def test_the_mean_of_some_rows_is_left(tmp_path: Path) -> None:
+    samples = torch.randn(8, 3, 5, 16)
+    quantized = quantize(Average((1,)).eval(), [(samples,)])
+    with pytest.warns(ExportWarning, match="compute in float: ReduceMean"):
+        export(quantized, "onnx", tmp_path / "some.onnx", batches=[(samples,)], isolated=False)
 
 
 def test_several_pixels_are_flattened_in_their_order(tmp_path: Path, as_before: pytest.MonkeyPatch) -> None:
