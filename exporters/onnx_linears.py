@@ -30,7 +30,7 @@ class _Linear:
     Attributes:
         node: The Gemm.
         data: What dequantizes its rows, (rows, features).
-        weight: What dequantizes its weights, which nothing else reads.
+        weight: What dequantizes its weights.
         stored: Their integers, (filters, features).
         quantize: What quantizes its result.
         reshape: What makes rows of values of more dimensions for it, if anything does.
@@ -49,6 +49,9 @@ def as_convolutions(graph: Graph) -> None:
     shapes = graph.shapes()
     found = [layer for node in graph.nodes if (layer := _linear(graph, node)) is not None]
     chosen = {layer.node.output[0]: layer for layer in _worth(found, shapes)}
+    chosen = {name: layer for name, layer in chosen.items() if _weight_readers(graph, layer) <= chosen.keys()}
+    kernels = {layer.weight.input[0]: layer.stored[:, :, None, None] for layer in chosen.values()}
+    names = {name: graph.add_constant(kernel) for name, kernel in kernels.items()}
     images: dict[tuple[str, int], str] = {}  # by the quantized values and the features of a row
     nodes = []
     for node in graph.nodes:
@@ -60,7 +63,7 @@ def as_convolutions(graph: Graph) -> None:
                 nodes += _to_image(graph, rows, [1, -1, 1, features])
                 images[rows, features] = nodes[-1].output[0]
             up = graph.make(_DEQUANTIZE, [images[rows, features], *layer.data.input[1:]])
-            layer.weight.input[0] = graph.add_constant(layer.stored[:, :, None, None])
+            layer.weight.input[0] = names.get(layer.weight.input[0], layer.weight.input[0])
             nodes += [up, graph.make("Conv", [up.output[0], *node.input[1:]], node.output)]
             continue
         nodes.append(node)
@@ -135,12 +138,16 @@ def _linear(graph: Graph, node: Any) -> _Linear | None:
         return None
     data, weight = (graph.maker(name, _DEQUANTIZE) for name in node.input[:2])
     quantize = graph.only_reader(node.output[0], _QUANTIZE)
-    if data is None or weight is None or quantize is None or graph.only_reader(node.input[1]) is None:
-        return None
-    stored = graph.constant(weight.input[0])
-    if stored is None or graph.only_reader(weight.input[0]) is None:
+    stored = None if weight is None else graph.constant(weight.input[0])
+    if data is None or stored is None or quantize is None:
         return None
     return _Linear(node, data, weight, stored, quantize, requantized(graph, node.input[0], "Reshape"))
+
+
+def _weight_readers(graph: Graph, layer: _Linear) -> set[str]:
+    """The results of all that reads the weights of a layer, other layers among them."""
+    dequantized = (node.output[0] for node in graph.readers[layer.weight.input[0]])
+    return {reader.output[0] for name in dequantized for reader in graph.readers[name] or [graph.maker(name)]}
 
 
 def _worth(layers: list[_Linear], shapes: Mapping[str, tuple[int, ...]]) -> list[_Linear]:

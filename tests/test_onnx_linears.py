@@ -49,6 +49,17 @@ class Shared(nn.Module):
         return self.once(rows)
 
 
+class PartlyShared(nn.Module):
+    """One layer for all tokens, and once more for the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 48)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layer(self.layer(tokens).relu()[:, 0])
+
+
 def chain(layers: int) -> nn.Module:
     parts = [part for _ in range(layers) for part in (nn.Linear(48, 48), nn.ReLU6())]
     return nn.Sequential(*parts[:-1])
@@ -102,9 +113,10 @@ def both(network: nn.Module, samples: Tensor, folder: Path, patch: pytest.Monkey
         (chain(2), (48,), 2, 0),
         (chain(1), (24, 48), 0, 1),
         (chain(1), (1, 48), 1, 0),
-        (Shared(), (24, 48), 3, 1),
+        (Shared(), (24, 48), 0, 4),
+        (PartlyShared(), (24, 48), 2, 0),
     ],
-    ids=["attention", "three layers", "two layers", "tokens", "one token", "shared weights"],
+    ids=["attention", "three layers", "two layers", "tokens", "one token", "shared weights", "partly shared"],
 )
 def test_linear_layers_become_convolutions_where_that_is_faster(
     network: nn.Module,
