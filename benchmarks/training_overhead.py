@@ -3,13 +3,9 @@
     python benchmarks/training_overhead.py [--rounds 15] [--network resnet8] [--compile]
 
 Every variant trains its own copy on the same batch, in turn; medians over rounds, as ratios to float. Beside ours
-stand torchao's PT2E flow with ExecuTorch's XNNPACKQuantizer, torch's FX flow, and NNCF where it is found. Installed as
-usual it changes versions that are pinned here; in a folder of its own it does not, and a compiler builds its kernels:
-
-    pip install --no-deps --target nncf nncf openvino-telemetry pydot ninja psutil
-    PATH=nncf/bin:$PATH PYTHONPATH=nncf NNCF_EXTENSION_LOAD_TIMEOUT=0 python benchmarks/training_overhead.py
-
-``--compile`` adds torch.compile, which takes minutes.
+stand torchao's PT2E flow with ExecuTorch's XNNPACKQuantizer, torch's FX flow, and NNCF where it is installed (``pip
+install nncf``; a C++ compiler builds its kernels, for which the environment's bin must be on the PATH and
+``NNCF_EXTENSION_LOAD_TIMEOUT=0`` gives it time). ``--compile`` adds torch.compile, which takes minutes.
 """
 
 from __future__ import annotations
@@ -191,7 +187,7 @@ def steps_of(network: nn.Module, images: Tensor, labels: Tensor, with_compile: b
         try:
             steps[name] = stepper(variant(network, images), images, labels)
         except ImportError as error:
-            advice = ", see the top of this file" if name == "NNCF" else ""
+            advice = ": pip install nncf" if name == "NNCF" else ""
             print(f"  {name:28} not installed{advice} ({error})")
         if name.endswith("compiled") and name in steps:
             start = time.perf_counter()
