@@ -31,7 +31,7 @@ from lightning_edge.quantization import check_calibration, convert, float_copy, 
 from lightning_edge.quantization.guard import in_words
 from lightning_edge.reference import Reference
 from lightning_edge.report import Report, Row, Source, digest, installed_versions
-from lightning_edge.rows import compared, described, judged, over_budget, recorded, timed, write
+from lightning_edge.rows import compared, described, judged, over_budget, recorded, timed, without_gain, write
 from lightning_edge.surgery import find_network
 from lightning_edge.validation import Validation
 
@@ -201,6 +201,7 @@ class _Evaluation:
             for network, source, reference in networks:
                 self._file_row(target, network, source, reference)
         self._time(float_reference.sample)
+        self._notes += without_gain(self._rows)
         monitor = self._compare_quantizations(monitor, watched)
         seed = os.environ.get("PL_GLOBAL_SEED")
         return Report(

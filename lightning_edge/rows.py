@@ -18,6 +18,8 @@ from lightning_edge.network import Precision
 from lightning_edge.provenance import commit_of
 from lightning_edge.report import Report, Row, Source, digest, installed_versions
 
+# Medians of calls in turn lie closer to each other than this where two files are equally fast.
+_SLOWER = 1.1
 _SOURCES: dict[Precision, Source] = {"fp32": "float", "int8": "trained"}
 
 
@@ -94,6 +96,27 @@ def timed(row: Row, latency: Latency) -> Row:
     return replace(
         row, p50_ms=latency.p50_ms, p95_ms=latency.p95_ms, p99_ms=latency.p99_ms, throughput=latency.throughput
     )
+
+
+def without_gain(rows: Sequence[Row]) -> list[str]:
+    """Say which int8 files are no smaller or clearly slower than the float file of the same target."""
+    files = [row for row in rows if row.target != "torch" and row.error is None and row.scheme is None]
+    floats = {row.target: row for row in files if row.precision == "fp32"}
+    told = []
+    for row in files:
+        other = floats.get(row.target)
+        if row.precision != "int8" or other is None:
+            continue
+        if row.size_bytes and other.size_bytes and row.size_bytes >= other.size_bytes:
+            told.append(
+                f"{row.label} is no smaller than {other.label}: {row.size_bytes:,} bytes against {other.size_bytes:,}."
+            )
+        if row.p50_ms and other.p50_ms and not row.is_reference and row.p50_ms > _SLOWER * other.p50_ms:
+            told.append(
+                f"{row.label} is slower than {other.label} on this machine: p50 {row.p50_ms:.3g} ms "
+                f"against {other.p50_ms:.3g}. Measure both on the device before you choose."
+            )
+    return told
 
 
 def judged(rows: Sequence[Row], budget: Budget | None, monitor: Monitor | None) -> list[Row]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,6 +19,7 @@ from lightning_edge.budget import Excess, Verdict
 from lightning_edge.errors import EdgeError
 from lightning_edge.monitor import Monitor, choose, direction
 from lightning_edge.report import Report, Row, digest, installed_versions
+from lightning_edge.rows import without_gain
 
 ROWS = (
     Row("torch", "fp32", "float", metrics={"val_loss": 0.5, "val_acc": 0.9}, size_bytes=4000, p50_ms=1.25),
@@ -191,6 +193,27 @@ def test_over_budget_are_the_files_to_ship() -> None:
         "edge/tflite/within_budget"
         not in replace(REPORT, rows=(replace(ROWS[3], budget=Verdict("not measurable", (), ("load_ms",))),)).metrics()
     )
+
+
+@pytest.mark.parametrize(
+    ("int8", "told"),
+    [
+        ({}, []),
+        ({"p50_ms": 1.09}, []),
+        ({"p50_ms": 1.2}, ["tflite int8 (trained) is slower than tflite fp32 on this machine: p50 1.2 ms against 1."]),
+        ({"p50_ms": 1.2, "is_reference": True}, []),
+        ({"p50_ms": None}, []),
+        ({"size_bytes": 1000}, ["tflite int8 (trained) is no smaller than tflite fp32: 1,000 bytes against 1,000."]),
+        ({"p50_ms": 1.2, "error": "it was discarded"}, []),
+        ({"p50_ms": 1.2, "target": "onnx"}, []),
+    ],
+)
+def test_an_int8_file_that_gains_nothing_is_told(int8: dict[str, Any], told: list[str]) -> None:
+    before = Row("tflite", "fp32", "float", size_bytes=1000, p50_ms=1.0)
+    torch_row = Row("torch", "int8", "trained", size_bytes=5000, p50_ms=9.0)
+    row = replace(Row("tflite", "int8", "trained", size_bytes=300, p50_ms=0.5), **int8)
+    found = without_gain([torch_row, before, row])
+    assert [line.partition(" Measure")[0] for line in found] == told
 
 
 def test_terminal_table_fits_80_columns() -> None:
