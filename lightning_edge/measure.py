@@ -14,8 +14,10 @@ from lightning_edge.network import Precision
 
 # Steps come from outputs in float32, and three of them come to 3.000001.
 _ROUNDING_STEPS = 1e-3
-# What any value of an int8 file may lie off by, where the network itself is not further from itself.
+# What the values of an int8 file may lie off by, where the network itself is not as far from itself; and how much
+# further than that: the same values are not tipped in both.
 _MAX_STEPS = 3.0
+_OVER_OWN = 1.5
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,14 @@ class Tolerance:
 
     Attributes:
         max_steps: int8: largest difference of any output value, in quantization steps of that output. ``None`` for 3,
-            or for what the network's own rounding moves that output by on the same samples, if that is more: how far
-            it lies in float32, as it was trained, from itself in float64.
+            or for 1.5 times what the network's own rounding moves that output by on the same samples, if that is more:
+            how far it lies in float32, as it was trained, from itself in float64.
         mean_steps: int8: mean difference, in quantization steps.
         top1: Smallest share of samples whose largest output is the same class; ``None`` if the outputs are no classes.
         max_relative: fp32: largest difference over the largest absolute output.
         most_steps: int8: difference that 99.9 % of an output's values stay within; in a small set, all but as many as
-            could be beyond it by chance (three standard deviations): none of 90 values, 3 of 640.
+            could be beyond it by chance (three standard deviations): none of 90 values, 3 of 640. ``None`` as for
+            ``max_steps``, of the same share of the values.
 
     Raises:
         ValueError: If a value is negative or not a number, or ``top1`` is above 1.
@@ -44,7 +47,7 @@ class Tolerance:
     mean_steps: float = 0.6
     top1: float | None = 0.98
     max_relative: float = 1e-3
-    most_steps: float = 3.0
+    most_steps: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "mean_steps", "max_relative", "most_steps"):
@@ -69,7 +72,7 @@ class Tolerance:
         for position, output in enumerate(agreement.outputs):
             name = names[position] if position < len(names) else str(position)
             at = f"output {name!r}: " if len(agreement.outputs) > 1 else ""
-            own = None if rounding is None else rounding.outputs[position].max_steps
+            own = None if rounding is None else rounding.outputs[position]
             found += [f"{at}{line}" for line in self._of_output(output, precision, own)]
         if self.top1 is not None and agreement.top1 is not None and not agreement.top1 >= self.top1:
             found.append(
@@ -78,15 +81,14 @@ class Tolerance:
             )
         return found
 
-    def _of_output(self, output: OutputAgreement, precision: Precision, own: float | None) -> list[str]:
+    def _of_output(self, output: OutputAgreement, precision: Precision, own: OutputAgreement | None) -> list[str]:
         found = []
         if precision == "int8":
-            largest = self.max_steps
-            if largest is None:
-                largest = _MAX_STEPS if own is None else max(_MAX_STEPS, own)
+            largest = _limit(self.max_steps, None if own is None else own.max_steps)
+            most = _limit(self.most_steps, None if own is None else own.most_steps)
             for said, value, limit in (
                 ("largest difference", output.max_steps, largest),
-                ("difference of all but 0.1 % of the values", output.most_steps, self.most_steps),
+                ("difference of all but 0.1 % of the values", output.most_steps, most),
                 ("mean difference", output.mean_steps, self.mean_steps),
             ):
                 if value is not None and not value <= limit + _ROUNDING_STEPS:
@@ -96,6 +98,13 @@ class Tolerance:
                 f"largest difference {output.max_relative:.3g} of the largest output, allowed {self.max_relative:g}"
             )
         return found
+
+
+def _limit(given: float | None, own: float | None) -> float:
+    """The user's limit of a difference in steps, or ours, wider where the network's own rounding moves it further."""
+    if given is not None:
+        return given
+    return _MAX_STEPS if own is None else max(_MAX_STEPS, _OVER_OWN * own)
 
 
 @dataclass(frozen=True)

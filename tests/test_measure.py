@@ -139,21 +139,27 @@ def test_each_limit_is_held(precision: str, found: Agreement, says: str) -> None
     assert says in violations[0]
 
 
-def test_the_own_rounding_of_an_output_widens_its_limit_for_single_values_only() -> None:
-    def two(*largest: float, most: float = 2.0) -> Agreement:
-        outputs = [OutputAgreement(max_steps=steps, mean_steps=0.1, most_steps=most) for steps in largest]
+def test_the_own_rounding_of_an_output_widens_its_limits() -> None:
+    def two(*largest: float, most: float = 2.0, mean: float = 0.1) -> Agreement:
+        outputs = [OutputAgreement(max_steps=steps, mean_steps=mean, most_steps=most) for steps in largest]
         return Agreement(9, 1.0, tuple(outputs))
 
-    found = two(5.0, 2.0)
-    assert Tolerance().violations(found, "int8") == ["output '0': largest difference 5 quantization steps, allowed 3"]
-    assert Tolerance().violations(found, "int8", rounding=two(5.0, 0.0)) == []
+    found = two(6.0, 2.0)
+    assert Tolerance().violations(found, "int8") == ["output '0': largest difference 6 quantization steps, allowed 3"]
+    assert Tolerance().violations(found, "int8", rounding=two(4.0, 0.0)) == []  # 1.5 times as far
     # Of another output it says nothing, and of what lies further off not enough.
     assert Tolerance().violations(found, "int8", rounding=two(1.0, 9.0)) == Tolerance().violations(found, "int8")
-    assert "difference 5 quantization steps, allowed 4" in Tolerance().violations(found, "int8", (), two(4.0, 0.0))[0]
-    (bulk,) = Tolerance().violations(two(5.0, most=4.0), "int8", (), two(8.0, most=8.0))
-    assert "all but 0.1 % of the values 4 quantization steps, allowed 3" in bulk
+    assert "difference 6 quantization steps, allowed 4.5" in Tolerance().violations(found, "int8", (), two(3.0, 0.0))[0]
+    # The bulk is held to the bulk, and the mean to its limit.
+    bulk = two(8.0, most=7.0)
+    (line,) = Tolerance().violations(bulk, "int8", (), two(8.0, most=1.0))
+    assert "all but 0.1 % of the values 7 quantization steps, allowed 3" in line
+    assert Tolerance().violations(bulk, "int8", (), two(8.0, most=6.0)) == []
+    (line,) = Tolerance().violations(two(8.0, most=7.0, mean=0.7), "int8", (), two(8.0, most=6.0, mean=0.7))
+    assert "mean difference 0.7" in line
     # A limit that the user states holds.
     assert len(Tolerance(max_steps=4.0).violations(found, "int8", rounding=two(5.0, 0.0))) == 1
+    assert len(Tolerance(most_steps=4.0).violations(bulk, "int8", rounding=two(8.0, most=6.0))) == 1
 
 
 def test_the_output_that_is_off_is_named() -> None:
