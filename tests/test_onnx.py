@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -14,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from deployables import batches, exported, int8_weight_count, network, weight_count
+from onnx_files import kernels
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,16 +42,6 @@ def written(folder: Path, name: str, precision: Precision, **options: str) -> tu
     """The file, and what the export warned of."""
     path = folder / f"{'-'.join((name, precision, *options.values()))}.onnx"
     return exported(network(name, precision), "onnx", path, batches=batches(name), **options)
-
-
-def kernels(path: Path) -> Counter[str]:
-    """What ONNX Runtime makes of a file's operations before it runs them."""
-    optimized = path.with_suffix(".optimized")
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(optimized)
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(str(optimized)).graph.node)
 
 
 @pytest.mark.parametrize("name", ["residual", "two_inputs", "plain", "pooled"])

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx_files import outputs
 from torch import Tensor, nn
 
-from lightning_edge.exporters import deployable, export, load, onnx_channels
+from lightning_edge.exporters import deployable, export, onnx_channels
 from lightning_edge.exporters.divergence import first_divergence
 from lightning_edge.interface import Interface, Pixels
 from lightning_edge.network import Inputs
@@ -69,11 +70,6 @@ def weights(path: Path) -> list[tuple[int, ...]]:
     stored = {value.name: tuple(value.dims) for value in graph.initializer}
     made = {node.output[0]: node for node in graph.node}
     return [stored[made[node.input[1]].input[0]] for node in graph.node if node.op_type == "Conv"]
-
-
-def outputs(path: Path, images: Tensor) -> Tensor:
-    artifact = load(path)
-    return torch.cat([artifact(image[None])[0] for image in images])
 
 
 @pytest.fixture

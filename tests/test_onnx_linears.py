@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from onnx_files import kernels, kinds, outputs
 from torch import Tensor, nn
 
-from lightning_edge.exporters import ExportWarning, deployable, export, load, onnx_linears
+from lightning_edge.exporters import ExportWarning, deployable, export, onnx_linears
 from lightning_edge.exporters.divergence import first_divergence
 from lightning_edge.interface import Interface
 from lightning_edge.network import Inputs
@@ -69,28 +69,10 @@ def classifier(pool: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), pool, nn.Flatten(), nn.Linear(8, 5))
 
 
-def kinds(path: Path) -> Counter[str]:
-    """How many operations of each kind a file has."""
-    return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
-
-
-def run_kinds(path: Path) -> Counter[str]:
-    """How many operations of each kind ONNX Runtime runs for a file."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".run")), 4
-    onnxruntime.InferenceSession(str(path), options)
-    return kinds(path.with_suffix(".run"))
-
-
-def outputs(path: Path, samples: Tensor) -> Tensor:
-    artifact = load(path)
-    return torch.cat([artifact(sample[None])[0] for sample in samples])
-
-
 @pytest.fixture
 def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Files as they were without this module; undo it for what it does."""
-    for name in ("as_convolutions", "flattened_pixels"):
+    for name in ("as_convolutions", "averages_of_rows", "flattened_pixels"):
         monkeypatch.setattr(onnx_linears, name, lambda graph: None)
     return monkeypatch
 
@@ -130,10 +112,10 @@ def test_linear_layers_become_convolutions_where_that_is_faster(
     before, after = both(network, samples, tmp_path, as_before)
     assert (kinds(before)["Gemm"], kinds(before)["Conv"]) == (linear + convolutions, 0)
     assert (kinds(after)["Gemm"], kinds(after)["Conv"]) == (linear, convolutions)
-    run = run_kinds(after)
+    run = kernels(after)
     assert (run["QGemm"], run["QLinearConv"]) == (linear, convolutions)
-    assert run["Transpose"] <= run_kinds(before)["Transpose"]  # those written are undone by those of the kernels
-    assert run["Reshape"] <= run_kinds(before)["Reshape"] + (2 if len(shape) == 1 else 0)
+    assert run["Transpose"] <= kernels(before)["Transpose"]  # those written are undone by those of the kernels
+    assert run["Reshape"] <= kernels(before)["Reshape"] + (2 if len(shape) == 1 else 0)
     torch.testing.assert_close(outputs(after, samples), outputs(before, samples), rtol=0, atol=0)
 
 
@@ -159,7 +141,7 @@ def test_no_move_of_channels_is_left_before_a_classifier(
 ) -> None:
     samples = torch.randn(8, 3, 10, 10)
     before, after = both(classifier(pool), samples, tmp_path, as_before)
-    assert (run_kinds(before)["Transpose"], run_kinds(after)["Transpose"]) == (2, 1)  # the image's own
+    assert (kernels(before)["Transpose"], kernels(after)["Transpose"]) == (2, 1)  # the image's own
     torch.testing.assert_close(outputs(after, samples), outputs(before, samples), rtol=0, atol=0)
 
 
@@ -184,12 +166,11 @@ def test_means_of_rows_are_int8(
     network: nn.Module, shape: tuple[int, ...], tmp_path: Path, as_before: pytest.MonkeyPatch
 ) -> None:
     samples = torch.randn(8, *shape)
-    as_before.setattr(onnx_linears, "averages_of_rows", lambda graph: None)
     with pytest.warns(ExportWarning, match="compute in float: ReduceMean"):
         before, after = both(network, samples, tmp_path, as_before)
     assert kinds(after)["ReduceMean"] == 0
-    assert run_kinds(after)["QLinearGlobalAveragePool"] == 1
-    assert run_kinds(after)["Transpose"] <= run_kinds(before)["Transpose"]
+    assert kernels(after)["QLinearGlobalAveragePool"] == 1
+    assert kernels(after)["Transpose"] <= kernels(before)["Transpose"]
     torch.testing.assert_close(outputs(after, samples), outputs(before, samples), rtol=0, atol=0)
 
 

@@ -187,13 +187,11 @@ def warn_of_empty_ranges(graph: GraphModule) -> None:
     Args:
         graph: A network's graph with quantizers, whose ranges were observed.
     """
-    found = dict.fromkeys(
-        layer
-        for module, layer in _activation_quantizers(graph).values()
-        if not any(float(end) for end in _ends(module.activation_post_process))
-    )
-    if found:
-        names = list(found)
+    observed: list[tuple[Any, str]] = [
+        (module.activation_post_process, layer) for module, layer in _activation_quantizers(graph).values()
+    ]
+    names = list(dict.fromkeys(layer for seen, layer in observed if not (seen.min_val.any() or seen.max_val.any())))
+    if names:
         more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
         warnings.warn(
             f"{', '.join(names[:_TOLD])}{more} gave nothing but 0 on all data of calibration or training: the int8 "
@@ -202,8 +200,3 @@ def warn_of_empty_ranges(graph: GraphModule) -> None:
             CalibrationWarning,
             stacklevel=3,
         )
-
-
-def _ends(observer: Any) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value of everything that an observer saw."""
-    return observer.min_val.min(), observer.max_val.max()
