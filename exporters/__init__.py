@@ -175,11 +175,6 @@ def stage(
     checks.check_activations(network, target, module.ACTIVATION_BITS)
     interface = interface or Interface()
     check_interface(interface, network)
-    if interface.max_batch > 1 and not getattr(module, "BATCHES", False):
-        raise ValueError(
-            f"{target}: Interface(max_batch={interface.max_batch}) is not for this target, whose files take one sample "
-            "a call; those of onnx, coreml and tflite take several. Leave max_batch out, or the target"
-        )
     scheme = options.get("scheme")
     if scheme is not None and network.precision == "int8":
         raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")

@@ -234,10 +234,10 @@ class Target(Protocol):
     into its graph as float32, in NCHW whatever the layout.
 
     A target may also say ``RUNTIME``, the modules that running a file takes, so that importing them is no part of
-    loading it, ``BATCHES = True`` if its files can take several samples in a call, and ``IN_PROCESS = True`` if this
-    package's own code runs its files, which needs no process of its own. One whose runtime tells where it runs a file's
-    operations may also offer ``placements(path)``, which gives `Placements` or ``None``. One whose files may be for
-    another machine offers ``not_run_here(contents)``, which says why this one cannot run a file, or gives ``None``.
+    loading it, and ``IN_PROCESS = True`` if this package's own code runs its files, which needs no process of its own.
+    One whose runtime tells where it runs a file's operations may also offer ``placements(path)``, which gives
+    `Placements` or ``None``. One whose files may be for another machine offers ``not_run_here(contents)``, which says
+    why this one cannot run a file, or gives ``None``.
 
     Attributes:
         SUFFIX: Ending of its files.

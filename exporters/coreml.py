@@ -41,7 +41,6 @@ IN_PROCESS = sys.platform != "darwin"
 INT8_OPTIONS: frozenset[str] = frozenset({"sparse_weights"})
 ACTIVATION_BITS = frozenset({8})
 IMAGES = True
-BATCHES = True
 
 ComputePrecision = Literal["float16", "float32"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from lightning_edge.errors import ExportError, require
-from lightning_edge.exporters import float_layers, mlpackage, pte_constants, pte_coreml, xnnpack_forms
+from lightning_edge.exporters import float_layers, mlpackage, pte_batches, pte_constants, pte_coreml, xnnpack_forms
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 
@@ -55,22 +55,23 @@ def program_of(network: Deployable, backend: Backend) -> Any:
     if backend == "xnnpack":
         network.graph = float_layers.apart_for_xnnpack(network.graph)
     program = pte_constants.computed_before(network.program())
-    # XNNPACK and Vulkan have a mean over height and width in that form alone.
-    if backend in ("xnnpack", "vulkan"):
-        program = xnnpack_forms.in_its_forms(program, vulkan=backend == "vulkan")
+    if backend in ("xnnpack", "vulkan") or network.interface.max_batch > 1:
+        graph = program.module(check_guards=False)
+        if xnnpack_forms.in_its_forms(graph, backend):
+            return network.with_graph(graph).program()
     return program
 
 
 def passes(backend: Backend) -> list[Any] | None:
     """What to do to a network's operations before a backend is chosen for each, if anything.
 
-    ExecuTorch's products of matrices come with expansions to the shape they have, which XNNPACK does not take: each
-    would be a copy outside the delegate, and cut that in two.
+    ExecuTorch's products of matrices come with expansions to the shape they have, which XNNPACK does not take, nor
+    does it take views whose shape is computed: each would be a copy outside the delegate, and cut that in two.
     """
     if backend != "xnnpack":
         return None
     found: list[Any] = require("executorch.backends.xnnpack.utils.configs", _EXTRA).get_transform_passes()
-    return found
+    return [*found, pte_batches.infer_free_dimensions]
 
 
 @contextmanager
@@ -87,6 +88,8 @@ def lowering(backend: Backend) -> Iterator[list[Any]]:
         if backend == "coreml":
             stack.enter_context(mlpackage.quiet())
         partitioners = _partitioners(backend)
+        if backend == "xnnpack":
+            stack.enter_context(pte_batches.slices_of_any_batch())
         if backend in _NAMERS:
             stack.enter_context(_short_keys(_NAMERS[backend]))
         elif backend == "coreml":
@@ -128,7 +131,8 @@ def _xnnpack_configurations() -> list[Any]:
         return type(configuration.__name__, (configuration,), {"supported_precision_types": lambda _: both})
 
     known = require(partition, _EXTRA).ALL_PARTITIONER_CONFIGS
-    return [in_int8_too(each) if each.target_name in _ALSO_INT8 else each for each in known]
+    also = [in_int8_too(each) if each.target_name in _ALSO_INT8 else each for each in known]
+    return [pte_batches.of_any_batch(each) if each.target_name == pte_batches.SLICE else each for each in also]
 
 
 @contextmanager

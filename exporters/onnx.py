@@ -37,7 +37,6 @@ RUNTIME = ("onnxruntime",)
 INT8_OPTIONS: frozenset[str] = frozenset()
 # ONNX can say 16 bits from opset 21 on; ONNX Runtime converts to them and back, and computes in float between.
 ACTIVATION_BITS = frozenset({8})
-BATCHES = True
 
 Scheme = Literal["fp16", "int8_weight_only", "int8_dynamic"]
 

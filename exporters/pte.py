@@ -13,6 +13,7 @@ from lightning_edge.anatomy import Endpoint, Placements
 from lightning_edge.errors import require
 from lightning_edge.exporters import pte_coreml, pte_vulkan
 from lightning_edge.exporters.base import Contents
+from lightning_edge.exporters.calls import of_one_sample
 from lightning_edge.exporters.pte_tally import MOVES, Tally, decode
 from lightning_edge.interface import Interface
 
@@ -118,10 +119,16 @@ def _endpoints(plan: Any, side: str) -> tuple[Endpoint, ...]:
     """What the first method takes or gives: in float as written here, since XNNPACK quantizes inside its graphs."""
     tensors = [plan.values[index].val for index in getattr(plan, side)]
     return tuple(
-        Endpoint(None, tuple(tensor.sizes), _DTYPES.get(tensor.scalar_type.name, tensor.scalar_type.name.lower()))
+        Endpoint(None, _sizes(tensor), _DTYPES.get(tensor.scalar_type.name, tensor.scalar_type.name.lower()))
         for tensor in tensors
         if type(tensor).__name__ == "Tensor"
     )
+
+
+def _sizes(tensor: Any) -> tuple[int, ...]:
+    """Its shape for one sample: where the first dimension is free, a program holds the most that it may be."""
+    is_free = tensor.shape_dynamism.name != "STATIC"
+    return of_one_sample([None, *tensor.sizes[1:]] if is_free else tensor.sizes)
 
 
 def _program(data: bytes) -> Any:

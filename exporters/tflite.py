@@ -40,7 +40,6 @@ NEEDS = ("litert_torch", "ai_edge_litert")
 RUNTIME = ("ai_edge_litert.interpreter", "ai_edge_litert.schema_py_generated")
 INT8_OPTIONS = frozenset({"io", "integer_only"})
 ACTIVATION_BITS = frozenset({8, 16})
-BATCHES = True
 
 Io = Literal["int8", "float"]
 Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from lightning_edge.exporters.graphs import shape_of
+from lightning_edge.exporters.xnnpack_graph import QUANTIZE, constant, insert, quantized, replaced, sizes, sliced, view
 
 _ATEN = torch.ops.aten
-# By name, since they exist only where torchao has been imported.
-_QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
-_DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 
 _POOLS = {_ATEN.avg_pool2d.default, _ATEN.adaptive_avg_pool2d.default}
 _UPSAMPLES = {_ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest2d.default}
@@ -22,7 +21,7 @@ _SQUEEZES = {_ATEN.squeeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN
 _SPLITS = {_ATEN.chunk.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.unbind.int}
 
 
-def in_its_forms(program: torch.export.ExportedProgram, *, vulkan: bool = False) -> torch.export.ExportedProgram:
+def in_its_forms(graph: fx.GraphModule, backend: str) -> bool:
     """Rewrite averages, softmax over the rows of images, LayerNorm, attention in float, and what takes parts.
 
     A mean over height and width that does not keep them leaves the delegate, and so does an average pool over the whole
@@ -32,21 +31,18 @@ def in_its_forms(program: torch.export.ExportedProgram, *, vulkan: bool = False)
     does LayerNorm, which it has as what that is made of.
 
     Args:
-        program: What is lowered.
-        vulkan: For Vulkan instead, which has the same forms of averages and softmax, and the rest as it is.
+        graph: What is lowered, rewritten in place; the first dimension of its inputs may be free.
+        backend: Vulkan has the same forms of averages and softmax, and the rest as it is. ExecuTorch's own kernels
+            take a split for one number of samples only.
+
+    Returns:
+        Whether anything was rewritten.
     """
-    graph = program.module()
-    assert isinstance(graph, fx.GraphModule)
-    rewrites = [_mean, _pool, _softmax] if vulkan else _REWRITES
+    rewrites = {"vulkan": [_mean, _pool, _softmax], "portable": [_split], "xnnpack": _REWRITES}[backend]
     changed = [rewrite(graph, node) for rewrite in rewrites for node in list(graph.graph.nodes)]
-    if not any(changed):
-        return program
     graph.graph.lint()
     graph.recompile()
-    assert program.example_inputs is not None
-    args, kwargs = program.example_inputs
-    with torch.no_grad():
-        return torch.export.export(graph, args, kwargs, strict=False)
+    return any(changed)
 
 
 def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -62,7 +58,7 @@ def _mean(graph: fx.GraphModule, node: fx.Node) -> bool:
         source = _image_of_tokens(graph, node, source)
     elif (rank, over) != (4, [2, 3]) or keeps:
         return False
-    kept = _insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True)
+    kept = insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True)
     return _reshaped(graph, node, kept, source)
 
 
@@ -70,34 +66,40 @@ def _image_of_tokens(graph: fx.GraphModule, before: fx.Node, tokens: Any) -> fx.
     """Give tokens, or an image with the channels last, as an image of one column, in their quantization."""
     batch, *counts, channels = shape_of(tokens)
     count = math.prod(counts)
-    column = _insert(graph, before, _ATEN.view.default, tokens, [batch, count, 1, channels])
-    column = _quantized(graph, before, column, tokens)
-    return _quantized(graph, before, _insert(graph, before, _ATEN.permute.default, column, [0, 3, 1, 2]), tokens)
+    column = view(graph, before, tokens, [batch, count, 1, channels])
+    column = quantized(graph, before, column, tokens)
+    return quantized(graph, before, insert(graph, before, _ATEN.permute.default, column, [0, 3, 1, 2]), tokens)
 
 
 def _image_of_features(graph: fx.GraphModule, before: fx.Node, features: Any) -> fx.Node:
     """Give rows of features as an image one high with a channel for each row, in their quantization."""
     *others, count = shape_of(features)
-    batch, rows = (others[0], math.prod(others[1:])) if len(others) > 1 else (1, *others)
-    image = _insert(graph, before, _ATEN.view.default, features, [batch, rows, 1, count])
-    return _quantized(graph, before, image, features)
+    image = view(graph, before, features, [*_in_two(others), 1, count])
+    return quantized(graph, before, image, features)
+
+
+def _in_two(others: Sequence[Any]) -> tuple[Any, Any]:
+    """Give what stands before the features as two dimensions, the samples first where there are some."""
+    if len(others) > 1 or not isinstance(others[0], int):
+        return others[0], math.prod(others[1:])
+    return 1, others[0]
 
 
 def _extreme(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Take the largest or smallest along dimensions with these kept, and drop them behind: what the delegate has."""
     if node.target not in (_ATEN.amax.default, _ATEN.amin.default) or (len(node.args) > 2 and node.args[2]):
         return False
-    kept = _insert(graph, node, node.target, *node.args[:2], True)
+    kept = insert(graph, node, node.target, *node.args[:2], True)
     return _reshaped(graph, node, kept, node.args[0])
 
 
 def _reshaped(graph: fx.GraphModule, node: fx.Node, kept: fx.Node, source: Any) -> bool:
     """Let what keeps the dimensions of its source stand for a node that does not, viewed in the node's shape; True."""
     readers = list(node.users)
-    if len(readers) == 1 and str(readers[0].target) == _QUANTIZE:
+    if len(readers) == 1 and str(readers[0].target) == QUANTIZE:
         # It needs its own quantizers, or it is no int8 operation; the same ones, so nothing is rounded twice.
-        kept = _quantized(graph, node, kept, source, scale=readers[0].args[1:])
-    return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, kept, list(shape_of(node))))
+        kept = quantized(graph, node, kept, source, scale=readers[0].args[1:])
+    return replaced(graph, node, view(graph, node, kept, shape_of(node)))
 
 
 def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -110,7 +112,16 @@ def _pool(graph: fx.GraphModule, node: fx.Node) -> bool:
         sizes = [int(str(size)) for size in kernel] * (2 // len(kernel))
         for dim, size in zip((2, 3), sizes, strict=True):
             source = _first(graph, node, source, dim, size)
-    return _replaced(graph, node, _insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True))
+    return replaced(graph, node, insert(graph, node, _ATEN.mean.dim, source, [-1, -2], True))
+
+
+def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, size: int) -> fx.Node:
+    """Cut rows that the pool leaves out, in the quantization of what they are cut from."""
+    if shape_of(source)[dim] == size:
+        return source
+    cut = sliced(graph, before, source, dim, 0, size)
+    cut.meta["val"] = source.meta["val"].narrow(dim, 0, size)
+    return cut
 
 
 def _attention(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -121,22 +132,22 @@ def _attention(graph: fx.GraphModule, node: fx.Node) -> bool:
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | node.kwargs
     scale, causal = given.pop("scale", None), given.pop("is_causal", False)
     mask = _added_mask(graph, given.pop("attn_mask", None))
-    batches = {shape_of(operand)[:-2] for operand in (query, key, value)}
-    if mask is None or any(other is not None and other for other in given.values()) or len(batches) > 1:
+    apart = any(shape_of(operand)[:-2] != shape_of(query)[:-2] for operand in (key, value))
+    if mask is None or any(other is not None and other for other in given.values()) or apart:
         return False
     factor = torch.tensor([shape_of(query)[-1] ** -0.5 if scale is None else float(str(scale))])
-    scaled = _insert(graph, node, _ATEN.mul.Tensor, query, _constant(graph, node, "factor", factor, query))
-    scores = _insert(graph, node, _ATEN.matmul.default, scaled, _insert(graph, node, _ATEN.transpose.int, key, -2, -1))
+    scaled = insert(graph, node, _ATEN.mul.Tensor, query, constant(graph, node, "factor", factor, query))
+    scores = insert(graph, node, _ATEN.matmul.default, scaled, insert(graph, node, _ATEN.transpose.int, key, -2, -1))
     if causal:
         unseen = torch.ones(shape_of(query)[-2], shape_of(key)[-2], dtype=torch.bool).triu(1)
         mask = mask + torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)
     if mask.any():
-        scores = _insert(graph, node, _ATEN.add.Tensor, scores, _constant(graph, node, "mask", mask, query))
-    scores.meta["val"] = torch.empty(*shape_of(query)[:-1], shape_of(key)[-2], device="meta")
-    weights = _insert(graph, node, _ATEN.softmax.int, scores, -1)
+        scores = insert(graph, node, _ATEN.add.Tensor, scores, constant(graph, node, "mask", mask, query))
+    scores.meta["val"] = query.meta["val"] @ key.meta["val"].mT  # type: ignore[union-attr]
+    weights = insert(graph, node, _ATEN.softmax.int, scores, -1)
     weights.meta["val"] = scores.meta["val"]
-    result = _insert(graph, node, _ATEN.matmul.default, weights, value)
-    return _replaced(graph, node, result)
+    result = insert(graph, node, _ATEN.matmul.default, weights, value)
+    return replaced(graph, node, result)
 
 
 def _added_mask(graph: fx.GraphModule, mask: Any) -> torch.Tensor | None:
@@ -164,29 +175,29 @@ def _layer_norm(graph: fx.GraphModule, node: fx.Node) -> bool:
     is_float = isinstance(source, fx.Node) and source.meta["val"].dtype is torch.float32
     if not is_float or not isinstance(sizes, list | tuple) or len(sizes) > 1 or len(others) not in (1, 2, 3):
         return False
-    batch, count = (others[0], math.prod(others[1:])) if len(others) > 1 else (1, *others)
+    batch, count = _in_two(others)
     if len(others) > 2:  # as tokens: what is four-dimensional is kept with another axis last
         others = [batch, count]
-        source = _insert(graph, node, _ATEN.view.default, source, [*others, channels])
+        source = view(graph, node, source, [*others, channels])
         source.meta["val"] = node.meta["val"].view(*others, channels)
 
     def mean(value: Any) -> fx.Node:
-        image = _insert(graph, node, _ATEN.view.default, value, [batch, count, 1, channels])
-        kept = _insert(graph, node, _ATEN.mean.dim, image, [-1, -2], True)
-        return _insert(graph, node, _ATEN.view.default, kept, [*others, 1])
+        image = view(graph, node, value, [batch, count, 1, channels])
+        kept = insert(graph, node, _ATEN.mean.dim, image, [-1, -2], True)
+        return view(graph, node, kept, [*others, 1])
 
-    centred = _insert(graph, node, _ATEN.sub.Tensor, source, mean(source))
-    variance = mean(_insert(graph, node, _ATEN.mul.Tensor, centred, centred))
-    small = _constant(graph, node, "eps", torch.tensor([float(str(eps))]), source)
-    root = _insert(graph, node, _ATEN.rsqrt.default, _insert(graph, node, _ATEN.add.Tensor, variance, small))
-    result = _insert(graph, node, _ATEN.mul.Tensor, centred, root)
+    centred = insert(graph, node, _ATEN.sub.Tensor, source, mean(source))
+    variance = mean(insert(graph, node, _ATEN.mul.Tensor, centred, centred))
+    small = constant(graph, node, "eps", torch.tensor([float(str(eps))]), source)
+    root = insert(graph, node, _ATEN.rsqrt.default, insert(graph, node, _ATEN.add.Tensor, variance, small))
+    result = insert(graph, node, _ATEN.mul.Tensor, centred, root)
     if weight is not None:
-        result = _insert(graph, node, _ATEN.mul.Tensor, result, weight)
+        result = insert(graph, node, _ATEN.mul.Tensor, result, weight)
     if bias is not None:
-        result = _insert(graph, node, _ATEN.add.Tensor, result, bias)
+        result = insert(graph, node, _ATEN.add.Tensor, result, bias)
     if len(shape_of(node)) > 3:
-        result = _insert(graph, node, _ATEN.view.default, result, list(shape_of(node)))
-    return _replaced(graph, node, result)
+        result = view(graph, node, result, shape_of(node))
+    return replaced(graph, node, result)
 
 
 def _softmax(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -197,17 +208,17 @@ def _softmax(graph: fx.GraphModule, node: fx.Node) -> bool:
     """
     if node.target is not _ATEN.softmax.int or len(shape_of(node)) != 4 or node.args[1] not in (-1, 3):
         return False
-    batch, *_, last = shape = list(shape_of(node))
-    flat = _insert(graph, node, _ATEN.view.default, node.args[0], [batch, -1, last])
-    result = _insert(graph, node, node.target, flat, -1, *node.args[2:])
-    return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, result, shape))
+    batch, *between, last = shape = shape_of(node)
+    flat = insert(graph, node, _ATEN.reshape.default, node.args[0], sizes([batch, math.prod(between), last]))
+    result = insert(graph, node, node.target, flat, -1, *node.args[2:])
+    return replaced(graph, node, view(graph, node, result, shape))
 
 
 def _squeeze(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Drop or add dimensions of one as a view."""
     if node.target not in _SQUEEZES:
         return False
-    return _replaced(graph, node, _insert(graph, node, _ATEN.view.default, node.args[0], list(shape_of(node))))
+    return replaced(graph, node, view(graph, node, node.args[0], shape_of(node)))
 
 
 def _select(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -215,7 +226,7 @@ def _select(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is not _ATEN.select.int:
         return False
     source, dim, index = node.args
-    return _replaced(graph, node, _taken(graph, node, source, dim, index))
+    return replaced(graph, node, _taken(graph, node, source, dim, index))
 
 
 def _split(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -230,9 +241,9 @@ def _split(graph: fx.GraphModule, node: fx.Node) -> bool:
         part = parts.get(index)
         length = 1 if node.target is _ATEN.unbind.int else value.shape[dim]
         if part is not None and node.target is _ATEN.unbind.int:
-            _replaced(graph, part, _taken(graph, part, source, dim, index))
+            replaced(graph, part, _taken(graph, part, source, dim, index))
         elif part is not None:
-            _replaced(graph, part, _insert(graph, part, _ATEN.slice.Tensor, source, dim, start, start + length))
+            replaced(graph, part, insert(graph, part, _ATEN.slice.Tensor, source, dim, start, start + length))
         start += length
     graph.graph.erase_node(node)
     return True
@@ -241,8 +252,8 @@ def _split(graph: fx.GraphModule, node: fx.Node) -> bool:
 def _taken(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, index: Any) -> fx.Node:
     """Give one of a dimension without that, in the quantization of what it is taken from."""
     start = index % shape_of(source)[dim]
-    kept = _sliced(graph, before, source, dim, start, start + 1)
-    return _insert(graph, before, _ATEN.view.default, kept, list(shape_of(before)))
+    kept = sliced(graph, before, source, dim, start, start + 1)
+    return view(graph, before, kept, shape_of(before))
 
 
 def _roll(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -254,9 +265,9 @@ def _roll(graph: fx.GraphModule, node: fx.Node) -> bool:
     for shift, dim in zip(shifts, dims, strict=True):  # type: ignore[arg-type]
         start = -shift % shape[dim]
         if start:
-            parts = [_sliced(graph, node, result, dim, *ends) for ends in ((start, shape[dim]), (0, start))]
-            result = _quantized(graph, node, _insert(graph, node, _ATEN.cat.default, parts, dim), source)
-    return _replaced(graph, node, result)  # type: ignore[arg-type]
+            parts = [sliced(graph, node, result, dim, *ends) for ends in ((start, shape[dim]), (0, start))]
+            result = quantized(graph, node, insert(graph, node, _ATEN.cat.default, parts, dim), source)
+    return replaced(graph, node, result)  # type: ignore[arg-type]
 
 
 def _clamp(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -267,7 +278,7 @@ def _clamp(graph: fx.GraphModule, node: fx.Node) -> bool:
     limit = torch.finfo(torch.float32).max
     low, high = given.get("min"), given.get("max")
     bounds = (-limit if low is None else low, limit if high is None else high)
-    return _replaced(graph, node, _insert(graph, node, _ATEN.hardtanh.default, node.args[0], *bounds))
+    return replaced(graph, node, insert(graph, node, _ATEN.hardtanh.default, node.args[0], *bounds))
 
 
 def _cube(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -275,9 +286,7 @@ def _cube(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is not _ATEN.pow.Tensor_Scalar or node.args[1] != 3:
         return False
     x = node.args[0]
-    return _replaced(
-        graph, node, _insert(graph, node, _ATEN.mul.Tensor, _insert(graph, node, _ATEN.mul.Tensor, x, x), x)
-    )
+    return replaced(graph, node, insert(graph, node, _ATEN.mul.Tensor, insert(graph, node, _ATEN.mul.Tensor, x, x), x))
 
 
 def _softplus(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -292,19 +301,19 @@ def _softplus(graph: fx.GraphModule, node: fx.Node) -> bool:
     beta = float(str(given.get("beta", 1.0)))
     source: Any = node.args[0]
     if beta != 1.0:
-        factor = _constant(graph, node, "beta", torch.tensor([beta]), node)
-        source = _insert(graph, node, _ATEN.mul.Tensor, source, factor)
-    size = _insert(graph, node, _ATEN.abs.default, source)
-    small = _insert(graph, node, _ATEN.exp.default, _insert(graph, node, _ATEN.neg.default, size))
-    one = _constant(graph, node, "one", torch.tensor([1.0]), node)
-    rest = _insert(graph, node, _ATEN.log.default, _insert(graph, node, _ATEN.add.Tensor, small, one))
-    result = _insert(graph, node, _ATEN.add.Tensor, _insert(graph, node, _ATEN.relu.default, source), rest)
+        factor = constant(graph, node, "beta", torch.tensor([beta]), node)
+        source = insert(graph, node, _ATEN.mul.Tensor, source, factor)
+    size = insert(graph, node, _ATEN.abs.default, source)
+    small = insert(graph, node, _ATEN.exp.default, insert(graph, node, _ATEN.neg.default, size))
+    one = constant(graph, node, "one", torch.tensor([1.0]), node)
+    rest = insert(graph, node, _ATEN.log.default, insert(graph, node, _ATEN.add.Tensor, small, one))
+    result = insert(graph, node, _ATEN.add.Tensor, insert(graph, node, _ATEN.relu.default, source), rest)
     if beta != 1.0:
-        inverse = _constant(graph, node, "inverse", torch.tensor([1 / beta]), node)
-        result = _insert(graph, node, _ATEN.mul.Tensor, result, inverse)
+        inverse = constant(graph, node, "inverse", torch.tensor([1 / beta]), node)
+        result = insert(graph, node, _ATEN.mul.Tensor, result, inverse)
     if node.target is _ATEN.mish.default:
-        result = _insert(graph, node, _ATEN.mul.Tensor, source, _insert(graph, node, _ATEN.tanh.default, result))
-    return _replaced(graph, node, result)
+        result = insert(graph, node, _ATEN.mul.Tensor, source, insert(graph, node, _ATEN.tanh.default, result))
+    return replaced(graph, node, result)
 
 
 def _upsample(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -321,18 +330,18 @@ def _upsample(graph: fx.GraphModule, node: fx.Node) -> bool:
         return False
 
     def like_source(value: fx.Node) -> fx.Node:
-        return _quantized(graph, node, value, source)
+        return quantized(graph, node, value, source)
 
     def repeated(value: fx.Node, shape: list[int], times: int) -> fx.Node:
         # A view for each: XNNPACK is handed concatenations of two different tensors or more.
-        parts = [like_source(_insert(graph, node, _ATEN.view.default, value, shape)) for _ in range(times)]
-        return like_source(_insert(graph, node, _ATEN.cat.default, parts, 2)) if times > 1 else parts[0]
+        parts = [like_source(view(graph, node, value, shape)) for _ in range(times)]
+        return like_source(insert(graph, node, _ATEN.cat.default, parts, 2)) if times > 1 else parts[0]
 
-    last = like_source(_insert(graph, node, _ATEN.permute.default, source, [0, 2, 3, 1]))
+    last = like_source(insert(graph, node, _ATEN.permute.default, source, [0, 2, 3, 1]))
     result = repeated(last, [batch, height * width, channels], wide)
     result = repeated(result, [batch, height, columns * channels], tall)
-    result = like_source(_insert(graph, node, _ATEN.view.default, result, [batch, rows, columns, channels]))
-    return _replaced(graph, node, _insert(graph, node, _ATEN.permute.default, result, [0, 3, 1, 2]))
+    result = like_source(view(graph, node, result, [batch, rows, columns, channels]))
+    return replaced(graph, node, insert(graph, node, _ATEN.permute.default, result, [0, 3, 1, 2]))
 
 
 _REWRITES = [
@@ -351,48 +360,3 @@ _REWRITES = [
     _softplus,
     _upsample,
 ]
-
-
-def _first(graph: fx.GraphModule, before: fx.Node, source: fx.Node, dim: int, size: int) -> fx.Node:
-    """Cut rows that the pool leaves out, in the quantization of what they are cut from."""
-    if shape_of(source)[dim] == size:
-        return source
-    cut = _sliced(graph, before, source, dim, 0, size)
-    cut.meta["val"] = source.meta["val"].narrow(dim, 0, size)
-    return cut
-
-
-def _sliced(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, start: int, stop: int) -> fx.Node:
-    """Give part of a dimension, in the quantization of what it is taken from."""
-    return _quantized(graph, before, _insert(graph, before, _ATEN.slice.Tensor, source, dim, start, stop), source)
-
-
-def _quantized(
-    graph: fx.GraphModule, before: fx.Node, node: fx.Node, like: Any, scale: tuple[Any, ...] | None = None
-) -> fx.Node:
-    """Quantize and dequantize ``node`` if ``like``, which it was made from, is dequantized itself; with its scale."""
-    scale = like.args[1:] if scale is None else scale
-    quantize = like.args[0] if str(like.target) == _DEQUANTIZE else None
-    if not isinstance(quantize, fx.Node) or str(quantize.target) != _QUANTIZE:
-        return node
-    return _insert(graph, before, like.target, _insert(graph, before, quantize.target, node, *scale), *scale)
-
-
-def _insert(graph: fx.GraphModule, before: fx.Node, target: Any, *args: Any) -> fx.Node:
-    with graph.graph.inserting_before(before):
-        return graph.graph.call_function(target, args)
-
-
-def _replaced(graph: fx.GraphModule, node: fx.Node, result: fx.Node) -> bool:
-    """Let a result stand for a node, for which others may look at its shape; True."""
-    result.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(result)
-    graph.graph.erase_node(node)
-    return True
-
-
-def _constant(graph: fx.GraphModule, before: fx.Node, role: str, value: torch.Tensor, like: Any) -> fx.Node:
-    name = f"{role}_of_{before.name}"
-    graph.register_buffer(name, value.to(like.meta["val"].dtype))
-    with graph.graph.inserting_before(before):
-        return graph.graph.get_attr(name)

@@ -21,7 +21,7 @@ from lightning_edge.quantization import quantize
 
 MOST = 3
 SEVERAL = Interface(max_batch=MOST)
-NAMES = {"onnx": "onnxruntime", "coreml": "coremltools", "tflite": "ai_edge_litert"}
+NAMES = {"executorch": "executorch", "onnx": "onnxruntime", "coreml": "coremltools", "tflite": "ai_edge_litert"}
 
 
 @pytest.fixture(autouse=True)
@@ -119,9 +119,73 @@ def test_tflite_takes_several_samples_of_a_decoder_in_int8(tmp_path: Path) -> No
     assert artifact.contents.float_compute_ops == ()
 
 
-def test_executorch_refuses_several(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"max_batch=3\) is not for this target.*onnx, coreml and tflite take several"):
-        export(nn.Linear(6, 2), "executorch", tmp_path / "net.pte", inputs=torch.zeros(1, 6), interface=SEVERAL)
+class Everything(nn.Module):
+    """What is written in other forms for XNNPACK, each with the samples in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 6, 1)
+        self.norm = nn.LayerNorm(6)
+        self.feature_norm = nn.LayerNorm(12)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.convolution(images)
+        doubled = nn.functional.interpolate(features, scale_factor=2.0, mode="nearest").softmax(-1)
+        tokens = self.norm(features.flatten(2).transpose(1, 2)).roll(1, 1)
+        seen = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True)
+        first, second = seen.clamp(-1, 1).chunk(2, 1)
+        parts = [
+            first.mean(1),
+            second.amax(1),
+            doubled.mean((2, 3)),
+            tokens[:, 0],
+            nn.functional.softplus(tokens[:, 1]),
+        ]
+        joined = torch.cat([torch.cat(parts[:2], -1), torch.cat(parts[2:4], -1)], -1)
+        grown = self.feature_norm(joined.unflatten(1, (2, 12)).sum(1)) ** 3
+        return torch.cat([grown, grown.mean(-1, keepdim=True), parts[4]], -1)
+
+
+@pytest.mark.parametrize("backend", ["xnnpack", "portable"])
+def test_a_program_takes_several_samples_in_every_form(backend: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("executorch.extension.pybindings._portable_lib")
+    images, network = torch.randn(MOST, 2, 4, 4), Everything().eval()
+    given: dict[str, Any] = {"inputs": images[:1], "batches": [(images,)], "isolated": False, "backend": backend}
+    path = tmp_path / "net.pte"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExportWarning)
+        artifact = export(network, "executorch", path, interface=SEVERAL, **given)
+        single = export(network, "executorch", tmp_path / "one.pte", **given)
+    if backend == "xnnpack":
+        assert artifact.contents.undelegated_ops == single.contents.undelegated_ops
+    assert artifact.contents.inputs == single.contents.inputs
+    # As an app does it, without this package.
+    data = path.read_bytes()
+    program = runtime._load_program_from_buffer(data)
+    method = program.load_method("forward")
+    for size in (MOST, 1, 2):
+        torch.testing.assert_close(method([images[:size]])[0], network(images[:size]))
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "message"),
+    [
+        ({"backend": "vulkan"}, (torch.zeros(1, 6),), "backend='vulkan' is not allowed: its files cannot be run here"),
+        ({"backend": "coreml"}, (torch.zeros(1, 6),), "backend='coreml' is not allowed: its files cannot be run here"),
+        ({}, (torch.zeros(1, 6), torch.zeros(MOST, 6)), r"input 1 is one for all samples, of the shape \[3, 6\]"),
+    ],
+)
+def test_programs_that_cannot_tell_samples_are_refused(
+    options: dict[str, Any], inputs: tuple[Tensor, ...], message: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("executorch")
+
+    class Sum(nn.Module):
+        def forward(self, *values: Tensor) -> Tensor:
+            return values[0] + values[-1].sum(0)
+
+    with pytest.raises(ValueError, match=message):
+        export(Sum(), "executorch", tmp_path / "net.pte", inputs=inputs, interface=SEVERAL, **options)
     assert list(tmp_path.iterdir()) == []
 
 

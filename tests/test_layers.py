@@ -30,7 +30,7 @@ ROWS = [
 ]
 WITHOUT_TORCH = {"errors", "schedule", "rendering", "monitor", "report", "mistakes", "anatomy", "budget", "macs"}
 WITHOUT_TORCH |= {"provenance", "manifest", "interface"}
-PTE = ("", "_constants", "_coreml", "_tally", "_vulkan")
+PTE = ("", "_batches", "_constants", "_coreml", "_tally", "_vulkan")
 ROOMS = {
     "lightning": ("callbacks", "zoo", "tracking", "validation", "cli"),
     "jsonargparse": ("cli",),

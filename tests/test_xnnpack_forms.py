@@ -263,11 +263,11 @@ def test_what_executorch_cannot_lower_or_run_in_int8(tmp_path: Path, precision: 
 
 
 class RowsOfAnImage(nn.Module):
-    """Softmax over the rows of what a convolution gives: XNNPACK has the channels last there."""
+    """Softmax over the rows of what a layer gives: XNNPACK has the channels last there."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: nn.Module) -> None:
         super().__init__()
-        self.before, self.after = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.before, self.after = before, nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run both, softmax in between."""
@@ -275,9 +275,14 @@ class RowsOfAnImage(nn.Module):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_softmax_over_the_rows_of_an_image_is_one_over_its_rows(tmp_path: Path, precision: Precision) -> None:
+@pytest.mark.parametrize("enlarged", [False, True])
+def test_softmax_over_the_rows_of_an_image_is_one_over_its_rows(
+    tmp_path: Path, enlarged: bool, precision: Precision
+) -> None:
     torch.manual_seed(0)
-    rows, images = RowsOfAnImage().eval(), torch.randn(4, 3, 6, 5)
+    layer = nn.Conv2d(3, 8, 1)
+    rows = RowsOfAnImage(nn.Sequential(layer, nn.Upsample(scale_factor=2)) if enlarged else layer).eval()
+    images = torch.randn(4, 3, 6, 5)
     model = quantize(rows, [images]) if precision == "int8" else deployable(rows, images)
     with pytest.warns(ExportWarning, match="Softmax") if precision == "int8" else nullcontext():
         artifact = export(model, "executorch", tmp_path / "rows.pte", batches=[images])
