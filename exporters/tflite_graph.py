@@ -41,6 +41,7 @@ def parse(data: bytes) -> Any:
         raise ValueError("it does not start as a TensorFlow Lite file does")
     try:
         model = schema.ModelT.InitFromPackedBuf(data, 0)
+        _bring_constants_in(model, data)
         _check_constants(model)
     except Exception as error:
         raise ValueError(f"it is cut short or damaged ({error})") from error
@@ -219,6 +220,18 @@ def _aligned(buffer: Any) -> Any:
         return schema.BufferEnd(builder)
 
     return pack_buffer
+
+
+def _bring_constants_in(model: Any, data: bytes) -> None:
+    """Read the constants that lie behind the flatbuffer, where ai-edge-quantizer puts large ones, as those in it."""
+    import numpy
+
+    for buffer in model.buffers:
+        if buffer.offset > 1:  # 0 and 1 stand for none
+            if buffer.offset + buffer.size > len(data):
+                raise ValueError(f"a constant ends at byte {buffer.offset + buffer.size} of {len(data)}")
+            buffer.data = numpy.frombuffer(data, numpy.uint8, buffer.size, buffer.offset)
+            buffer.offset = buffer.size = 0
 
 
 def _check_constants(model: Any) -> None:

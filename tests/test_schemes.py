@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_edge.errors import AgreementError, ExportError
-from lightning_edge.exporters import ExportWarning, export, options_of, schemes, target
+from lightning_edge.errors import AgreementError, ExportError, RunnerError
+from lightning_edge.exporters import ExportWarning, contents_of, export, options_of, schemes, target
 from lightning_edge.exporters.base import Contents
 from lightning_edge.measure import Tolerance
 from lightning_edge.quantization import quantize
@@ -87,6 +87,37 @@ def test_the_file_holds_the_scheme_and_computes_the_network(name: str, scheme: s
     reference = network(x)
     difference = (artifact(x)[0].float() - reference).abs().max() / reference.abs().max()
     assert 0 < difference < largest
+
+
+@pytest.mark.parametrize("scheme", TAKEN["tflite"])
+def test_weights_behind_the_flatbuffer_are_read(scheme: str, tmp_path: Path) -> None:
+    """ai-edge-quantizer puts them there from 256 KiB on."""
+    pytest.importorskip("ai_edge_quantizer")
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(64, 9_000), nn.Hardtanh(), nn.Linear(9_000, 8)).eval(), samples()
+    path = tmp_path / "net.tflite"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExportWarning)
+        artifact = export(network, "tflite", path, inputs=x, batches=[x], scheme=scheme)
+    bits = {"fp16": 16, "int4": 4}.get(scheme.split("_")[0], 8)
+    stored = 9_000 * (64 + 8) * bits // 8
+    assert stored >= 256 * 1024
+    assert sum(getattr(artifact.contents, key) for key in COUNTED) == stored
+    assert stored < artifact.size_bytes < stored + 20 * 9_008  # scales, zero points and biases of channels
+
+
+def test_constants_behind_the_flatbuffer_that_are_cut_are_an_error(tmp_path: Path) -> None:
+    quantizer = pytest.importorskip("ai_edge_quantizer.quantizer")
+    whole, cut = tmp_path / "whole.tflite", tmp_path / "cut.tflite"
+    export(nn.Linear(64, 9_000), "tflite", whole, inputs=samples())
+    work = quantizer.Quantizer(str(whole))
+    work.add_weight_only_config(regex=".*", operation_name="*", num_bits=8)
+    data = bytes(work.quantize().quantized_model)
+    whole.write_bytes(data)
+    assert contents_of(whole).int8_weight_bytes == 9_000 * 64
+    cut.write_bytes(data[:-100])
+    with pytest.raises(RunnerError, match="a constant ends at byte"):
+        contents_of(cut)
 
 
 @pytest.mark.parametrize("minimum_ios", [17, 18])
