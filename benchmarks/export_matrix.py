@@ -1,14 +1,15 @@
 """Which networks pass on which target in which scheme: trained by a real fit, exported, checked, run and timed.
 
-    python benchmarks/export_matrix.py [--models resnet8,recipe:quickstart] [--targets tflite] [--schemes fp16]
+    python benchmarks/export_matrix.py [--models resnet8,recipe:quickstart] [--targets tflite] [--schemes fp16,sparse]
         [--samples 512] [--repeats 100] [--weights FOLDER] [--output docs/models.md]
 
 Every network trains, is exported and run in a process of its own: 192 steps in float, 48 in int8, to tell noisy random
 patterns apart (from the reference weights of MLPerf Tiny with --weights FOLDER); those of recipes train as these say,
 on digits. The table is about conversion, not about accuracy: the agreement columns compare each file with the network
 it came from on inputs it has not seen, for int8 in steps of the output's quantization. Latencies are of one sample on
-one thread, the int8 and the float file of a target in turn; seconds are those of the export alone, the network being
-converted already.
+one thread, the files of a target in turn; seconds are those of the export alone, the network being converted already.
+Schemes are those of the float network that the target has, all if none are named; for ``sparse`` the smaller half of
+each weight is set to zero first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 REFERENCE = {
     "resnet8": "ic01_resnet8_fp32_weights.npz",
@@ -49,14 +50,22 @@ contents and run. Those of recipes are trained as these say. The table is about 
 - **bytes, floor**: bytes on disk, and how often they hold the bytes that the network's values need by themselves.
 - **float**: operations of an int8 file that compute in float.
 - **outside**: share of the multiply-accumulates that run outside the target's delegate, as far as runtime or file tell.
-- **int8 / fp32**: median latency of the int8 file over that of the float file on the same runtime, {repeats} calls of
-  each in turn, one thread, in a process of each, on a shared machine: {cpu}. Core ML's is not measured, its packages
-  run in the reference interpreter.
+- **/ fp32**: median latency of the file over that of the float file on the same runtime, {repeats} calls of each file
+  of a target in turn, one thread, in a process of each, on a shared machine: {cpu}. Core ML's is not measured, its
+  packages run in the reference interpreter.
 - **s**: seconds to export, the network being converted already.
 
 `hf_*` are small networks built from `transformers` configurations.
 
 {table}
+
+## Schemes
+
+The float networks of the table above in each [scheme](schemes.md) that the target has, held against the float network
+within the scheme's own tolerance; for `sparse` the smaller half of each weight is set to zero first. What is refused by
+the gate has lost too much in so few bits without training.
+
+{schemes}
 """
 COLUMNS = (
     "network",
@@ -70,7 +79,7 @@ COLUMNS = (
     "floor",
     "float",
     "outside",
-    "int8 / fp32",
+    "/ fp32",
     "s",
 )
 
@@ -246,10 +255,10 @@ class Patterns:
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train one network, and export it to every target in float, in int8 and in every scheme."""
+    """Train one network, and export it to every target in float, in int8 and in every scheme that it has."""
     import torch
 
-    from lightning_edge import convert
+    from lightning_edge import convert, exporters
     from lightning_edge.exporters import deployable
     from lightning_edge.zoo.networks import load_reference_weights
 
@@ -265,11 +274,14 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         trained = fit(network, shape, options.samples)
     batches, regression = trained.batches, trained.regression
     forms = {"fp32": deployable(trained.baseline, batches[0].sample()), "int8": convert(trained.task)}
+    forms["sparse"] = deployable(halved(trained.baseline), batches[0].sample())
     rows: list[dict[str, Any]] = []
     for target in options.targets.split(","):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
             loaded: dict[str, tuple[int, Any]] = {}
-            for scheme in ("fp32", "int8", *filter(None, options.schemes.split(","))):
+            taken = get_args(exporters.target(target).Scheme)  # type: ignore[attr-defined]
+            asked = taken if options.schemes is None else options.schemes.split(",")
+            for scheme in ("fp32", "int8", *(scheme for scheme in taken if scheme in asked)):
                 row: dict[str, Any] = {"network": name, "target": target, "scheme": scheme}
                 path = Path(folder) / scheme
                 staged = write(row, forms.get(scheme, forms["fp32"]), target, path, batches, regression)
@@ -279,8 +291,21 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             times = timed({scheme: staged for scheme, (_, staged) in loaded.items()}, batches[0], options.repeats)
             for scheme in loaded:
                 if scheme in times and "fp32" in times and scheme != "fp32":
-                    rows[loaded[scheme][0]]["int8 / fp32"] = times[scheme] / times["fp32"]
+                    rows[loaded[scheme][0]]["/ fp32"] = times[scheme] / times["fp32"]
     return rows
+
+
+def halved(network: Any) -> Any:
+    """Give a copy with the smaller half of each weight set to zero."""
+    import copy
+
+    import torch
+
+    network = copy.deepcopy(network)
+    with torch.no_grad():
+        for weight in (parameter for parameter in network.parameters() if parameter.dim() > 1):
+            weight[weight.abs() < weight.abs().median()] = 0.0
+    return network
 
 
 def write(
@@ -345,7 +370,7 @@ def timed(files: dict[str, Any], inputs: Any, repeats: int) -> dict[str, float]:
 
 
 FORMS = {"top-1": ".3f", "max": ".2g", "mean": ".2f", "bytes": ",", "floor": ".2f", "outside": ".0%"}
-FORMS |= {"int8 / fp32": ".2f", "s": ".1f"}
+FORMS |= {"/ fp32": ".2f", "s": ".1f"}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -378,7 +403,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", default="")
     parser.add_argument("--targets", default="executorch,coreml,tflite,onnx")
-    parser.add_argument("--schemes", default="", help="schemes for the float network beside fp32 and int8")
+    parser.add_argument(
+        "--schemes", default=None, help="schemes of the float network beside fp32 and int8; all if none"
+    )
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--weights", type=Path, default=None)
@@ -400,11 +427,12 @@ def main() -> None:
             last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
             rows.append({"network": name, "result": f"crash: {last[0]}"})
         print(f"{name}: {', '.join(row['result'] for row in rows if row['network'] == name)}", file=sys.stderr)
-    table = markdown(rows)
-    print(table)
+    plain = [row for row in rows if row.get("scheme") in ("fp32", "int8", None)]
+    tables = {"table": markdown(plain), "schemes": markdown([row for row in rows if row not in plain])}
+    print("\n".join(tables.values()))
     if options.output:
-        page = PAGE.format(samples=options.samples, repeats=options.repeats, cpu=cpu(), table=table.rstrip())
-        options.output.write_text(page)
+        tables = {name: table.rstrip() for name, table in tables.items()}
+        options.output.write_text(PAGE.format(samples=options.samples, repeats=options.repeats, cpu=cpu(), **tables))
 
 
 if __name__ == "__main__":
