@@ -10,8 +10,8 @@ import math
 from typing import Any, NamedTuple
 
 from lightning_edge.errors import ExportError
-from lightning_edge.exporters import tflite_edit
-from lightning_edge.exporters.tflite_graph import op_name
+from lightning_edge.exporters import tflite_edit, tflite_graph
+from lightning_edge.exporters.tflite_graph import dtype_name, op_name, schema_module
 
 # How many the file is written for: of one sample, the converter loses the axis.
 SAMPLES = 2
@@ -25,6 +25,8 @@ _FIXED = {
 }
 # What takes operands of one shape together.
 _TOGETHER = {"ADD", "CONCATENATION", "DIV", "MAXIMUM", "MINIMUM", "MUL", "PACK", "SQUARED_DIFFERENCE", "SUB"}
+# Of them, what takes none of one sample for all.
+_SIDE_BY_SIDE = {"CONCATENATION", "PACK"}
 _RESHAPES = {"EXPAND_DIMS", "RESHAPE", "SQUEEZE"}
 _REDUCTIONS = {"ARG_MAX", "ARG_MIN", "MEAN", "REDUCE_MAX", "REDUCE_MIN", "REDUCE_PROD", "SUM"}
 
@@ -43,23 +45,24 @@ def free_batch(model: Any) -> None:
         model: A file for `SAMPLES` of them; a file for one afterwards, until the inputs are resized.
 
     Raises:
-        ExportError: If an operation has the whole shape of what it gives in the file, joins samples with a constant, or
-            puts them where this does not know.
+        ExportError: If an operation has the whole shape of what it gives in the file, joins samples with a constant
+            that is not the same for each, or puts them where this does not know.
     """
     graph = model.subgraphs[0]
     places = {int(index): _Place(0) for index in graph.inputs if _shape(graph, index)[:1] == [SAMPLES]}
-    for op in graph.operators:
+    operators, graph.operators = graph.operators, []
+    for op in operators:
         given = [int(index) for index in op.inputs if index >= 0]
         carrier = next((index for index in given if index in places), None)
         if carrier is None:
+            graph.operators.append(op)
             continue
         name, place = op_name(model, op), places[carrier]
         if name in _FIXED:
             raise _refusal(_FIXED[name])
-        others = [_shape(graph, index) for index in given if index not in places]
-        rank = len(_shape(graph, carrier))
-        if name in _TOGETHER and any(len(shape) == rank and shape[place.axis] > 1 for shape in others):
-            raise _refusal("a constant that is joined to each sample, such as a class token,")
+        if name in _TOGETHER:
+            _meet_constants(model, graph, op, carrier, places)
+        graph.operators.append(op)
         places.update({int(index): _place_behind(model, graph, op, carrier, place, index) for index in op.outputs})
         if name == "RESHAPE":
             _open_shape(model, graph, op, places[int(op.outputs[0])].axis)
@@ -71,6 +74,69 @@ def free_batch(model: Any) -> None:
         tensor, shape = graph.tensors[index], _shape(graph, index)
         tensor.shape = [*shape[:axis], shape[axis] // SAMPLES, *shape[axis + 1 :]]
         tensor.shapeSignature = [*shape[:axis], -1, *shape[axis + 1 :]]
+    tflite_edit.drop_unread(model)
+
+
+def _meet_constants(model: Any, graph: Any, op: Any, carrier: int, places: dict[int, _Place]) -> None:
+    """Have an operation take constants that were written for each sample, such as class tokens, for any number."""
+    place, rank = places[carrier], len(_shape(graph, carrier))
+    inputs = [int(index) for index in op.inputs]
+    for position, index in enumerate(inputs):
+        shape = _shape(graph, index)
+        if index in places or len(shape) != rank or shape[place.axis] == 1:
+            continue
+        one = _one_for_all(model, graph, index, place)
+        if op_name(model, op) in _SIDE_BY_SIDE:
+            one = _spread(model, graph, one, carrier, places)
+        inputs[position] = one
+    op.inputs = inputs
+
+
+def _one_for_all(model: Any, graph: Any, index: int, place: _Place) -> int:
+    """Give a constant without what it repeats for each sample."""
+    import numpy
+
+    tensor, maker = graph.tensors[index], tflite_edit.makers(graph).get(index)
+    if maker is not None and op_name(model, maker) == "BROADCAST_TO":
+        source, spread = _shape(graph, maker.inputs[0]), _shape(graph, index)
+        if source == [*spread[: place.axis], 1, *spread[place.axis + 1 :]]:
+            return int(maker.inputs[0])
+    values = tflite_edit.constant(model, graph, index, dtype_name(tensor.type))
+    if values is None or place.slower > 1 or values.shape[place.axis] != SAMPLES:
+        raise _refusal("a constant that is joined to the samples")
+    first, *others = numpy.split(values, SAMPLES, place.axis)
+    if any(not numpy.array_equal(first, other) for other in others):
+        raise _refusal("a constant that is another one for each sample")
+    one = tflite_edit.add_constant(model, graph, first, first.dtype.name)
+    graph.tensors[one].quantization = tensor.quantization
+    return one
+
+
+def _spread(model: Any, graph: Any, one: int, carrier: int, places: dict[int, _Place]) -> int:
+    """Compute a constant for each of the samples there are: what is largest of it and what is smallest of it and them.
+
+    The operations that spread a value do so to a shape, and a shape that is computed ends LiteRT's delegate.
+    """
+    schema = schema_module()
+    source, tensor, size, axis = graph.tensors[carrier], graph.tensors[one], _shape(graph, one), places[carrier].axis
+    fits = all(part <= whole for part, whole in zip(size, _shape(graph, carrier), strict=True))
+    if not fits or source.type != tensor.type or not tflite_edit.same_scale(source, tensor):
+        raise _refusal("a constant that is joined to each sample and larger than that, or in another scale,")
+    size[axis] = SAMPLES
+
+    def computed(name: str, *inputs: int) -> int:
+        made = schema.TensorT(shape=size, type=tensor.type, hasRank=True, name=name.encode())
+        made.quantization = tensor.quantization
+        graph.tensors.append(made)
+        outputs = [len(graph.tensors) - 1]
+        code = tflite_graph.op_code(model, name)
+        graph.operators.append(schema.OperatorT(opcodeIndex=code, inputs=list(inputs), outputs=outputs))
+        places[outputs[0]] = places[carrier]
+        return outputs[0]
+
+    begin, reach = [0] * len(size), [-1 if other == axis else part for other, part in enumerate(size)]
+    part = computed("SLICE", carrier, *(tflite_edit.add_constant(model, graph, numbers) for numbers in (begin, reach)))
+    return computed("MAXIMUM", computed("MINIMUM", part, one), one)
 
 
 def _place_behind(model: Any, graph: Any, op: Any, carrier: int, place: _Place, output: Any) -> _Place:

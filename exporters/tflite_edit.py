@@ -61,6 +61,17 @@ def add_constant(
     return len(graph.tensors) - 1
 
 
+def same_scale(first: Any, second: Any) -> bool:
+    """Whether an integer stands for the same number in both, so that what one pads with is the other's zero."""
+
+    def scale(tensor: Any) -> list[list[float]]:
+        found = tensor.quantization
+        parts = () if found is None else (found.scale, found.zeroPoint)
+        return [list(part) for part in parts if part is not None]
+
+    return scale(first) == scale(second)
+
+
 def read_instead(model: Any, graph: Any, same: Mapping[int, int]) -> None:
     """Let operations and the caller read one tensor instead of another that has the same values."""
     import numpy

@@ -132,7 +132,9 @@ def _pad_with_zero(model: Any, graph: Any) -> None:
         if value.type != schema_module().TensorType.INT8 or not tflite_graph.length_bytes(model, value):
             continue
         (stored,) = bytes(model.buffers[value.buffer].data)
-        if _same_scale(source, padded) and [stored] == [int(zero) % 256 for zero in source.quantization.zeroPoint]:
+        if tflite_edit.same_scale(source, padded) and [stored] == [
+            int(zero) % 256 for zero in source.quantization.zeroPoint
+        ]:
             op.opcodeIndex, op.inputs = tflite_graph.op_code(model, "PAD"), op.inputs[:2]
             op.builtinOptionsType, op.builtinOptions = schema_module().BuiltinOptions.NONE, None
 
@@ -147,7 +149,7 @@ def _pad_in_convolutions(model: Any, graph: Any) -> None:
             continue
         widths = tflite_edit.constant(model, graph, pad.inputs[1])
         source, padded = (graph.tensors[int(index)] for index in (pad.inputs[0], pad.outputs[0]))
-        if widths is None or not _same_scale(source, padded):
+        if widths is None or not tflite_edit.same_scale(source, padded):
             continue
         kernel, options = graph.tensors[int(op.inputs[1])].shape[1:3], op.builtinOptions
         strides = (options.strideH, options.strideW)
@@ -165,18 +167,6 @@ def same_padding(size: int, stride: int, reach: int) -> list[int]:
     """Give what SAME pads before and after: as many outputs as strides begin in the input, the odd one after."""
     total = max((-(-int(size) // stride) - 1) * stride + int(reach) - int(size), 0)
     return [total // 2, total - total // 2]
-
-
-def _same_scale(first: Any, second: Any) -> bool:
-    """Whether an integer stands for the same number in both, so that what one pads with is the other's zero."""
-
-    def scale(tensor: Any) -> list[list[float]]:
-        found = tensor.quantization
-        return (
-            [] if found is None else [list(part) if part is not None else [] for part in (found.scale, found.zeroPoint)]
-        )
-
-    return scale(first) == scale(second)
 
 
 def _order(model: Any, graph: Any, op: Any) -> list[int] | None:

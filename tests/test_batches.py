@@ -108,12 +108,19 @@ def test_core_ml_declares_the_range(tmp_path: Path) -> None:
     assert (features.lowerBound, features.upperBound) == (6, 6)
 
 
-def test_tflite_takes_several_samples_of_a_decoder_in_int8(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.ReLU(), nn.Conv2d(3, 2, 1)), (2, 4, 4)),
+        (lambda: Prefixed(1), (4, 6)),
+    ],
+)
+def test_tflite_takes_several_samples_in_int8(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], tmp_path: Path
+) -> None:
     pytest.importorskip("ai_edge_litert")
-    images = torch.randn(MOST, 2, 4, 4)
-    decoder = nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.ReLU(), nn.Conv2d(3, 2, 1)).eval()
-    path = tmp_path / "net.tflite"
-    artifact = export(quantize(decoder, [images]), "tflite", path, batches=[(images,)], interface=SEVERAL)
+    given, path = torch.randn(MOST, *shape), tmp_path / "net.tflite"
+    artifact = export(quantize(make().eval(), [given]), "tflite", path, batches=[(given,)], interface=SEVERAL)
     assert artifact.agreement is not None
     assert artifact.agreement.max_steps == 0
     assert artifact.contents.float_compute_ops == ()
@@ -220,21 +227,25 @@ def test_networks_that_mix_samples_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-class ClassToken(nn.Module):
-    """A token of its own in front of those of each sample."""
+class Prefixed(nn.Module):
+    """Tokens of its own in front of those of each sample, such as a class token; and something added to each."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.prefix = nn.Parameter(torch.randn(1, count, 6))
+        self.positions = nn.Parameter(torch.randn(1, 4 + count, 6))
+        self.layer = nn.Linear(6, 6)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return torch.cat([self.token.expand(tokens.shape[0], -1, -1), tokens], 1)
+        samples = tokens.shape[0]
+        joined = torch.cat([self.prefix.expand(samples, -1, -1), self.layer(tokens)], 1)
+        return joined + self.positions.expand(samples, -1, -1)
 
 
 @pytest.mark.parametrize(
     ("built", "shape", "reason"),
     [
-        (ClassToken(), (1, 4, 6), "a constant that is joined to each sample"),
+        (Prefixed(5), (1, 4, 6), "a constant that is joined to each sample and larger than that"),
         (nn.ConvTranspose2d(2, 3, 2, stride=2), (1, 2, 4, 4), "a transposed convolution"),
     ],
 )
@@ -280,6 +291,8 @@ class SequenceFirst(nn.Module):
         (Moved(), torch.randn(MOST, 4, 6)),
         (SequenceFirst(), torch.randn(MOST, 4, 6)),
         (nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(24, 3)), torch.randint(0, 9, (MOST, 4))),
+        (Prefixed(1), torch.randn(MOST, 4, 6)),
+        (Prefixed(3), torch.randn(MOST, 4, 6)),
     ],
 )
 def test_tflite_follows_samples_to_other_axes(built: nn.Module, given: Tensor, tmp_path: Path) -> None:
