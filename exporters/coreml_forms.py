@@ -28,9 +28,9 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
 
 
 def program_of(network: Deployable) -> torch.export.ExportedProgram:
-    """Export a network, without what it computes at every call alike; with it if the batch is free."""
+    """Export a network, without what it computes at every call alike."""
     program = network.program()
-    module = program.module() if network.interface.max_batch == 1 else None
+    module = program.module(check_guards=False)
     if not isinstance(module, fx.GraphModule) or not compute_before(module):
         return program
     return network.with_graph(module).program()

@@ -34,6 +34,12 @@ def _cast(x: Any, dtype: str) -> Tensor:
     return tensor(x).to(DTYPES[dtype])
 
 
+def _division(x: Tensor, y: Tensor) -> Tensor:
+    """Divide; of integers coremltools gives integers, cut off towards zero."""
+    whole = not (x.is_floating_point() or y.is_floating_point())
+    return torch.div(x, y, rounding_mode="trunc" if whole else None)
+
+
 def _whole_division(x: Tensor, y: Tensor) -> Tensor:
     return torch.div(x, y, rounding_mode="floor")
 
@@ -88,6 +94,8 @@ def _squeeze(x: Any, axes: list[int] | None = None) -> Tensor:
 
 def _concat(values: Sequence[Any], axis: int, interleave: bool = False) -> Tensor:
     tensors = [tensor(value) for value in values]
+    if not any(value.dim() for value in tensors):
+        return torch.stack(tensors, axis)  # numbers become a row of them, as of a shape
     if not interleave:
         return torch.cat(tensors, axis)
     axis = axis % tensors[0].dim()
@@ -267,7 +275,7 @@ OPS: Mapping[str, Callable[..., Any]] = {
     "mul": _binary(torch.mul),
     "not_equal": _binary(torch.ne),
     "pow": _binary(torch.pow),
-    "real_div": _binary(torch.div),
+    "real_div": _binary(_division),
     "select": lambda cond, a, b: torch.where(tensor(cond), tensor(a), tensor(b)),
     "sub": _binary(torch.sub),
     # reductions

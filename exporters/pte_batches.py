@@ -24,7 +24,7 @@ def infer_free_dimensions(module: fx.GraphModule) -> PassResult:
     for node in module.graph.nodes:
         if _VIEW not in str(node.target):
             continue
-        sizes = [size if isinstance(size, int) else -1 for size in node.args[1]]
+        sizes = [size or -1 for size in _sizes(node)]
         if sizes.count(-1) == 1:
             node.args = (node.args[0], sizes)
     module.graph.eliminate_dead_code()

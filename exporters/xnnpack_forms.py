@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,6 +155,8 @@ def _added_mask(graph: fx.GraphModule, mask: Any) -> torch.Tensor | None:
     """Give what a mask adds to the scores, 0 without one; ``None`` if that is not known, or leaves nothing of a row."""
     if mask is None:
         return torch.zeros(())
+    if mask.target is _ATEN.expand.default:  # to the samples, which a sum spreads it to anyway
+        mask = mask.args[0]
     if mask.op != "get_attr":
         return None
     value: torch.Tensor = operator.attrgetter(str(mask.target))(graph)
@@ -219,6 +222,20 @@ def _squeeze(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target not in _SQUEEZES:
         return False
     return replaced(graph, node, view(graph, node, node.args[0], shape_of(node)))
+
+
+def _whole(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Read what all is taken of: of a free dimension, such as the samples in ``x[:, 0]``, that is not seen before."""
+    if node.target is not _ATEN.slice.Tensor:
+        return False
+    given = dict(zip(("start", "stop", "step"), node.args[2:], strict=False))
+    stop = given.get("stop")
+    is_end = stop is None or (isinstance(stop, int) and stop >= sys.maxsize)
+    if given.get("start") or given.get("step", 1) != 1 or not is_end:
+        return False
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    graph.graph.erase_node(node)
+    return True
 
 
 def _select(graph: fx.GraphModule, node: fx.Node) -> bool:
@@ -352,6 +369,7 @@ _REWRITES = [
     _pool,
     _softmax,
     _squeeze,
+    _whole,
     _select,
     _split,
     _roll,

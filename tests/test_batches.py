@@ -312,6 +312,50 @@ def test_tflite_follows_samples_to_other_axes(built: nn.Module, given: Tensor, t
     torch.testing.assert_close(torch.from_numpy(runtime.get_tensor(found["index"])), built(given))
 
 
+class VisionTransformer(nn.Module):
+    """As transformers writes it: heads by a view that leaves their number open, a mask spread to the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedded, self.attended = Prefixed(1), nn.Linear(6, 18)
+        self.last = nn.Linear(6, 3)
+        self.register_buffer("seen", torch.rand(1, 1, 5, 5) > 0.3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        samples = tokens.shape[0]
+        parts = self.attended(self.embedded(tokens)).chunk(3, -1)
+        heads = (part.view(samples, 5, -1, 3).transpose(1, 2) for part in parts)
+        mask = self.seen | torch.eye(5, dtype=torch.bool)
+        mixed = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask.expand(samples, -1, -1, -1))
+        result: Tensor = self.last(mixed.transpose(1, 2).reshape(samples, 5, -1)[:, 0])
+        return result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("target_name", NAMES)
+def test_a_vision_transformer_takes_several_samples(target_name: str, precision: Precision, tmp_path: Path) -> None:
+    pytest.importorskip(NAMES[target_name])
+    tokens, built = torch.randn(MOST, 4, 6), VisionTransformer().eval()
+    model, given = (quantize(built, [tokens]), {}) if precision == "int8" else (built, {"inputs": tokens[:1]})
+    path = tmp_path / f"net{target(target_name).SUFFIX}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExportWarning)
+        artifact = export(
+            model,
+            target_name,
+            path,
+            batches=[(tokens,)],
+            interface=SEVERAL,
+            isolated=False,
+            **given,  # type: ignore[arg-type]
+        )
+    assert artifact.agreement is not None
+    assert (artifact.agreement.max_steps or 0) <= 1
+    assert artifact.agreement.max_relative < (0.02 if precision == "int8" else 1e-4)
+    if target_name == "executorch":  # but for spreading the class token
+        assert set(artifact.contents.undelegated_ops or ()) <= {"aten::sym_size", "aten::expand_copy"}
+
+
 @pytest.mark.parametrize("given", [0, -1, 1.5, True, "4", (1, 4)])
 def test_a_number_of_samples_is_a_whole_number(given: Any) -> None:
     with pytest.raises(ValueError, match="give a whole number of samples, 1 or more"):

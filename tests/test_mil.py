@@ -61,6 +61,7 @@ EVALUATED: dict[str, Callable[[], Any]] = {
     "ceil": lambda: mb.ceil(x=X),
     "clip": lambda: mb.clip(x=X, alpha=-0.5, beta=0.5),
     "concat": lambda: mb.concat(values=[X, Y], axis=1),
+    "concat of numbers": lambda: mb.concat(values=[np.int32(3), np.int32(5)], axis=0),
     "cos": lambda: mb.cos(x=X),
     "cosh": lambda: mb.cosh(x=X),
     "cumsum": lambda: mb.cumsum(x=X, axis=2),
@@ -112,6 +113,7 @@ EVALUATED: dict[str, Callable[[], Any]] = {
         input=X, scale=SCALES / 50, zero_point=np.int8([1, -2, 3, 0]), axis=-2, output_dtype="int8"
     ),
     "real_div": lambda: mb.real_div(x=X, y=POSITIVE),
+    "real_div of integers": lambda: mb.real_div(x=COUNTS, y=np.int32(5)),
     "reduce_argmax": lambda: mb.reduce_argmax(x=X, axis=1),
     "reduce_argmin": lambda: mb.reduce_argmin(x=X, axis=-1, keep_dims=True),
     "reduce_l1_norm": lambda: mb.reduce_l1_norm(x=X, axes=[1, 2]),
