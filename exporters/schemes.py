@@ -24,15 +24,15 @@ Scheme = Literal[
 ]
 
 # Largest difference over the largest output, and share of equal top classes, from the float network. Measured
-# (docs/models.md): fp16 0.001, and 0.01 on a hardly trained MobileNetV2, 8 bits 0.01, with activations 0.13 there, 4
-# bits 0.1 to 0.8; what has a fault lies further, mostly by orders of magnitude. Zeros left out change nothing.
+# (docs/models.md): fp16 0.001, 8 bits 0.01, 4 bits 0.1; on hardly trained MobileNetV2s, the same on all targets, 0.01,
+# 0.1 and 0.8. What has a fault lies further, mostly by orders of magnitude. Zeros left out change nothing.
 _TOLERANCES: dict[Scheme, Tolerance] = {
-    "fp16": Tolerance(max_relative=0.02, top1=0.98),
-    "int8_weight_only": Tolerance(max_relative=0.1, top1=0.9),
+    "fp16": Tolerance(max_relative=0.02, top1=0.95),
+    "int8_weight_only": Tolerance(max_relative=0.2, top1=0.9),
     "int8_dynamic": Tolerance(max_relative=0.2, top1=0.9),
     "int4_weight_only": Tolerance(max_relative=0.5, top1=None),
     "int4_dynamic": Tolerance(max_relative=0.5, top1=None),
-    "palette8": Tolerance(max_relative=0.1, top1=0.9),
+    "palette8": Tolerance(max_relative=0.2, top1=0.9),
     "palette6": Tolerance(max_relative=0.2, top1=None),
     "palette4": Tolerance(max_relative=0.5, top1=None),
     "sparse": Tolerance(),
