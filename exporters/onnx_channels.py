@@ -85,15 +85,23 @@ def align(graph: Graph) -> None:
 
 
 def _align_inputs(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Put an operation that adds channels before a convolution that reads few, as the three colors of an image."""
+    """Put an operation that adds channels before a convolution that reads few, as the three colors of an image.
+
+    Not where these come innermost: one more for each pixel takes longer there than the kernel gains.
+    """
     nodes = []
     for node in graph.nodes:
-        weight, data = _weight(graph, node), graph.maker(node.input[0], _DEQUANTIZE)
-        if weight is not None and data is not None and _overlaps(graph, node) and _is_large(node, shapes):
+        weight, data = weight_of(graph, node), graph.maker(node.input[0], _DEQUANTIZE)
+        gains = weight is not None and _overlaps(graph, node) and _is_large(node, shapes)
+        if weight is not None and data is not None and gains and not _comes_innermost(graph, data.input[0]):
             channels = weight.shape[1]
             more = -channels % _READ_AT_A_TIME
             zero = graph.constant(data.input[2]) if len(data.input) > 2 else None
-            if more and channels + more <= _MOST * channels and zero is not None and zero.size == 1:
+            normalization = _normalization(graph, data)
+            if more and normalization is not None:
+                _pad_made(graph, normalization, more)
+                _pad(graph, graph.maker(node.input[1]), 1, more)
+            elif more and channels + more <= _MOST * channels and zero is not None and zero.size == 1:
                 amounts = numpy.zeros((2, _IMAGE), numpy.int64)
                 amounts[1, 1] = more
                 constants = [graph.add_constant(array) for array in (amounts.reshape(-1), zero.reshape(()))]
@@ -104,6 +112,22 @@ def _align_inputs(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 _pad(graph, graph.maker(node.input[1]), 1, more)
         nodes.append(node)
     graph.settle(nodes)
+
+
+def _normalization(graph: Graph, data: Any) -> Any:
+    """The convolution over a few channels that alone makes what one other convolution reads, if there is one."""
+    quantize = graph.maker(data.input[0], _QUANTIZE)
+    made = None if quantize is None else graph.maker(quantize.input[0], "Conv")
+    weight = None if made is None else weight_of(graph, made)
+    alone = all(graph.only_reader(name) is not None for name in (data.input[0], data.output[0]))
+    return made if weight is not None and weight.shape[0] == weight.shape[1] <= _READ_AT_A_TIME and alone else None
+
+
+def _comes_innermost(graph: Graph, name: str) -> bool:
+    """Whether an image is given to the file with its channels last."""
+    quantize = graph.maker(name, _QUANTIZE)
+    transpose = graph.maker(name if quantize is None else quantize.input[0], "Transpose")
+    return transpose is not None and graph.maker(transpose.input[0]) is None
 
 
 def _regions(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[_Region]:
@@ -125,7 +149,7 @@ def _regions(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[_Regio
             continue
         channels = {shapes[name][1] if len(shapes.get(name, ())) == _IMAGE else 0 for name in (*operands, *node.output)}
         result = node.output[0]
-        if node.op_type == "Conv" and _weight(graph, node) is not None and 0 not in channels:
+        if node.op_type == "Conv" and weight_of(graph, node) is not None and 0 not in channels:
             groups = attribute(node, "group", 1)
             if groups == 1:
                 read.append((operands[0], node))
@@ -162,7 +186,7 @@ def _is_for_all(graph: Graph, node: Any) -> bool:
     return all(array.size == 1 for array in found if array is not None)
 
 
-def _weight(graph: Graph, node: Any) -> Array | None:
+def weight_of(graph: Graph, node: Any) -> Array | None:
     """The integers of a convolution over images, if it alone reads them and they and its bias can be made more."""
     if node.op_type != "Conv":
         return None
@@ -182,7 +206,7 @@ def _overlaps(graph: Graph, node: Any) -> bool:
     Those that do not, such as those of single pixels and of patches, are products of matrices, which take any number of
     channels.
     """
-    weight = _weight(graph, node)
+    weight = weight_of(graph, node)
     if weight is None or attribute(node, "group", 1) != 1:
         return False
     sizes = weight.shape[2:]

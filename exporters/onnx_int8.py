@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from lightning_edge.exporters import onnx_channels, onnx_linears
+from lightning_edge.exporters import onnx_channels, onnx_linears, onnx_pixels
 from lightning_edge.exporters.onnx_equivalents import lone_softmaxes, subtractions
 from lightning_edge.exporters.onnx_graph import Array, Graph, attribute, requantized, same_quantization, set_attribute
 
@@ -25,7 +25,8 @@ def rewrite(model: Any) -> None:
     graph = Graph(model)
     steps = (repeats, averages, paddings, activations, linears, integer_biases, unsigned, lone_softmaxes, subtractions)
     rows = (onnx_linears.averages_of_rows, onnx_linears.as_convolutions, onnx_linears.flattened_pixels)
-    for step in (*steps, pixels, onnx_channels.align, *rows, zero_points):
+    of_pixels = (onnx_pixels.as_they_are, onnx_pixels.together)
+    for step in (*steps, *of_pixels, onnx_channels.align, onnx_pixels.several, *rows, zero_points):
         step(graph)
         graph.settle()
 
@@ -226,20 +227,6 @@ def linears(graph: Graph) -> None:
         if add is not None:
             nodes.append(node)
     graph.settle(nodes)
-
-
-def pixels(graph: Graph) -> None:
-    """Dequantize pixels as they are: uint8 made float and quantized again in steps of 1 from 0 is the same integer."""
-    types = graph.types()
-    for node in graph.nodes:
-        cast = graph.maker(node.input[0], "Cast") if node.op_type == _QUANTIZE else None
-        source = None if cast is None else types.get(cast.input[0])
-        if cast is None or source is None or source.elem_type != graph.uint8 or graph.constant(node.input[1]) != 1.0:
-            continue
-        zero = graph.constant(node.input[2])
-        if zero is not None and zero.dtype == numpy.uint8 and zero == 0:
-            for reader in graph.readers[node.output[0]]:
-                reader.input[:] = [cast.input[0] if name == node.output[0] else name for name in reader.input]
 
 
 def _integer_readers(graph: Graph, name: str) -> list[Any] | None:
