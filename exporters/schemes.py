@@ -49,6 +49,15 @@ _STORED: dict[Scheme, str] = {
     "palette4": "palette_weight_bytes",
     "sparse": "sparse_weight_bytes",
 }
+# How many times larger a weight is as 32-bit float; and by what share of all weights a file has to get smaller.
+_TIMES_SMALLER: dict[Scheme, int] = {
+    "fp16": 2,
+    "int8_weight_only": 4,
+    "int8_dynamic": 4,
+    "int4_weight_only": 8,
+    "int4_dynamic": 8,
+}
+_LEAST_GAIN = 0.05
 
 
 def tolerance(scheme: Scheme) -> Tolerance:
@@ -68,7 +77,7 @@ def check_scheme(contents: Contents, scheme: Scheme, target: str) -> str | None:
         What to warn of: how many bytes of weights are in 32-bit floats all the same; ``None`` if none are.
 
     Raises:
-        ExportError: If it holds none.
+        ExportError: If it holds none, or so few that the file is next to no smaller for it.
     """
     stored = getattr(contents, _STORED[scheme])
     others = contents.float_weight_bytes - (contents.half_weight_bytes if scheme == "fp16" else 0)
@@ -81,5 +90,12 @@ def check_scheme(contents: Contents, scheme: Scheme, target: str) -> str | None:
         raise ExportError(
             f"{target}: scheme={scheme!r} left no weight in that form ({others} bytes are float): this target has it "
             "for other layers than the network's. docs/schemes.md says which; choose another scheme or target."
+        )
+    times = _TIMES_SMALLER.get(scheme)
+    if times is not None and (times - 1) * stored < _LEAST_GAIN * (times * stored + others):
+        raise ExportError(
+            f"{target}: scheme={scheme!r} leaves {others} bytes of the weights float beside {stored} in that form, so "
+            "that the file is no smaller or faster: this target has it for few of the network's layers. "
+            "docs/schemes.md says for which; leave scheme out, or choose another scheme or target."
         )
     return f"scheme {scheme}: {others} bytes of the weights stay float beside {stored}" if others else None

@@ -180,6 +180,14 @@ def test_a_network_with_some_such_layers_is_told_of_the_others(tmp_path: Path) -
         export(network, "executorch", tmp_path / "net.pte", inputs=torch.randn(1, 3, 8, 8), scheme="int8_dynamic")
 
 
+@pytest.mark.parametrize("scheme", TAKEN["executorch"])
+def test_a_scheme_that_makes_next_to_nothing_smaller_is_refused(scheme: str, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 64, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(ExportError, match=rf"scheme='{scheme}' leaves {4 * 4800} bytes of the weights float beside"):
+        export(network.eval(), "executorch", tmp_path / "net.pte", inputs=torch.randn(1, 3, 8, 8), scheme=scheme)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tolerance_of_the_user_comes_first(tmp_path: Path) -> None:
     with pytest.raises(AgreementError, match="allowed 1e-06"):
         export(
