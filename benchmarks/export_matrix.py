@@ -15,6 +15,7 @@ each weight is set to zero first.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import subprocess
@@ -297,8 +298,6 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def halved(network: Any) -> Any:
     """Give a copy with the smaller half of each weight set to zero."""
-    import copy
-
     import torch
 
     network = copy.deepcopy(network)

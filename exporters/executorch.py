@@ -239,12 +239,14 @@ class _Runner:
         return list(self._method(tensors))
 
     def _notes(self) -> dict[str, str]:
-        names = (self._program.get_method_name(index) for index in range(self._program.num_methods()))
-        return {name: self._program.load_method(name)([])[0] for name in names if name.startswith(PREFIX)}
+        return {name: self._program.load_method(name)([])[0] for name in self._names() if name.startswith(PREFIX)}
+
+    def _names(self) -> list[str]:
+        return [self._program.get_method_name(index) for index in range(self._program.num_methods())]
 
     def _load(self, name: str) -> Any:
         self._program = require(RUNTIME[0], EXTRA)._load_program_from_buffer(self._data)
-        names = [self._program.get_method_name(index) for index in range(self._program.num_methods())]
+        names = self._names()
         if pte.METHOD not in names:
             raise RunnerError(f"{name} has no method {pte.METHOD!r}; it has {sorted(names)}")
         return self._program.load_method(pte.METHOD)

@@ -14,7 +14,7 @@ import numpy
 from lightning_edge.exporters.onnx_channels import weight_of
 from lightning_edge.exporters.onnx_graph import Array, Graph, attribute, set_attribute
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+_QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 # At most so many channels, what a kernel reads at a time; and so many pixels, to make as many as it makes at a time.
 _FEW, _SEVERAL = 4, 4
 _INNERMOST, _OUTERMOST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -24,9 +24,9 @@ def as_they_are(graph: Graph) -> None:
     """Dequantize pixels as they are: uint8 made float and quantized again in steps of 1 from 0 is the same integer."""
     types = graph.types()
     for node in graph.nodes:
-        transpose = graph.maker(node.input[0], "Transpose") if node.op_type == QUANTIZE else None
+        transpose = graph.maker(node.input[0], "Transpose") if node.op_type == _QUANTIZE else None
         before = node if transpose is None else transpose
-        cast = graph.maker(before.input[0], "Cast") if node.op_type == QUANTIZE else None
+        cast = graph.maker(before.input[0], "Cast") if node.op_type == _QUANTIZE else None
         source = None if cast is None else types.get(cast.input[0])
         if cast is None or source is None or source.elem_type != graph.uint8 or graph.constant(node.input[1]) != 1.0:
             continue
@@ -66,8 +66,8 @@ def several(graph: Graph) -> None:
         if node.output[0] in placed:
             continue
         nodes.append(node)
-        weight, data = weight_of(graph, node), graph.maker(node.input[0], DEQUANTIZE)
-        quantize = graph.only_reader(node.output[0], QUANTIZE)
+        weight, data = weight_of(graph, node), graph.maker(node.input[0], _DEQUANTIZE)
+        quantize = graph.only_reader(node.output[0], _QUANTIZE)
         if weight is None or data is None or quantize is None or not _is_pixelwise(node, weight):
             continue
         height, width = shapes[node.output[0]][2:]
@@ -79,7 +79,7 @@ def several(graph: Graph) -> None:
             _repeat(graph, graph.maker(name), made)
         graph.maker(node.input[1]).input[0] = graph.add_constant(blocks)
         joined = _viewed(graph, data.input[0], [0, height * width // _SEVERAL, 1, _SEVERAL * read])
-        up = graph.make(DEQUANTIZE, [joined[-1].output[0], *data.input[1:]])
+        up = graph.make(_DEQUANTIZE, [joined[-1].output[0], *data.input[1:]])
         node.input[0] = up.output[0]
         nodes[-1:] = [*joined, up, node]
         apart = _viewed(graph, graph.new_name(), [0, height, width, made])

@@ -20,6 +20,14 @@ def kinds(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(str(path)).graph.node)
 
 
+def weights(path: Path) -> list[tuple[int, ...]]:
+    """Shapes of the kernels that convolutions have."""
+    graph = onnx.load(str(path)).graph
+    stored = {value.name: tuple(value.dims) for value in graph.initializer}
+    made = {node.output[0]: node for node in graph.node}
+    return [stored[made[node.input[1]].input[0]] for node in graph.node if node.op_type == "Conv"]
+
+
 def kernels(path: Path) -> Counter[str]:
     """What ONNX Runtime makes of a file's operations before it runs them."""
     optimized = path.with_suffix(".optimized")

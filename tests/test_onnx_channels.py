@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_files import outputs
+from onnx_files import outputs, weights
 from torch import Tensor, nn
 
 from lightning_edge.exporters import deployable, export, onnx_channels
@@ -16,7 +16,6 @@ from lightning_edge.interface import Interface, Pixels
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import quantize
 
-onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -62,14 +61,6 @@ class Joined(nn.Module):
 def of_int8(network: nn.Module, images: Tensor, path: Path) -> Path:
     export(quantize(network.eval(), [(images,)]), "onnx", path, batches=[(images,)])
     return path
-
-
-def weights(path: Path) -> list[tuple[int, ...]]:
-    """Shapes of the kernels that convolutions have."""
-    graph = onnx.load(str(path)).graph
-    stored = {value.name: tuple(value.dims) for value in graph.initializer}
-    made = {node.output[0]: node for node in graph.node}
-    return [stored[made[node.input[1]].input[0]] for node in graph.node if node.op_type == "Conv"]
 
 
 @pytest.fixture

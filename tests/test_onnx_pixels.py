@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_files import kinds
+from onnx_files import kinds, weights
 from torch import Tensor, nn
 
 from lightning_edge.exporters import export, onnx_pixels
 from lightning_edge.interface import Interface, Layout, Pixels
 from lightning_edge.quantization import quantize
 
-onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -39,14 +38,6 @@ def outputs(path: Path, images: Tensor, layout: Layout) -> Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: given.contiguous().numpy()})[0])
 
 
-def first_weight(path: Path) -> tuple[int, ...]:
-    graph = onnx.load(str(path)).graph
-    made = {node.output[0]: node for node in graph.node}
-    first = next(node for node in graph.node if node.op_type == "Conv")
-    stored = made[first.input[1]].input[0]
-    return next(tuple(value.dims) for value in graph.initializer if value.name == stored)
-
-
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize(
     ("colors", "size", "weight"),
@@ -63,11 +54,11 @@ def test_pixels_are_normalized_several_at_a_time(
     torch.manual_seed(0)
     images = torch.randint(0, 256, (2, colors, size, size), dtype=torch.uint8)
     fast = of_pixels(images, tmp_path / "fast.onnx", layout)
-    assert first_weight(fast) == weight
+    assert weights(fast)[0] == weight
     assert not {"Cast", "Pad"} & set(kinds(fast))
     monkeypatch.setattr(onnx_pixels, "together", lambda graph: None)
     monkeypatch.setattr(onnx_pixels, "several", lambda graph: None)
     plain = of_pixels(images, tmp_path / "plain.onnx", layout)
-    assert first_weight(plain) == ((3 if colors == 3 else 4), 1, 1, 1)  # one color is not depthwise
+    assert weights(plain)[0] == ((3 if colors == 3 else 4), 1, 1, 1)  # one color is not depthwise
     assert torch.equal(outputs(fast, images, layout), outputs(plain, images, layout))
     assert torch.equal(outputs(fast, images[:1], layout), outputs(fast, images, layout)[:1])
