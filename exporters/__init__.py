@@ -28,6 +28,7 @@ from lightning_edge.exporters.floor import floor_bytes
 from lightning_edge.exporters.front import check_interface
 from lightning_edge.exporters.isolated import DEFAULT_TIME_LIMIT_S
 from lightning_edge.exporters.loading import check_running, contents_of, inspect_file, load, open_file, placed
+from lightning_edge.exporters.reach import within_reach
 from lightning_edge.exporters.staging import StagedPath, writing
 from lightning_edge.exporters.targets import TARGETS, check_options, check_target_installed, options_of, target
 from lightning_edge.interface import Interface
@@ -180,11 +181,12 @@ def stage(
         raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
     place = StagedPath(path)
     try:
+        written = within_reach(network)
         with writing(path):
-            form = in_file_form(network, *_written(module, interface))
+            form = in_file_form(written, *_written(module, interface))
             module.write(form, place.staged, **options)
         contents = inspect_file(module, place.staged, path.name)
-        checks.check_contents(network, contents, target, wants_delegate=options.get("backend") != "portable")
+        checks.check_contents(written, contents, target, wants_delegate=options.get("backend") != "portable")
         if scheme is not None:
             checks.tell_of(target, schemes.check_scheme(contents, scheme, target))
         contents = placed(module, place.staged, contents)
@@ -192,7 +194,7 @@ def stage(
         artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
         checks.tell_not_run(artifact)
         check_batches(network, artifact)
-        floor = floor_bytes(network, scheme, sparse=bool(options.get("sparse_weights")))
+        floor = floor_bytes(written, scheme, sparse=bool(options.get("sparse_weights")))
         return Staged(network, replace(artifact, floor_bytes=floor), place)
     except BaseException:
         place.discard()

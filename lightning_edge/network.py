@@ -122,9 +122,11 @@ class Deployable(nn.Module):
         """Give a call in the form the network was captured with: the same arguments by position and by keyword."""
         return inputs if self._arrange is None else self._arrange(inputs.args, dict(inputs.kwargs))
 
-    def with_graph(self, graph: nn.Module) -> Deployable:
-        """Give the same with another graph in the place of its own, for running and not for exporting."""
-        return Deployable(graph, self.inputs, self.precision, None, self.output_scales, self._arrange, self.interface)
+    def with_graph(self, graph: nn.Module, unfolded: nn.Module | None = None) -> Deployable:
+        """Give the same with another graph; an int8 one that is to be exported to LiteRT needs the unfolded one too."""
+        return Deployable(
+            graph, self.inputs, self.precision, unfolded, self.output_scales, self._arrange, self.interface
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network; shapes and structure are those of the network it was made from."""
