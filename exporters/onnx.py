@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from lightning_edge.errors import RunnerError, require
+from lightning_edge.errors import ExportError, RunnerError, require
 from lightning_edge.exporters import (
     onnx_equivalents,
     onnx_file,
@@ -67,6 +67,8 @@ def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> N
         onnx_graph.tidy(model)
         onnx_graph.set_notes(model, network.interface.notes())
         data = model.SerializeToString(deterministic=True)
+    except ExportError:
+        raise
     except Exception as error:
         advice = "Replace that operation by one that ONNX has, or leave the target out."
         raise explain("onnx", error, advice) from error

@@ -75,7 +75,7 @@ _MOVES = VIEWS | {
     _DEQUANTIZE,
 }
 # What hands a weight on to its layer.
-_STORED_THROUGH = frozenset({_DEQUANTIZE, "Cast", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Identity"})
+_STORED_THROUGH = frozenset({_DEQUANTIZE, "Cast", "Mul", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Identity"})
 
 
 def parse(data: bytes) -> Any:
@@ -208,7 +208,9 @@ def _stored(graph: Graph, name: str) -> Any:
     """The constant behind an operand."""
     while name not in graph.initializers:
         node = graph.maker(name, *_STORED_THROUGH)
-        if node is None:
+        if node is None or (
+            node.op_type == "Mul" and node.input[1] not in graph.initializers
+        ):  # weights by their scale
             return None
         name = node.input[0]
     return graph.initializers[name]

@@ -169,6 +169,10 @@ def _in_scheme(model: bytes, scheme: Scheme) -> bytes:
             bits = 4 if scheme.startswith("int4") else 8
             add = work.add_dynamic_config if scheme.endswith("dynamic") else work.add_weight_only_config
             add(regex=".*", operation_name=every, num_bits=bits)
+            if scheme != "int8_weight_only":
+                # LiteRT's delegate has no depthwise kernel that finds ranges as it runs, nor one for 4 bits.
+                depthwise = types.TFLOperationName.DEPTHWISE_CONV_2D
+                work.add_weight_only_config(regex=".*", operation_name=depthwise, num_bits=8)
         with redirect_stdout(StringIO()):  # it prints sizes and times
             return bytes(work.quantize().quantized_model)
     except Exception as error:

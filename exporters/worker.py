@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_edge.errors import EdgeError
 from lightning_edge.exporters import messages
 from lightning_edge.exporters.base import Runner, first_line, held_call, import_runtime
+from lightning_edge.measure import stopwatch
 
 _Reply = tuple[dict[str, Any], list[Tensor]]
 
@@ -68,9 +69,7 @@ class _Worker:
     def time(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Run on the kept sample and say how long it took, nanoseconds."""
         with torch.no_grad():
-            start = time.perf_counter_ns()
-            self._held()
-            return {"ns": time.perf_counter_ns() - start}, []
+            return {"ns": stopwatch(self._held)()}, []
 
     def intermediates(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Run on one sample and say what the values inside the file were, if the runtime tells."""

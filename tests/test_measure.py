@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -209,9 +210,31 @@ def test_timing_refuses_what_cannot_be_timed(values: dict[str, Any]) -> None:
         Timing(**values)
 
 
+@pytest.mark.parametrize(
+    ("durations_us", "calls", "told_us"),
+    [([1500, 9], 1, 1500), ([900, 200, 9], 2, 200), ([400, 300, 299, 250, 9], 4, 250), ([1000, 9], 1, 1000)],
+)
+def test_short_calls_are_made_in_a_row_and_the_last_counts(
+    durations_us: list[int], calls: int, told_us: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, left = [0], list(durations_us)
+
+    def run() -> None:
+        now[0] += left.pop(0) * 1000
+
+    monkeypatch.setattr("lightning_edge.measure.time.perf_counter_ns", lambda: now[0])
+    assert stopwatch(run)() == told_us * 1000
+    assert len(durations_us) - len(left) == calls
+
+
 def test_candidates_take_turns_after_all_are_warm() -> None:
     calls: list[str] = []
-    runs = {name: stopwatch(lambda name=name: calls.append(name)) for name in "ab"}  # type: ignore[misc]
+
+    def run(name: str) -> int:
+        calls.append(name)
+        return 1
+
+    runs = {name: partial(run, name) for name in "ab"}
     found = interleaved_latency(runs, warmup=2, repeats=3)
     assert calls == ["a", "a", "b", "b", *["a", "b"] * 3]
     assert {name: (one.warmup, one.repeats) for name, one in found.items()} == {"a": (2, 3), "b": (2, 3)}

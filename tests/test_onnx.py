@@ -159,10 +159,25 @@ def test_halves_take_and_give_float32(folder: Path) -> None:
     assert artifact.contents.half_weight_bytes == artifact.contents.float_weight_bytes == 2 * weight_count("difference")
 
 
-def test_convolutions_run_on_integers_on_the_fly(folder: Path) -> None:
-    contents = written(folder, "residual", "fp32", scheme="int8_dynamic")[0].contents
-    assert contents.ops["ConvInteger"] == 3
-    assert (contents.int8_weight_bytes, contents.float_compute_ops) == (weight_count("residual"), ())
+@pytest.mark.parametrize("scheme", ["int8_weight_only", "int8_dynamic"])
+def test_stored_weights_are_floats_once_the_file_is_loaded(folder: Path, scheme: str) -> None:
+    artifact, _ = written(folder, "residual", "fp32", scheme=scheme)
+    contents = artifact.contents
+    assert (contents.int8_weight_bytes, contents.float_weight_bytes) == (weight_count("residual"), 0)
+    run, plain = kernels(artifact.path), kernels(written(folder, "residual", "fp32")[0].path)
+    if scheme == "int8_weight_only":
+        assert run == plain
+    else:  # its convolutions are stored only, its linear layer runs on integers
+        assert (run["Conv"] + run["FusedConv"], run["Gemm"]) == (plain["Conv"] + plain["FusedConv"], 0)
+        assert run["MatMulIntegerToFloat"] + run["DynamicQuantizeMatMul"] == plain["Gemm"] == 1
+        assert {"ConvInteger", "DequantizeLinear", "Cast"}.isdisjoint(run)
+
+
+def test_activations_on_the_fly_are_for_linear_layers(tmp_path: Path) -> None:
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with pytest.raises(ExportError, match=r"onnx: scheme='int8_dynamic' left no weight .*'int8_weight_only'"):
+        export(convolutions, "onnx", tmp_path / "net.onnx", inputs=torch.rand(1, 3, 8, 8), scheme="int8_dynamic")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_convolutions_of_resnet8_become_int8_kernels(tmp_path: Path) -> None:

@@ -180,6 +180,25 @@ def test_a_network_with_some_such_layers_is_told_of_the_others(tmp_path: Path) -
         export(network, "executorch", tmp_path / "net.pte", inputs=torch.randn(1, 3, 8, 8), scheme="int8_dynamic")
 
 
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int4_weight_only", "int4_dynamic"])
+def test_depthwise_layers_of_a_tflite_are_in_8_bits_and_in_its_delegate(scheme: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=16)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExportWarning)  # 4-bit convolutions run outside
+        artifact = export(network, "tflite", tmp_path / "net.tflite", inputs=x[:1], batches=[x], scheme=scheme)
+    contents = artifact.contents
+    inside, depthwise = 3 * 16, 9 * 16
+    if scheme == "int8_dynamic":
+        assert (contents.int8_weight_bytes, contents.int4_weight_bytes) == (inside + depthwise, 0)
+    else:
+        assert (contents.int8_weight_bytes, contents.int4_weight_bytes) == (depthwise, inside // 2)
+    assert contents.float_weight_bytes == 0
+    assert contents.placements is not None
+    assert "DEPTHWISE_CONV_2D" not in {entry.op for entry in contents.placements.fallback}
+
+
 @pytest.mark.parametrize("scheme", TAKEN["executorch"])
 def test_a_scheme_that_makes_next_to_nothing_smaller_is_refused(scheme: str, tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 64, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
