@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -52,8 +53,8 @@ contents and run. Those of recipes are trained as these say. The table is about 
 - **float**: operations of an int8 file that compute in float.
 - **outside**: share of the multiply-accumulates that run outside the target's delegate, as far as runtime or file tell.
 - **/ fp32**: median latency of the file over that of the float file on the same runtime, {repeats} calls of each file
-  of a target in turn, one thread, in a process of each, on a shared machine: {cpu}. Core ML's is not measured, its
-  packages run in the reference interpreter.
+  of a target in turn, one thread, in a process of each, all pinned to one CPU of a shared machine: {cpu}. Core ML's is
+  not measured, its packages run in the reference interpreter.
 - **s**: seconds to export, the network being converted already.
 
 `hf_*` are small networks built from `transformers` configurations.
@@ -265,6 +266,8 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # this process and those of the files: each CPU has neighbors of its own
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     if name in RECIPES:
         trained = fit_recipe(name, options.samples)
     else:

@@ -135,8 +135,10 @@ def _in_graph(graph: fx.GraphModule) -> Iterator[tuple[Any, Any, _Kept]]:
         while operation(weight) in _QUANTIZATIONS and len(weight.users) == 1:
             weight = weight.args[0]
         shapes = shape_of(image), shape_of(node)
-        if weight.op != "get_attr" or len(weight.users) > 1 or stored[weight.target] > 1 or not all(shapes):
+        if weight.op != "get_attr" or len(weight.users) > 1 or stored[weight.target] > 1:
             continue
+        if not all(shapes) or not all(isinstance(size, int) for shape in shapes for size in shape[1:]):
+            continue  # what is not known, or depends on the number of samples
         settings = (node.args[place] if place < len(node.args) else default for place, default in _DEFAULTS.items())
         kept = _kept(*shapes, attrgetter(str(weight.target))(graph).shape, *settings)
         if kept is not None:

@@ -182,6 +182,23 @@ def test_layers_that_something_else_looks_into_stay(model: nn.Module) -> None:
     assert not any(module._forward_hooks for module in network.graph.modules())
 
 
+class SideBySide(nn.Module):
+    """All samples as one image, whose height nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        joined = self.layer(image.permute(1, 0, 2, 3).reshape(1, 3, -1, 1))
+        return joined.reshape(4, image.shape[0], -1).permute(1, 0, 2)
+
+
+def test_images_as_large_as_the_number_of_samples_keep_all() -> None:
+    network = convert(quantize(SideBySide().eval(), [torch.randn(4, 3, 2, 1) for _ in range(2)]))
+    assert within_reach(network) is network
+
+
 def test_a_network_that_does_not_run_is_left_to_the_export() -> None:
     network = deployable(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.randn(1, 4, 8, 8))
     assert within_reach(network) is network
