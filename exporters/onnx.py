@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from lightning_edge.errors import ExportError, RunnerError, require
+from lightning_edge.errors import ExportError, MissingExtraError, RunnerError, require
 from lightning_edge.exporters import (
     onnx_equivalents,
     onnx_file,
@@ -67,7 +67,7 @@ def write(network: Deployable, path: Path, *, scheme: Scheme | None = None) -> N
         onnx_graph.tidy(model)
         onnx_graph.set_notes(model, network.interface.notes())
         data = model.SerializeToString(deterministic=True)
-    except ExportError:
+    except (ExportError, MissingExtraError):
         raise
     except Exception as error:
         advice = "Replace that operation by one that ONNX has, or leave the target out."

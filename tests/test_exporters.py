@@ -391,10 +391,11 @@ def test_nothing_delegated_is_an_error_and_something_left_out_a_warning() -> Non
 
 
 def test_a_good_file_says_nothing() -> None:
+    int8, fp32 = network(SMALL, "int8"), network(SMALL, "fp32")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checks.check_contents(network(SMALL, "int8"), contents(delegated_ops=3, undelegated_ops=()), "executorch")
-        checks.check_contents(network(SMALL, "fp32"), contents(int8_weight_bytes=0, float_ops=("ADD",)), "tflite")
+        checks.check_contents(int8, contents(delegated_ops=3, undelegated_ops=()), "executorch")
+        checks.check_contents(fp32, contents(int8_weight_bytes=0, float_ops=("ADD",)), "tflite")
 
 
 def test_layers_that_the_network_leaves_in_float_are_a_warning_only() -> None:
@@ -434,6 +435,21 @@ def test_a_network_that_always_gives_the_same_is_exact(name: str, bias: float, t
     path = tmp_path / f"net{target(name).SUFFIX}"
     artifact = export(quantize(model.eval(), [samples]), name, path, batches=[samples])
     torch.testing.assert_close(artifact(samples)[0], torch.full((8, 2), bias), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["tflite", "executorch", "onnx"])
+@pytest.mark.filterwarnings("ignore:2, 3 gave nothing but 0")
+def test_a_layer_that_gives_nothing_leaves_a_file_that_loads(name: str, tmp_path: Path) -> None:
+    """Steps as small as the range made XNNPACK refuse the convolution before it, whose factor was above 256."""
+    pytest.importorskip({"tflite": "ai_edge_litert", "onnx": "onnxruntime"}.get(name, name))
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *head).eval()
+    nn.init.constant_(model[0].bias, -1e3)
+    samples = torch.randn(4, 3, 8, 8)
+    path = tmp_path / f"net{target(name).SUFFIX}"
+    artifact = export(quantize(model, [samples]), name, path, batches=[samples])
+    torch.testing.assert_close(artifact(samples)[0], model(samples), rtol=0, atol=0.01)
 
 
 # Loading and running

@@ -152,6 +152,13 @@ def test_four_bits_are_refused_with_what_there_is(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_missing_converter_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'lightning-edge\[onnx\]'"):
+        export(nn.Linear(4, 2), "onnx", tmp_path / "net.onnx", inputs=torch.rand(1, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_halves_take_and_give_float32(folder: Path) -> None:
     artifact, _ = written(folder, "difference", "fp32", scheme="fp16")
     assert [spec.dtype for spec in artifact.runner.inputs] == [torch.float32, torch.float32]

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Deployable
-from lightning_edge.quantization.guard import warn_of_empty_ranges
+from lightning_edge.quantization.guard import open_empty_ranges
 from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 from lightning_edge.quantization.network import quantized_forward, quiet_torchao
 
@@ -23,7 +23,8 @@ aten = torch.ops.aten
 def convert(module: nn.Module) -> Deployable:
     """Convert the quantized network in ``module`` to an int8 graph, as a copy on the CPU.
 
-    A `CalibrationWarning` names layers that gave nothing but 0 on all that their ranges were observed on.
+    A `CalibrationWarning` names layers that gave nothing but 0 on all that their ranges were observed on; they get
+    one of 0 to 1.
 
     Args:
         module: A LightningModule or network after quantization-aware training, or what `quantize` returned.
@@ -40,7 +41,7 @@ def convert(module: nn.Module) -> Deployable:
     _widen(prepared)
     _refuse_unobserved(prepared)
     _refuse_not_finite(prepared)
-    warn_of_empty_ranges(prepared)
+    open_empty_ranges(prepared)
     _take_out(prepared)
     _drop_idle_clips(prepared)
     _compute_constants(prepared)

@@ -181,22 +181,27 @@ def warn_of(findings: list[CalibrationFinding]) -> None:
         warnings.warn(in_words(findings), CalibrationWarning, stacklevel=3)
 
 
-def warn_of_empty_ranges(graph: GraphModule) -> None:
-    """Tell of activations that were 0 on everything they were observed on, in one warning.
+def open_empty_ranges(graph: GraphModule) -> None:
+    """Give activations that were 0 on everything they were observed on a range of 0 to 1, and warn of them.
+
+    Their own would have steps so small that runtimes refuse the layers around it, whose factors are then too large.
 
     Args:
-        graph: A network's graph with quantizers, whose ranges were observed.
+        graph: A network's graph with quantizers, whose ranges were observed; changed in place.
     """
     observed: list[tuple[Any, str]] = [
         (module.activation_post_process, layer) for module, layer in _activation_quantizers(graph).values()
     ]
-    names = list(dict.fromkeys(layer for seen, layer in observed if not (seen.min_val.any() or seen.max_val.any())))
+    empty = [(seen, layer) for seen, layer in observed if not (seen.min_val.any() or seen.max_val.any())]
+    for seen, _ in empty:
+        seen.max_val.fill_(1.0)
+    names = list(dict.fromkeys(layer for _, layer in empty))
     if names:
         more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
         warnings.warn(
             f"{', '.join(names[:_TOLD])}{more} gave nothing but 0 on all data of calibration or training: the int8 "
-            "range is empty, and whatever else may come there is lost. Give data that reaches it, look for a dead "
-            "ReLU, or keep it in float with skip=[...].",
+            "range there is 0 to 1, which nothing was seen of. Give data that reaches it, look for a dead ReLU, or "
+            "keep it in float with skip=[...].",
             CalibrationWarning,
             stacklevel=3,
         )
