@@ -221,7 +221,10 @@ class LastStage(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("options", [{}, {"interface": Interface(max_batch=2, layout="nhwc")}], ids=["plain", "batch"])
+BATCH = pytest.param({"interface": Interface(max_batch=2, layout="nhwc")}, marks=pytest.mark.slow, id="batch")
+
+
+@pytest.mark.parametrize("options", [pytest.param({}, id="plain"), BATCH])
 @pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
 @pytest.mark.parametrize(
     ("target", "suffix"), [("executorch", "pte"), ("coreml", "mlpackage"), ("tflite", "tflite"), ("onnx", "onnx")]
