@@ -218,8 +218,7 @@ def stopwatch(run: Callable[[], object]) -> Callable[[], int]:
     """Give a function that calls ``run`` and tells how many nanoseconds that took.
 
     Calls of less than a millisecond are made in a row until one has passed, and the last is told: whatever had its turn
-    before has taken the caches, which such a call would be slowed by more than it computes. It is in rows that
-    runtimes' own benchmarks call, too.
+    before has taken the caches. It is in rows that runtimes' own benchmarks call, too.
     """
 
     def timed() -> int:
