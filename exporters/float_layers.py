@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from lightning_edge.exporters.checks import float_layers
+from lightning_edge.exporters.graphs import graphs_in
 
 _ATEN = torch.ops.aten
 _PADS = {_ATEN.pad.default, _ATEN.constant_pad_nd.default}
@@ -48,13 +49,10 @@ _Places = Iterator[tuple[fx.Node, Any]]
 
 
 def _with_barriers(network: nn.Module, places: Callable[[fx.GraphModule], _Places], barrier: Barrier) -> nn.Module:
-    def graphs(module: nn.Module) -> Iterator[fx.GraphModule]:
-        return (part for part in module.modules() if isinstance(part, fx.GraphModule))
-
-    if not any(True for graph in graphs(network) for _ in places(graph)):
+    if not any(True for graph in graphs_in(network) for _ in places(graph)):
         return network
     network = copy.deepcopy(network)
-    for module in graphs(network):
+    for module in graphs_in(network):
         for node, source in list(places(module)):
             with module.graph.inserting_before(node):
                 node.replace_input_with(source, barrier(module.graph, source))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 # Activations that are part of the layer before them.
 CLIPS = frozenset({"clamp", "clamp_min", "hardtanh", "relu", "relu6"})
@@ -28,6 +28,11 @@ VIEWS = frozenset(
         "view",
     }
 )
+
+
+def graphs_in(network: nn.Module) -> list[fx.GraphModule]:
+    """The captured graphs of a network: itself, or those in a module around it."""
+    return [module for module in network.modules() if isinstance(module, fx.GraphModule)]
 
 
 def operation(node: fx.Node) -> str:

@@ -208,9 +208,9 @@ def _stored(graph: Graph, name: str) -> Any:
     """The constant behind an operand."""
     while name not in graph.initializers:
         node = graph.maker(name, *_STORED_THROUGH)
-        if node is None or (
-            node.op_type == "Mul" and node.input[1] not in graph.initializers
-        ):  # weights by their scale
+        if node is None:
+            return None
+        if node.op_type == "Mul" and node.input[1] not in graph.initializers:  # not weights by their scale
             return None
         name = node.input[0]
     return graph.initializers[name]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_edge.exporters.graphs import operation, shape_of
+from lightning_edge.exporters.graphs import graphs_in, operation, shape_of
 from lightning_edge.network import Deployable
 from lightning_edge.surgery import copy_of
 
@@ -103,10 +103,10 @@ def _in_modules(network: Deployable) -> dict[str, _Kept]:
 
 def _narrowed(network: nn.Module) -> nn.Module:
     """Leave them out of the graphs in a module, on a copy if there are any."""
-    if not any(True for graph in _graphs(network) for _ in _in_graph(graph)):
+    if not any(True for graph in graphs_in(network) for _ in _in_graph(graph)):
         return network
     network = copy_of(network)
-    for graph in _graphs(network):
+    for graph in graphs_in(network):
         for node, stored, kept in list(_in_graph(graph)):
             holder, _, name = str(stored.target).rpartition(".")
             owner, weight = graph.get_submodule(holder), attrgetter(str(stored.target))(graph)
@@ -117,10 +117,6 @@ def _narrowed(network: nn.Module) -> nn.Module:
             node.update_arg(_PADDING, list(kept.padding))
         graph.recompile()
     return network
-
-
-def _graphs(network: nn.Module) -> list[fx.GraphModule]:
-    return [module for module in network.modules() if isinstance(module, fx.GraphModule)]
 
 
 def _in_graph(graph: fx.GraphModule) -> Iterator[tuple[Any, Any, _Kept]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from lightning_edge.exporters import tflite_edit
-from lightning_edge.exporters.graphs import operation
+from lightning_edge.exporters.graphs import graphs_in, operation
 from lightning_edge.exporters.tflite_graph import op_name, schema_module
 from lightning_edge.network import Deployable
 
@@ -164,7 +164,7 @@ def _float_layer(model: Any, graph: Any, makers: dict[int, Any], index: int, wei
 
 def _weights(network: Deployable) -> list[_Weight]:
     graph, found = network.graph, []
-    for part in (part for part in graph.modules() if isinstance(part, fx.GraphModule)):
+    for part in graphs_in(graph):
         for node in part.graph.nodes:
             weight: Any = node.args[1] if operation(node) in _ORDERS else None
             if weight is None or not operation(weight).startswith("dequantize_"):

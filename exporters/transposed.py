@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_edge.exporters.graphs import CLIPS, operation
+from lightning_edge.exporters.graphs import CLIPS, graphs_in, operation
 
 _ATEN = torch.ops.aten
 _TRANSPOSED = (_ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input)
@@ -45,7 +45,7 @@ def as_convolutions(
 def _layers(
     network: nn.Module, wanted: Callable[[TransposedConvolution], bool]
 ) -> Iterator[tuple[fx.GraphModule, TransposedConvolution]]:
-    for graph in (part for part in network.modules() if isinstance(part, fx.GraphModule)):
+    for graph in graphs_in(network):
         for node in graph.graph.nodes:
             if node.target in _TRANSPOSED:
                 layer = TransposedConvolution(node)

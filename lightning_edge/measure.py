@@ -18,6 +18,7 @@ _ROUNDING_STEPS = 1e-3
 # further than that: the same values are not tipped in both.
 _MAX_STEPS = 3.0
 _OVER_OWN = 1.5
+# How long calls are made in a row before one counts.
 _WARM_AFTER_NS = 1_000_000
 
 

@@ -23,8 +23,8 @@ aten = torch.ops.aten
 def convert(module: nn.Module) -> Deployable:
     """Convert the quantized network in ``module`` to an int8 graph, as a copy on the CPU.
 
-    A `CalibrationWarning` names layers that gave nothing but 0 on all that their ranges were observed on; they get
-    one of 0 to 1.
+    A `CalibrationWarning` names layers that gave nothing but 0 on all that their ranges were observed on. They
+    have a range of 0 to 1 then.
 
     Args:
         module: A LightningModule or network after quantization-aware training, or what `quantize` returned.
