@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from lightning_edge import exporters, quantize
 from lightning_edge.errors import EdgeError
-from lightning_edge.exporters.isolated import timed_call
 from lightning_edge.measure import interleaved_latency
 from lightning_edge.zoo.image_files import read_images
 from lightning_edge.zoo.networks import ResNet8, load_reference_weights
@@ -136,7 +135,7 @@ def main() -> None:
         for name in exporters.TARGETS:
             files: dict[str, exporters.Artifact] = {}
             for who in ("hand", "lightning-edge"):
-                path = Path(folder) / f"{who}{exporters.target(name).SUFFIX}"
+                path = Path(folder) / f"{who}{exporters.target(name).suffix}"
                 try:
                     if who == "hand":
                         FLOWS[name](network, batches, path)
@@ -145,7 +144,7 @@ def main() -> None:
                         files[who] = exporters.export(quantized, name, path, batches=batches[:2])
                 except EdgeError as error:
                     print(f"| {name} | {who} | {error} | | | | |")
-            calls = {who: timed_call(file, [images[:1]]) for who, file in files.items()}
+            calls = {who: file.timed_call([images[:1]]) for who, file in files.items()}
             times = interleaved_latency(calls, 20, options.repeats)
             for who, file in files.items():
                 contents = file.contents

@@ -22,10 +22,9 @@ import torch
 from rich.console import Console
 
 from lightning_edge import Distill, EdgeCompressionCallback, Prune, Quantize, exporters, quantize
-from lightning_edge.evaluation import evaluate_module, raise_failures, torch_threads
-from lightning_edge.exporters.isolated import timed_call
+from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, torch_threads
+from lightning_edge.evaluation.validation import Validation, calibration_inputs
 from lightning_edge.measure import Timing, interleaved_latency
-from lightning_edge.validation import Validation, calibration_inputs
 from lightning_edge.zoo.cifar10 import CIFAR10DataModule
 from lightning_edge.zoo.networks import ResNet8, load_reference_weights
 from lightning_edge.zoo.task import Classifier
@@ -45,7 +44,7 @@ class EpochLines(L.Callback):
 def dense_files(network: torch.nn.Module, batches: list[Any], folder: Path) -> dict[str, exporters.Artifact]:
     """Export the dense network, quantized after training, to every target."""
     quantized = quantize(network, batches)
-    paths = {name: folder / f"dense-int8{exporters.target(name).SUFFIX}" for name in TARGETS}
+    paths = {name: folder / f"dense-int8{exporters.target(name).suffix}" for name in TARGETS}
     return {name: exporters.export(quantized, name, path, batches=batches[:2]) for name, path in paths.items()}
 
 
@@ -131,7 +130,7 @@ def main() -> None:
         dense = dense_files(teacher.eval(), calibration, options.output)
         image = next(iter(data.test_dataloader()))[0][:1]
         for name, artifact in dense.items():
-            ours = exporters.load(options.output / f"resnet8-int8{exporters.target(name).SUFFIX}")
+            ours = exporters.load(options.output / f"resnet8-int8{exporters.target(name).suffix}")
             line = {
                 "target": name,
                 "dense_accuracy": accuracy(artifact, data.test_dataloader()),
@@ -139,7 +138,7 @@ def main() -> None:
                 "size_bytes": ours.size_bytes,
             }
             if name != "coreml":  # run by our reference interpreter, whose time says nothing
-                calls = {"dense": timed_call(artifact, [image]), "ours": timed_call(ours, [image])}
+                calls = {"dense": artifact.timed_call([image]), "ours": ours.timed_call([image])}
                 times = interleaved_latency(calls, 20, options.repeats)
                 line |= {"dense_p50_ms": times["dense"].p50_ms, "p50_ms": times["ours"].p50_ms}
             print(json.dumps(line))

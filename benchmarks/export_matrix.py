@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 REFERENCE = {
     "resnet8": "ic01_resnet8_fp32_weights.npz",
@@ -180,7 +180,7 @@ class Trained:
 def fit_recipe(name: str, samples: int) -> Trained:
     """Train as a recipe says, without the exports at its end."""
     from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback
-    from lightning_edge.cli import EdgeCLI, EdgeParser, EdgeTrainer
+    from lightning_edge.cli.main import EdgeCLI, EdgeParser, EdgeTrainer
     from lightning_edge.network import Inputs
 
     quiet = [f"--trainer.{part}=false" for part in ("logger", "enable_checkpointing", "enable_progress_bar")]
@@ -283,7 +283,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for target in options.targets.split(","):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
             loaded: dict[str, tuple[int, Any]] = {}
-            taken = get_args(exporters.target(target).Scheme)  # type: ignore[attr-defined]
+            taken = exporters.target(target).schemes
             asked = taken if options.schemes is None else options.schemes.split(",")
             for scheme in ("fp32", "int8", *(scheme for scheme in taken if scheme in asked)):
                 row: dict[str, Any] = {"network": name, "target": target, "scheme": scheme}
@@ -316,15 +316,15 @@ def write(
     """Export one network, and put into its row what came of it; gives the file, loaded, if there is one."""
     from lightning_edge import exporters
     from lightning_edge.errors import EdgeError
-    from lightning_edge.exporters import schemes
-    from lightning_edge.exporters.agreement import agreement_of, rounding_of, violations_of
+    from lightning_edge.exporters.verify import schemes
+    from lightning_edge.exporters.verify.agreement import agreement_of, rounding_of, violations_of
     from lightning_edge.measure import Tolerance
 
     scheme = row["scheme"]
     chosen: dict[str, Any] = {} if scheme in ("fp32", "int8") else {"scheme": scheme}
     if (target, scheme) == ("coreml", "int4_weight_only"):
         chosen["minimum_ios"] = 18
-    suffix = exporters.target(target).SUFFIX
+    suffix = exporters.target(target).suffix
     staged = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -358,13 +358,12 @@ def write(
 
 def timed(files: dict[str, Any], inputs: Any, repeats: int) -> dict[str, float]:
     """Time one sample on every file that its target's own runtime runs, in turn; median milliseconds."""
-    from lightning_edge.exporters.base import sort_keywords
-    from lightning_edge.exporters.isolated import timed_call
     from lightning_edge.measure import interleaved_latency
+    from lightning_edge.network import sort_keywords
 
     sample = sort_keywords(inputs.sample()).tensors
     runs = {
-        scheme: timed_call(staged.artifact, sample)
+        scheme: staged.artifact.timed_call(sample)
         for scheme, staged in files.items()
         if not staged.artifact.runner.is_reference
     }

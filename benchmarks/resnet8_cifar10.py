@@ -21,11 +21,10 @@ import torch
 from rich.console import Console
 
 from lightning_edge import EdgeCompressionCallback, Quantize, exporters
-from lightning_edge.evaluation import evaluate_module, raise_failures, torch_threads
-from lightning_edge.exporters.isolated import timed_call
+from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, torch_threads
+from lightning_edge.evaluation.validation import Validation, calibration_inputs
 from lightning_edge.measure import Timing, interleaved_latency
 from lightning_edge.network import Inputs
-from lightning_edge.validation import Validation, calibration_inputs
 from lightning_edge.zoo.cifar10 import CIFAR10DataModule
 from lightning_edge.zoo.networks import ResNet8, load_reference_weights
 from lightning_edge.zoo.task import Classifier
@@ -42,7 +41,7 @@ def evaluate_reference(path: Path, loader: Any, ours: Path, repeats: int) -> dic
         total += len(labels)
     sample = images[:1]
     nhwc = sample.permute(0, 2, 3, 1).contiguous()
-    calls = {"reference": timed_call(reference, [nhwc]), "ours": timed_call(own, [sample])}
+    calls = {"reference": reference.timed_call([nhwc]), "ours": own.timed_call([sample])}
     times = interleaved_latency(calls, 20, repeats)
     return {
         "accuracy": correct / total,

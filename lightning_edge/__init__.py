@@ -8,10 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_edge import moved
+
 if TYPE_CHECKING:
-    from lightning_edge.budget import Budget
     from lightning_edge.callbacks.compression import EdgeCompressionCallback
     from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
+    from lightning_edge.callbacks.tracking import OfflineFallbackWandbLogger
     from lightning_edge.distillation.phase import Distill
     from lightning_edge.errors import (
         AgreementError,
@@ -27,19 +29,21 @@ if TYPE_CHECKING:
     from lightning_edge.exporters import export, load
     from lightning_edge.factorization import Factorize
     from lightning_edge.interface import Interface, Pixels
-    from lightning_edge.manifest import Manifest
     from lightning_edge.measure import Timing, Tolerance
     from lightning_edge.pruning import Prune
     from lightning_edge.quantization import Quantize, check_calibration, convert, mixed_plan, quantize, sensitivity
     from lightning_edge.record import load_compressed
+    from lightning_edge.reporting.budget import Budget
+    from lightning_edge.reporting.manifest import Manifest
+    from lightning_edge.reporting.verification import verify
     from lightning_edge.sparsity import Sparsify
-    from lightning_edge.tracking import OfflineFallbackWandbLogger
-    from lightning_edge.verification import verify
 
     __version__: str
 
+moved.install()
+
 _HOMES = {
-    "lightning_edge.budget": ("Budget",),
+    "lightning_edge.reporting.budget": ("Budget",),
     "lightning_edge.callbacks.compression": ("EdgeCompressionCallback",),
     "lightning_edge.callbacks.evaluation": ("DeviceEvaluationCallback",),
     "lightning_edge.distillation.phase": ("Distill",),
@@ -57,7 +61,7 @@ _HOMES = {
     "lightning_edge.exporters": ("export", "load"),
     "lightning_edge.factorization": ("Factorize",),
     "lightning_edge.interface": ("Interface", "Pixels"),
-    "lightning_edge.manifest": ("Manifest",),
+    "lightning_edge.reporting.manifest": ("Manifest",),
     "lightning_edge.measure": ("Timing", "Tolerance"),
     "lightning_edge.pruning": ("Prune",),
     "lightning_edge.quantization": (
@@ -70,8 +74,8 @@ _HOMES = {
     ),
     "lightning_edge.record": ("load_compressed",),
     "lightning_edge.sparsity": ("Sparsify",),
-    "lightning_edge.tracking": ("OfflineFallbackWandbLogger",),
-    "lightning_edge.verification": ("verify",),
+    "lightning_edge.callbacks.tracking": ("OfflineFallbackWandbLogger",),
+    "lightning_edge.reporting.verification": ("verify",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -17,8 +17,11 @@ allowed, and what to do.
 from __future__ import annotations
 
 import importlib
+import re
 from importlib.util import find_spec
 from types import ModuleType
+
+_COLOR = re.compile(r"\x1b\[[\d;]*m")
 
 
 class EdgeError(Exception):
@@ -89,3 +92,9 @@ def check_installed(module: str, extra: str) -> None:
 
 def _advice(extra: str) -> str:
     return f"Install it with: pip install 'lightning-edge[{extra}]'"
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line an exception says, without colors, or its type where it says nothing."""
+    lines = [line.strip() for line in _COLOR.sub("", str(error)).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

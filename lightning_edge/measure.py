@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lightning_edge.contents import Precision
 from lightning_edge.errors import EdgeError
-from lightning_edge.network import Precision
 
 # Steps come from outputs in float32, and three of them come to 3.000001.
 _ROUNDING_STEPS = 1e-3

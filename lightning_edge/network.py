@@ -9,16 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_edge.contents import Precision
 from lightning_edge.interface import Interface
 from lightning_edge.windows import WindowsAsViews
-
-Precision = Literal["fp32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -232,3 +231,11 @@ class _Named(nn.Module):
 def flatten_outputs(outputs: Any) -> list[Tensor]:
     """Every tensor of a network's output, in the order torch.export flattens them."""
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def sort_keywords(inputs: Inputs) -> Inputs:
+    """Put keyword arguments in the order of their names, the one order every file is written in.
+
+    Files name their inputs by position, some of them only so; callers are free to write keywords in any order.
+    """
+    return Inputs(inputs.args, dict(sorted(inputs.kwargs.items())))

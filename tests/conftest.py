@@ -51,5 +51,5 @@ def in_process(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if not getattr(request.module, "ISOLATED", False):
             for target in (executorch, tflite, onnx):
-                patch.setattr(target, "IN_PROCESS", True, raising=False)
+                patch.setattr(type(target.TARGET), "in_process", True)
         yield

@@ -13,15 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_edge.exporters.base import Contents
-from lightning_edge.exporters.calls import TensorSpec
+from lightning_edge.contents import Contents
+from lightning_edge.exporters.run.calls import TensorSpec
+from lightning_edge.exporters.run.runner import Runner
+from lightning_edge.exporters.target import Target
 from lightning_edge.network import Deployable
-
-SUFFIX = ".faulty"
-EXTRA = "faulty"
-NEEDS: tuple[str, ...] = ()
-INT8_OPTIONS: frozenset[str] = frozenset()
-ACTIVATION_BITS = frozenset({8})
 
 # First value of the input, and what it leads to; any other value is doubled.
 ABORT, SEGFAULT, HANG, CHATTER, RAISE, EXIT, ALLOCATE, SLEEP = (-float(code) for code in range(1, 9))
@@ -36,22 +32,27 @@ class Doubled(torch.nn.Module):
         return x * 2
 
 
-def write(network: Deployable, path: Path, *, loading: str = "") -> None:
-    path.write_text(loading)
+class Faulty(Target):
+    suffix = ".faulty"
+    extra = "faulty"
+    needs = ()
+
+    def write(self, network: Deployable, path: Path, *, loading: str = "") -> None:
+        path.write_text(loading)
+
+    def inspect(self, path: Path) -> Contents:
+        path.read_text()
+        return Contents(0, 4, {"mul": 1})
+
+    def open(self, path: Path, threads: int) -> Runner:
+        return FaultyRunner(path.read_text())
 
 
-def inspect(path: Path) -> Contents:
-    path.read_text()
-    return Contents(0, 4, {"mul": 1})
+TARGET = Faulty()
 
 
-def open(path: Path, threads: int) -> Runner:
-    return Runner(path.read_text())
-
-
-class Runner:
+class FaultyRunner(Runner):
     runtime = "Faulty 1.0"
-    is_reference = False
     inputs = (TensorSpec((1, 3), torch.float32),)
 
     def __init__(self, loading: str) -> None:

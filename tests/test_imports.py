@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import lightning_edge
+from lightning_edge import exporters
 
 OPTIONAL = (
     "executorch",
@@ -28,7 +29,7 @@ OPTIONAL = (
 HEAVY = (*OPTIONAL, "torchao")
 # They subclass torchao's classes, so they import it; nothing imports them before a network is quantized.
 NEED_TORCHAO = tuple(
-    f"lightning_edge.quantization.{name}" for name in ("quantizer", "fake_quantize", "fused", "weights")
+    f"lightning_edge.quantization.train.{name}" for name in ("quantizer", "fake_quantize", "fused", "weights")
 )
 
 
@@ -52,10 +53,9 @@ def test_import_brings_no_torch() -> None:
 
 def test_every_module_imports_without_optional_libraries() -> None:
     names = [module.name for module in pkgutil.walk_packages(lightning_edge.__path__, "lightning_edge.")]
-    exporters = ("executorch", "coreml", "tflite", "onnx", "microcontroller", "vela")
-    names += [f"lightning_edge.exporters.{name}" for name in exporters]
+    names += [module.name for module in pkgutil.walk_packages(exporters.__path__, "lightning_edge.exporters.")]
     light = sorted({name for name in names if name not in NEED_TORCHAO})
-    assert "lightning_edge.cli" in light
+    assert "lightning_edge.cli.main" in light
     blocked = f"import sys, importlib; sys.modules.update(dict.fromkeys({HEAVY}))"
     assert run(f"{blocked}; [importlib.import_module(name) for name in {light}]; print('done')") == "done"
 
@@ -80,3 +80,19 @@ def test_missing_library_names_its_extra() -> None:
         "except MissingExtraError as error:\n    print(error)"
     )
     assert "pip install 'lightning-edge[coreml]'" in run(code)
+
+
+def test_old_paths_still_work_and_say_where_the_module_is_now() -> None:
+    code = (
+        "import warnings\nfrom importlib import import_module\nfrom lightning_edge.moved import MOVED\n"
+        "for old, new in MOVED.items():\n"
+        "    with warnings.catch_warnings(record=True) as told:\n"
+        "        warnings.simplefilter('always')\n"
+        "        module = import_module(old)\n"
+        "    (warning,) = [each for each in told if each.category is DeprecationWarning and old in str(each.message)]\n"
+        "    assert f'{old} is {new} now' in str(warning.message)\n"
+        "    names = [name for name in vars(import_module(new)) if name[0] != '_']\n"
+        "    assert names and all(getattr(module, name) is getattr(import_module(new), name) for name in names)\n"
+        "from lightning_edge.report import Report\nprint(Report.__module__)"
+    )
+    assert run(code) == "lightning_edge.reporting.report"

@@ -13,8 +13,9 @@ from deployables import batches, network
 from torch import Tensor, nn
 
 from lightning_edge import Interface
-from lightning_edge.exporters import TARGETS, Artifact, ExportWarning, contents_of, export, front, load, target
-from lightning_edge.exporters.agreement import reference_outputs
+from lightning_edge.exporters import TARGETS, Artifact, ExportWarning, contents_of, export, load, target
+from lightning_edge.exporters import input_adapter as front
+from lightning_edge.exporters.verify.agreement import reference_outputs
 from lightning_edge.network import Precision
 
 NAMED = Interface(inputs=("picture", "extra"), outputs=("logits", "hidden"), layout="nhwc")
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def written(folder: Path, name: str, target_name: str, precision: Precision, interface: Interface) -> Artifact:
     """A file of one of the test networks, proven on its batches."""
-    path = folder / f"{name}-{precision}-{abs(hash(interface))}{target(target_name).SUFFIX}"
+    path = folder / f"{name}-{precision}-{abs(hash(interface))}{target(target_name).suffix}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExportWarning)
         given: dict[str, Any] = {"interface": interface, "isolated": False}
@@ -119,7 +120,7 @@ def test_channels_last_leaves_nothing_more_outside_the_delegate(
 @pytest.mark.parametrize("name", TARGETS)
 def test_inputs_and_outputs_are_named(tmp_path: Path, name: str) -> None:
     inputs = (torch.rand(2, 3, 6, 5), torch.rand(2, 4))
-    path = tmp_path / f"net{target(name).SUFFIX}"
+    path = tmp_path / f"net{target(name).suffix}"
     artifact = export(Pair(), name, path, inputs=inputs, batches=[inputs], interface=NAMED, isolated=False)
     contents = contents_of(path)
     assert [end.name for end in contents.inputs] == ["picture", "extra"]
@@ -132,7 +133,7 @@ def test_names_are_those_that_the_runtimes_give(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")
     given = (torch.rand(1, 3, 6, 5), torch.rand(1, 4))
-    paths = {name: tmp_path / f"net{target(name).SUFFIX}" for name in ("onnx", "tflite")}
+    paths = {name: tmp_path / f"net{target(name).suffix}" for name in ("onnx", "tflite")}
     network = Pair()
     wanted, _ = (export(network, name, path, inputs=given, interface=NAMED)(*given)[0] for name, path in paths.items())
     feed = {"picture": given[0].permute(0, 2, 3, 1).contiguous().numpy(), "extra": given[1].numpy()}

@@ -50,7 +50,10 @@ def run(code: str, site: Path, cwd: Path) -> str:
 
 
 def test_wheel_holds_the_exporters(installed: Path, tmp_path: Path) -> None:
-    code = "from lightning_edge.exporters import TARGETS, target; print(*[target(name).__file__ for name in TARGETS])"
+    code = (
+        "import inspect; from lightning_edge.exporters import TARGETS, target; "
+        "print(*[inspect.getfile(type(target(name))) for name in TARGETS])"
+    )
     files = run(code, installed, tmp_path).split()
     assert len(files) == 4
     assert all(Path(file).is_relative_to(installed) for file in files)
@@ -58,7 +61,7 @@ def test_wheel_holds_the_exporters(installed: Path, tmp_path: Path) -> None:
 
 def test_wheel_finds_and_prints_its_recipes(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from lightning_edge.cli import main, recipe_names, recipe_path\n"
+        "from lightning_edge.cli.main import main, recipe_names, recipe_path\n"
         "print(*[recipe_path(name) for name in recipe_names()])\n"
         "main(['fit', '--config', 'recipe:quickstart', '--print_config'])"
     )
@@ -76,7 +79,7 @@ def test_wheel_carries_types_license_and_command(installed: Path) -> None:
     assert (installed / "lightning_edge" / "py.typed").is_file()
     (metadata,) = installed.glob("lightning_edge-*.dist-info")
     assert "Apache License" in (metadata / "licenses" / "LICENSE").read_text()
-    assert "lightning-edge = lightning_edge.cli:main" in (metadata / "entry_points.txt").read_text()
+    assert "lightning-edge = lightning_edge.cli.main:main" in (metadata / "entry_points.txt").read_text()
 
 
 def test_wheel_holds_every_package(installed: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_edge.exporters import export
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import quantize
-from lightning_edge.quantization.capture import capture
+from lightning_edge.quantization.capture.graph import capture
 from lightning_edge.windows import WindowsAsViews
 
 

@@ -13,22 +13,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
-from lightning_edge.budget import Budget
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
+from lightning_edge.callbacks.tracking import log_report
 from lightning_edge.errors import EdgeError, MissingExtraError
-from lightning_edge.evaluation import check_targets, evaluate_module, raise_failures
+from lightning_edge.evaluation.evaluate import check_targets, evaluate_module, raise_failures
+from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs, check_data, check_split
 from lightning_edge.exporters import check_target_installed
-from lightning_edge.exporters.checks import check_share
+from lightning_edge.exporters.verify.contents import check_share
 from lightning_edge.interface import Interface
 from lightning_edge.measure import Timing, Tolerance
-from lightning_edge.monitor import Mode, Monitor, direction
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import is_quantized
-from lightning_edge.report import Report
-from lightning_edge.rows import over_budget
+from lightning_edge.reporting.budget import Budget
+from lightning_edge.reporting.monitor import Mode, Monitor, direction
+from lightning_edge.reporting.report import Report
+from lightning_edge.reporting.rows import over_budget
 from lightning_edge.surgery import find_network
-from lightning_edge.tracking import log_report
-from lightning_edge.validation import Split, Validation, calibration_inputs, check_data, check_split
 
 
 @final

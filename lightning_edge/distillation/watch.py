@@ -15,7 +15,7 @@ from lightning_edge.distillation.outputs import named_outputs
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import is_quantized, quantized_forward
-from lightning_edge.quantization.taps import add_taps, remove_taps
+from lightning_edge.quantization.feature_taps import add_taps, remove_taps
 
 Features = dict[str, list[Tensor]]
 

@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Deployable
-from lightning_edge.quantization.guard import open_empty_ranges
-from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
+from lightning_edge.quantization.calibration_check import open_empty_ranges
 from lightning_edge.quantization.network import quantized_forward, quiet_torchao
+from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 
 aten = torch.ops.aten
 
@@ -112,8 +112,8 @@ def _drop_idle_clips(graph: GraphModule) -> None:
 
     What follows a layer, a sum or a difference as ReLU or ReLU6 is part of that operation on every target.
     """
-    from lightning_edge.quantization.fused import clips_anyway
-    from lightning_edge.quantization.quantizer import WEIGHTED
+    from lightning_edge.quantization.train.fused import clips_anyway
+    from lightning_edge.quantization.train.quantizer import WEIGHTED
 
     joining = {*WEIGHTED, aten.add.Tensor, aten.sub.Tensor}
     for node in list(graph.graph.nodes):

@@ -18,10 +18,10 @@ from torch.fx import GraphModule, Node
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
-from lightning_edge.quantization.calls import CallShape
-from lightning_edge.quantization.capture import FoldedBatchNorm, TakenOut, capture
-from lightning_edge.quantization.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
+from lightning_edge.quantization.capture.calls import CallShape
+from lightning_edge.quantization.capture.graph import FoldedBatchNorm, TakenOut, capture
 from lightning_edge.quantization.plan import LinearWeights, Plan
+from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 from lightning_edge.surgery import copy_of
 
 CHILD = "edge_quantizers"
@@ -90,7 +90,7 @@ class QuantizedForward(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write_runner(self) -> None:
         """Write the graph that is run from the prepared one: at first, and whenever that changed."""
-        from lightning_edge.quantization.fused import fuse
+        from lightning_edge.quantization.train.fused import fuse
 
         graph: GraphModule = self._graph  # type: ignore[assignment]
         runner = fuse(self._network, self, self.bind(), self.batch_norms)  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def attach(
     """
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    from lightning_edge.quantization.quantizer import EdgeQuantizer
+    from lightning_edge.quantization.train.quantizer import EdgeQuantizer
 
     if is_quantized(network):
         raise CompressionError(f"{type(network).__name__} is quantized already; detach() gives the float network back.")
@@ -290,7 +290,7 @@ def _tell_of_hooks(network: nn.Module) -> None:
 
 
 def _round_biases(graph: GraphModule) -> None:
-    from lightning_edge.quantization.quantizer import WEIGHTED
+    from lightning_edge.quantization.train.quantizer import WEIGHTED
 
     layers = [node for node in graph.graph.nodes if node.target in WEIGHTED and len(node.args) > 2]
     for index, layer in enumerate(layer for layer in layers if layer.args[2] is not None):

@@ -60,7 +60,7 @@ def quantize(
         raise ValueError("calibration_batches is empty; give at least one batch of what the network is fed")
     child.freeze_observers()
     if validation_batches is not None:
-        from lightning_edge.quantization.guard import check_calibration, warn_of
+        from lightning_edge.quantization.calibration_check import check_calibration, warn_of
 
         warn_of(check_calibration(network, validation_batches))
     return network

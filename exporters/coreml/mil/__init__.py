@@ -1,0 +1,1 @@
+"""A reference interpreter of Core ML's MIL, in torch."""

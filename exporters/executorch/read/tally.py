@@ -1,0 +1,66 @@
+"""What is counted of an ExecuTorch file while its graphs are read, whoever they are handed to."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_edge.contents import Place
+from lightning_edge.errors import require
+
+# Operations that only move or convert values: not computation, whatever type the values have.
+MOVES = re.compile(
+    r"aten::(view|permute|transpose|t|clone|copy|slice|select|cat|expand|squeeze|unsqueeze|_to_copy|to|split|unbind|stack|"
+    r"alias|as_strided|full|full_like|arange|constant_pad_nd|detach|empty)(_copy)?\b"
+    r"|dim_order_ops::|quantized_decomposed::|executorch_prim::"
+)
+
+
+@dataclass
+class Tally:
+    """Sums over the graphs of one file; weights by the constant's own name, since two graphs may share one.
+
+    Attributes:
+        ops: Operations by kind.
+        int8_weights: Bytes of weights stored as 8-bit integers, by name.
+        int4_weights: As 4-bit ones.
+        half_weights: In a 16-bit float type; they are among the float ones too.
+        float_weights: In any float type.
+        float_compute: Convolution, linear and matmul operations that compute in float.
+        float_other: The other operations that do.
+        delegated: How many operations are handed to a delegate.
+        undelegated: Names of those left to ExecuTorch's portable kernels.
+        places: Kind, place and multiply-accumulates of each operation.
+    """
+
+    ops: Counter[str] = field(default_factory=Counter)
+    int8_weights: dict[str, int] = field(default_factory=dict)
+    int4_weights: dict[str, int] = field(default_factory=dict)
+    half_weights: dict[str, int] = field(default_factory=dict)
+    float_weights: dict[str, int] = field(default_factory=dict)
+    float_compute: list[str] = field(default_factory=list)
+    float_other: list[str] = field(default_factory=list)
+    delegated: int = 0
+    undelegated: list[str] = field(default_factory=list)
+    places: list[tuple[str, Place, int]] = field(default_factory=list)
+
+
+def decode(schema: bytes, binary: bytes) -> dict[str, Any]:
+    """Read a flatbuffer by its schema, with the compiler that ExecuTorch brings."""
+    flatbuffer = require("executorch.exir._serialize._flatbuffer", "executorch")
+    with tempfile.TemporaryDirectory() as folder:
+        written, data = Path(folder, "schema.fbs"), Path(folder, "graph.bin")
+        written.write_bytes(schema)
+        data.write_bytes(binary)
+        flatbuffer._flatc_decompile(folder, str(written), str(data), ["--raw-binary"])
+        text = Path(folder, "graph.json").read_text(encoding="utf-8", errors="replace")
+    # flatc writes infinities and not-a-number as C does, Python's json reads them as JavaScript does.
+    text = re.sub(r"(:|\[|,)(\s*)(-?)inf\b", r"\1\2\3Infinity", text)
+    graph = json.loads(re.sub(r"(:|\[|,)(\s*)-?nan\b", r"\1\2NaN", text))
+    assert isinstance(graph, dict)
+    return graph

@@ -1,0 +1,1 @@
+"""Microcontrollers: C++ sources, memory and Arm's compiler for int8 ``.tflite`` files."""

@@ -1,0 +1,331 @@
+"""C++ sources for TensorFlow Lite Micro from an int8 ``.tflite`` file: the array, its operators, and its memory."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_edge.errors import ExportError
+from lightning_edge.exporters.micro import arena
+from lightning_edge.exporters.micro.operators import METHODS
+from lightning_edge.exporters.tflite import graph as tflite_graph
+from lightning_edge.exporters.tflite import read as tflite_contents
+from lightning_edge.files import StagedPath, writing
+
+REGISTER_MACRO = "LIGHTNING_EDGE_REGISTER_OPERATORS"
+_BYTES_A_LINE = 16
+# What TensorFlow Lite Micro keeps beside the activations, on a processor of 32 bits; see `persistent_bytes`.
+_BASE_BYTES = 1024
+_TENSOR_BYTES = 16
+_OPERATOR_BYTES = 160
+_CHANNEL_BYTES = 8
+_END_BYTES = 128
+# What it takes for a while before there are activations, in their place; see `setup_bytes`.
+_PLANNING_BYTES = 64
+_PREPARING_BYTES = 96
+_ZERO_POINT_BYTES = 4
+_MARGIN = 1.1
+_KIB = 1024
+_CONVOLUTIONS = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
+_OFFLINE_PLAN = "OfflineMemoryAllocation"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What an int8 file needs of a microcontroller.
+
+    Attributes:
+        operators: The kinds of its operations, as the schema names them.
+        size_bytes: The file, which lies in flash.
+        weight_bytes: Weights of its convolution, linear and matrix layers in the file.
+        activation_bytes: Activations in RAM, as TensorFlow Lite Micro's planner lays them out (`arena.plan`).
+        lower_bound_bytes: The most activations that live at one step: what no plan goes below.
+        persistent_bytes: What the interpreter keeps beside them: an estimate (`persistent_bytes`).
+        arena_bytes: The arena to begin with, an estimate: the activations, or what setting up takes where that is more
+            (`setup_bytes`), what is kept, and a margin of a tenth, up to the next KiB.
+    """
+
+    operators: tuple[str, ...]
+    size_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    lower_bound_bytes: int
+    persistent_bytes: int
+    arena_bytes: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The two files written, and what they need.
+
+    Attributes:
+        header: Declarations, the size of the arena, and the operators to register.
+        source: The array.
+        footprint: What it needs of a microcontroller.
+    """
+
+    header: Path
+    source: Path
+    footprint: Footprint
+
+
+def write(path: str | Path, folder: str | Path) -> Sources:
+    """Write ``<name>.h`` and ``<name>.cc`` of a file, both or neither.
+
+    The name is `identifier` of the file's. The array file needs nothing but a C++11 compiler. The header declares
+    ``<name>_register_operators`` where the macro ``LIGHTNING_EDGE_REGISTER_OPERATORS`` is defined, which needs the
+    sources of TensorFlow Lite Micro.
+
+    Args:
+        path: The ``.tflite`` file.
+        folder: Where to write; made if it is not there. Files of these names are replaced.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: If TensorFlow Lite Micro does not run the file, or the folder cannot be written.
+        MissingExtraError: If the extra ``tflite`` is not installed.
+    """
+    path, folder = Path(path), Path(folder)
+    data = _read(path)
+    found = _footprint(path, data)
+    name = identifier(path.stem)
+    digest = hashlib.sha256(data).hexdigest()
+    origin = f"// Written by lightning-edge from {_comment(path.name)}\n// SHA-256 {digest}\n"
+    header, source = folder / f"{name}.h", folder / f"{name}.cc"
+    _place({source: origin + _array(name, data), header: origin + _header(name, found)})
+    return Sources(header, source, found)
+
+
+def footprint(path: str | Path) -> Footprint:
+    """Tell what a file needs of a microcontroller.
+
+    Args:
+        path: The ``.tflite`` file.
+
+    Raises:
+        ExportError: If it is no such file, computes in float, has shapes that are not fixed, or holds an operation
+            without a kernel.
+        MissingExtraError: If the extra ``tflite`` is not installed.
+    """
+    return _footprint(Path(path), _read(Path(path)))
+
+
+def identifier(stem: str) -> str:
+    """Make a name that C++ takes of any file's: letters, digits and single underscores, no digit first."""
+    name = re.sub(r"[^0-9A-Za-z]+", "_", stem).strip("_")
+    return name if name and not name[0].isdigit() else f"model_{name}".rstrip("_")
+
+
+def persistent_bytes(model: Any) -> int:
+    """Estimate what TensorFlow Lite Micro keeps in the arena beside the activations, on a processor of 32 bits.
+
+    1024 for the allocator, planner and interpreter; 16 for each tensor (``TfLiteEvalTensor`` is 12); 160 for each
+    operation (a node and its registration are 32; the rest is its parsed options and its kernel's data, aligned to 16);
+    8 for each output channel of a convolution, and of a linear layer with scales by channel (a multiplier and a shift);
+    128 for each input and output; and all variables. Scratch memory that optimized kernels ask for is not in it: the
+    margin of `Footprint.arena_bytes` is for that. ``MicroInterpreter::arena_used_bytes()`` is exact, on the device.
+
+    Args:
+        model: A file as `tflite_graph.parse` gives it, of one graph.
+    """
+    graph = model.subgraphs[0]
+    channels = 0
+    for op in graph.operators:
+        name = tflite_graph.op_name(model, op)
+        if name in _CONVOLUTIONS or (name == "FULLY_CONNECTED" and _scales(graph.tensors[op.inputs[1]]) > 1):
+            channels += int(graph.tensors[op.outputs[0]].shape[-1])
+    return (
+        _BASE_BYTES
+        + _TENSOR_BYTES * len(graph.tensors)
+        + _OPERATOR_BYTES * len(graph.operators)
+        + _CHANNEL_BYTES * channels
+        + _END_BYTES * (len(graph.inputs) + len(graph.outputs))
+        + arena.variable_bytes(model)
+    )
+
+
+def setup_bytes(model: Any) -> int:
+    """Estimate what TensorFlow Lite Micro takes of the activations' place before the first inference.
+
+    The more of two: 64 for each tensor, while it plans; and, while it prepares the operation that takes most, 96 for
+    each tensor of it and 4 for each of their zero points, which the file may hold one of for each channel.
+
+    Args:
+        model: A file as `tflite_graph.parse` gives it, of one graph.
+    """
+    graph = model.subgraphs[0]
+    operations = [[graph.tensors[index] for index in (*op.inputs, *op.outputs) if index >= 0] for op in graph.operators]
+    preparing = [
+        sum(_PREPARING_BYTES + _ZERO_POINT_BYTES * _scales(tensor) for tensor in tensors) for tensors in operations
+    ]
+    return max(_PLANNING_BYTES * len(graph.tensors), *preparing, 0)
+
+
+def _footprint(path: Path, data: bytes) -> Footprint:
+    with _refusing(path):
+        model = tflite_graph.parse(data)
+        contents = tflite_contents.contents(path)
+    _check(path, model, contents.float_compute_ops + contents.float_ops, tuple(contents.ops))
+    with _refusing(path):
+        buffers = arena.activations(model)
+        persistent = persistent_bytes(model)
+    plan = arena.plan(buffers)
+    head = max(plan.activation_bytes, setup_bytes(model))
+    return Footprint(
+        operators=tuple(contents.ops),
+        size_bytes=len(data),
+        weight_bytes=contents.int8_weight_bytes + contents.int4_weight_bytes,
+        activation_bytes=plan.activation_bytes,
+        lower_bound_bytes=plan.lower_bound_bytes,
+        persistent_bytes=persistent,
+        arena_bytes=-(-int((head + persistent) * _MARGIN) // _KIB) * _KIB,
+    )
+
+
+def _check(path: Path, model: Any, floats: tuple[str, ...], operators: tuple[str, ...]) -> None:
+    if any(_text(entry.name) == _OFFLINE_PLAN for entry in model.metadata or ()):
+        raise ExportError(f"{path}: its memory is planned already, as in Vela's files; give the one it was made from")
+    if floats:
+        raise ExportError(
+            f"{path}: it computes in float ({', '.join(sorted(set(floats)))}); allowed: int8 and int16 files. "
+            "Export an int8 network: quantize it, or train it with Quantize; with integer_only=True if it has "
+            "attention, softmax or GELU"
+        )
+    graph = model.subgraphs[0]
+    if any(
+        tflite_graph.op_name(model, op) == "TRANSPOSE_CONV" and op.builtinOptions.fusedActivationFunction
+        for op in graph.operators
+    ):
+        raise ExportError(
+            f"{path}: a transposed convolution ends with an activation, which TensorFlow Lite Micro's kernel leaves "
+            "out. Do not join what it gives to values of another range, as a concatenation does"
+        )
+    unknown = [name for name in operators if name not in METHODS]
+    if unknown:
+        raise ExportError(
+            f"{path}: TensorFlow Lite Micro has no kernel for {', '.join(unknown)}. Build the network without, of: "
+            f"{', '.join(METHODS)}"
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror or error}; give a .tflite file") from error
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ExportError(f"{path}: {error}. Give an int8 .tflite file of fixed shapes") from error
+
+
+def _array(name: str, data: bytes) -> str:
+    lines = [
+        "    " + " ".join(f"0x{byte:02x}," for byte in data[start : start + _BYTES_A_LINE])
+        for start in range(0, len(data), _BYTES_A_LINE)
+    ]
+    return "\n".join(
+        [
+            f'#include "{name}.h"',
+            "",
+            f"alignas({arena.ALIGNMENT_BYTES}) const unsigned char {name}_data[] = {{",
+            *lines,
+            "};",
+            f"const std::size_t {name}_data_length = sizeof({name}_data);",
+            "",
+        ]
+    )
+
+
+def _header(name: str, found: Footprint) -> str:
+    guard = f"LIGHTNING_EDGE_{name.upper()}_H_"
+    return f"""#ifndef {guard}
+#define {guard}
+
+#include <cstddef>
+
+extern const unsigned char {name}_data[];
+extern const std::size_t {name}_data_length;
+
+// An estimate to begin with: activations, {found.activation_bytes} bytes as planned; about {found.persistent_bytes}
+// that the interpreter keeps; and a tenth. MicroInterpreter::arena_used_bytes() tells what it takes.
+constexpr std::size_t {name}_arena_bytes = {found.arena_bytes};
+
+#ifdef {REGISTER_MACRO}
+{register_operators(name, found.operators)}
+#endif  // {REGISTER_MACRO}
+
+#endif  // {guard}
+"""
+
+
+def register_operators(prefix: str, operators: tuple[str, ...]) -> str:
+    """Write the function that registers just these operations with a resolver that has just their number of places.
+
+    Args:
+        prefix: What its names begin with.
+        operators: Operations as the schema names them.
+
+    Raises:
+        KeyError: If there is no kernel for one.
+    """
+    calls = "\n".join(
+        f"  if (resolver.{METHODS[operator]}() != kTfLiteOk) return kTfLiteError;" for operator in operators
+    )
+    return f"""#include "tensorflow/lite/micro/micro_mutable_op_resolver.h"
+
+using {prefix}_resolver = tflite::MicroMutableOpResolver<{len(operators)}>;
+
+inline TfLiteStatus {prefix}_register_operators({prefix}_resolver& resolver) {{
+{calls}
+  return kTfLiteOk;
+}}"""
+
+
+def _place(texts: dict[Path, str]) -> None:
+    """Put all files in place, or leave the folder as it was."""
+    for path in texts:
+        if path.is_dir():
+            raise ExportError(f"cannot write {path}: it is a folder; choose another folder")
+    staged: list[StagedPath] = []
+    before: dict[Path, bytes | None] = {}
+    try:
+        for path, text in texts.items():
+            staged.append(StagedPath(path))
+            with writing(path):
+                staged[-1].staged.write_text(text, encoding="ascii")
+        for place in staged:
+            old = place.path.read_bytes() if place.path.is_file() else None
+            place.accept()
+            before[place.path] = old
+    except BaseException:
+        for path, old in before.items():
+            path.unlink() if old is None else path.write_bytes(old)
+        raise
+    finally:
+        for place in reversed(staged):
+            place.discard()
+
+
+def _scales(tensor: Any) -> int:
+    return 0 if tensor.quantization is None or tensor.quantization.scale is None else len(tensor.quantization.scale)
+
+
+def _comment(text: str) -> str:
+    """A file's name as a line comment takes it: nothing that ends or continues the line."""
+    return re.sub(r"[^ -\[\]-~]", "?", text)
+
+
+def _text(name: Any) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)

@@ -1,0 +1,183 @@
+"""How a network becomes a file: written beside its place, inspected, run, compared, and only then put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_edge.errors import ExportError
+from lightning_edge.exporters.artifact import Artifact, check_running, inspect_file, open_file, placed
+from lightning_edge.exporters.input_adapter import check_interface
+from lightning_edge.exporters.passes.trim_kernels import trim_kernels
+from lightning_edge.exporters.program import deployable, in_file_form
+from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S
+from lightning_edge.exporters.staged import Staged
+from lightning_edge.exporters.target import Target, check_options
+from lightning_edge.exporters.target import target as target_of
+from lightning_edge.exporters.verify import schemes
+from lightning_edge.exporters.verify.agreement import agreement_of, check_agreement, check_batches, rounding_of
+from lightning_edge.exporters.verify.contents import (
+    check_activations,
+    check_contents,
+    check_fallback,
+    check_share,
+    warn_if,
+    warn_not_run,
+)
+from lightning_edge.exporters.verify.floor import floor_bytes
+from lightning_edge.files import StagedPath, writing
+from lightning_edge.interface import Interface
+from lightning_edge.measure import Tolerance
+
+
+def stage(
+    model: nn.Module,
+    target: str,
+    path: str | Path,
+    *,
+    inputs: Any = None,
+    threads: int = 1,
+    isolated: bool = True,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    max_fallback: float | None = None,
+    interface: Interface | None = None,
+    **options: Any,
+) -> Staged:
+    """Write a network beside ``path``, read back what the file holds, and load it.
+
+    Args:
+        model: As for `deployable`.
+        target: A key of `TARGETS`.
+        path: Where the file shall be in the end, with the target's suffix; missing folders are made.
+        inputs: As for `deployable`.
+        threads: Threads to run it with.
+        isolated: As for `load`.
+        time_limit_s: As for `load`.
+        max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run outside the target's delegate.
+        interface: How the file is called; as the converters do it if not given.
+        options: The target's own options.
+
+    Returns:
+        The file, to be accepted or discarded.
+
+    Raises:
+        AgreementError: If a file for several samples a call gives something else for many than for one.
+        ExportError: If the target refuses the network, writes something else than asked, or cannot write.
+        RunnerError: If the file does not load.
+        ValueError: If an argument is not allowed.
+    """
+    module = target_of(target)
+    path = Path(path)
+    _check_path(path, target, module)
+    check_options(target, options)
+    check_running(threads, time_limit_s)
+    check_share(max_fallback)
+    network = deployable(model, inputs)
+    check_activations(network, target, module.activation_bits)
+    interface = interface or Interface()
+    check_interface(interface, network)
+    scheme = options.get("scheme")
+    if scheme is not None and network.precision == "int8":
+        raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
+    place = StagedPath(path)
+    try:
+        written = trim_kernels(network)
+        with writing(path):
+            form = in_file_form(written, *_written(module, interface))
+            module.write(form, place.staged, **options)
+        contents = inspect_file(module, place.staged, path.name)
+        check_contents(written, contents, target, wants_delegate=options.get("backend") != "portable")
+        if scheme is not None:
+            warn_if(target, schemes.check_scheme(contents, scheme, target))
+        contents = placed(module, place.staged, contents)
+        check_fallback(contents.placements, max_fallback, target)
+        artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
+        warn_not_run(artifact)
+        check_batches(network, artifact)
+        floor = floor_bytes(written, scheme, sparse=bool(options.get("sparse_weights")))
+        return Staged(network, replace(artifact, floor_bytes=floor), place)
+    except BaseException:
+        place.discard()
+        raise
+
+
+def export(
+    model: nn.Module,
+    target: str,
+    path: str | Path,
+    *,
+    inputs: Any = None,
+    batches: Iterable[Any] | None = None,
+    tolerance: Tolerance | None = None,
+    threads: int = 1,
+    isolated: bool = True,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    max_fallback: float | None = None,
+    interface: Interface | None = None,
+    **options: Any,
+) -> Artifact:
+    """Write a network for a target, prove it, and put the file in place.
+
+    The file is written beside ``path``, its own contents are inspected, it is loaded and run, and its outputs are
+    compared with the network's; only then does it replace what was at ``path``. A file that nothing on this machine
+    can run (ExecuTorch's for Core ML or Vulkan) is only inspected: that is an `ExportWarning`, its ``not_run`` says
+    why, and it has no ``agreement``.
+
+    Args:
+        model: A `Deployable`, a module trained with quantization (converted on a copy), or any module (exported in
+            float, a copy in eval mode).
+        target: A key of `TARGETS`.
+        path: The file to write, with the target's suffix; missing folders are made.
+        inputs: One call's arguments, for a module that is not quantized.
+        batches: Inputs to compare on, each what `Inputs.of` reads; the network's own sample if not given.
+        tolerance: How far the file may lie from the network; by its scheme if not given.
+        threads: Threads to run it with.
+        isolated: As for `load`.
+        time_limit_s: As for `load`.
+        max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run on the runtime's own CPU kernels
+            and not in the target's delegate; any if not given.
+        interface: How the file is called: names, layout, pixels, labels. As the converters do it if not given;
+            `load` takes what the network takes either way.
+        options: The target's own options; for a float network also ``scheme="fp16"``, ``"int8_weight_only"``,
+            ``"int4_weight_only"``, ``"int8_dynamic"`` or ``"int4_dynamic"``, as far as the target has it.
+
+    Returns:
+        The file, loaded.
+
+    Raises:
+        AgreementError: If the file computes something else than the network.
+        ExportError: If the target refuses the network, writes something else than asked, or cannot write.
+        RunnerError: If the file does not load or run.
+        ValueError: If an argument is not allowed.
+    """
+    running: dict[str, Any] = {"threads": threads, "isolated": isolated, "time_limit_s": time_limit_s}
+    running |= {"max_fallback": max_fallback, "interface": interface}
+    with stage(model, target, path, inputs=inputs, **running, **options) as staged:
+        if staged.artifact.not_run is not None:
+            return staged.accept()
+        compared = staged.network, staged.artifact
+        calls = None if batches is None else list(batches)
+        agreement = agreement_of(*compared, calls)
+        scheme = options.get("scheme")
+        allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
+        check_agreement(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
+        return replace(staged.accept(), agreement=agreement)
+
+
+def _written(module: Target, interface: Interface) -> tuple[Interface, torch.dtype]:
+    """How a target's file takes images: as uint8, or as images, which have no layout and come as floats."""
+    if interface.pixels is not None and module.takes_images:
+        return replace(interface, layout="nchw"), torch.float32
+    return interface, torch.uint8
+
+
+def _check_path(path: Path, name: str, module: Target) -> None:
+    if path.suffix != module.suffix:
+        raise ValueError(f"path={str(path)!r} has the suffix {path.suffix!r}; {name} writes {module.suffix}")
+    if path.is_dir() and name != "coreml":
+        raise ExportError(f"cannot write {path}: a folder is there. Remove it or choose another name.")

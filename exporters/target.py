@@ -1,0 +1,182 @@
+"""What a target is, the targets there are, and the options they take."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from lightning_edge.contents import Contents, Placements, Precision
+from lightning_edge.errors import ExportError, check_installed, first_line, require
+from lightning_edge.exporters.run.runner import Runner
+
+_OPERATOR = re.compile(r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*")
+
+
+class Target(ABC):
+    """A file format and its runtime: how a network is written, what a file holds, and how it is run.
+
+    Each target is a package with one instance named ``TARGET``, and one line in `TARGETS`.
+
+    Attributes:
+        suffix: Ending of its files.
+        extra: The extra of lightning-edge that installs what it needs.
+        needs: The top-level modules it needs.
+        runtime_modules: Modules that running a file takes. They are imported before a load is timed.
+        schemes: Names of the `schemes` that it has for float networks.
+        int8_options: Those of its options that concern int8 networks only.
+        activation_bits: Widths of quantized activations that its runtime has kernels for.
+        takes_images: Whether its files take pixels as images: as float32 in NCHW, whatever the layout.
+        in_process: Whether its files run in this process, because their runtime is this package's own code.
+    """
+
+    suffix: ClassVar[str]
+    extra: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
+    runtime_modules: ClassVar[tuple[str, ...]] = ()
+    schemes: ClassVar[tuple[str, ...]] = ()
+    int8_options: ClassVar[frozenset[str]] = frozenset()
+    activation_bits: ClassVar[frozenset[int]] = frozenset({8})
+    takes_images: ClassVar[bool] = False
+    in_process: ClassVar[bool] = False
+
+    @abstractmethod
+    def write(self, *network_and_path: Any, **options: Any) -> None:
+        """Write a network to a path: ``write(network, path, *, option=...)``.
+
+        The network is a `Deployable`. The path does not exist yet, and nothing else is written. The keyword-only
+        parameters of a target's own ``write`` are its options.
+        """
+
+    @abstractmethod
+    def inspect(self, path: Path) -> Contents:
+        """Read what the file holds from the file itself.
+
+        Raises:
+            ValueError: If it is not a whole file of this format.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, threads: int) -> Runner:
+        """Load the file into its runtime."""
+
+    def placements(self, path: Path) -> Placements | None:
+        """Ask the runtime where it runs a file's operations; ``None`` if it does not tell."""
+        return None
+
+    def not_run_here(self, contents: Contents) -> str | None:
+        """Say why this machine cannot run a file of these contents; ``None`` if it can."""
+        return None
+
+    def import_runtime(self) -> None:
+        """Import what running a file takes.
+
+        Raises:
+            MissingExtraError: If it is not installed.
+        """
+        for name in self.runtime_modules:
+            require(name, self.extra)
+
+
+TARGETS = {
+    "executorch": "lightning_edge.exporters.executorch",
+    "coreml": "lightning_edge.exporters.coreml",
+    "tflite": "lightning_edge.exporters.tflite",
+    "onnx": "lightning_edge.exporters.onnx",
+}
+
+# Options that say how a float network's weights are stored.
+_OF_SCHEMES = frozenset({"scheme", "group_size", "block_size"})
+
+
+def target(name: str) -> Target:
+    """Import a target.
+
+    Args:
+        name: A key of `TARGETS`.
+
+    Raises:
+        ValueError: If there is no such target.
+    """
+    if name not in TARGETS:
+        raise ValueError(f"target={name!r} is not one of {', '.join(map(repr, TARGETS))}")
+    found = import_module(TARGETS[name]).TARGET
+    assert isinstance(found, Target)
+    return found
+
+
+def check_target_installed(name: str) -> None:
+    """Make sure that what a target needs is installed, without importing it.
+
+    Raises:
+        MissingExtraError: Naming the first module that is missing, and how to install it.
+        ValueError: If there is no such target.
+    """
+    module = target(name)
+    for needed in module.needs:
+        check_installed(needed, module.extra)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that a target does not have, and values that are not of the option's type.
+
+    Raises:
+        ValueError: Naming what was given and what is allowed.
+    """
+    if not options:
+        return
+    write = target(name).write
+    parameters = inspect.signature(write).parameters.values()
+    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for option, value in options.items():
+        if option not in allowed:
+            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(allowed) or 'none'}")
+        hint = get_type_hints(write)[option]
+        choices = [get_args(kind) for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+        if choices and value is not None and value not in choices[0]:
+            raise ValueError(f"{name}: {option}={value!r} is not one of {choices[0]}")
+        if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name}: {option}={value!r} is not a whole number")
+        if hint is bool and not isinstance(value, bool):
+            raise ValueError(f"{name}: {option}={value!r} is not one of (True, False)")
+
+
+def options_of(name: str, precision: Precision, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Give a target's options for a file of this precision.
+
+    Args:
+        name: A key of `TARGETS`.
+        precision: Precision of the file; a float one has no part in what says something of int8 networks only.
+        options: Options by target.
+    """
+    chosen = dict(options.get(name, {}))
+    if precision == "fp32" and chosen:
+        chosen = {option: value for option, value in chosen.items() if option not in target(name).int8_options}
+    if precision == "int8":
+        chosen = {option: value for option, value in chosen.items() if option not in _OF_SCHEMES}
+    return chosen
+
+
+def explain(target: str, error: BaseException, advice: str) -> ExportError:
+    """Turn what a converter raised into one error: innermost message, operator, what to try.
+
+    Args:
+        target: Name of the target.
+        error: What the converter raised.
+        advice: What to try, one sentence.
+    """
+    innermost = error
+    while (
+        below := innermost.__cause__ or (None if innermost.__suppress_context__ else innermost.__context__)
+    ) is not None:
+        innermost = below
+    found = _OPERATOR.search(str(innermost)) or _OPERATOR.search(str(error))
+    operator = f" (operator {found.group().rstrip('.')})" if found else ""
+    outer = "" if innermost is error else f" The converter said: {first_line(error)}."
+    if "data-dependent" in str(error).lower():
+        advice = "The network's control flow depends on its values: write it without if and .item() on tensors."
+    return ExportError(f"{target}: {first_line(innermost).rstrip('.')}{operator}.{outer} {advice}")

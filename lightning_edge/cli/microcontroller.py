@@ -1,0 +1,100 @@
+"""The command that writes an int8 ``.tflite`` file as C++ sources, and tells what it needs of a microcontroller."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_edge.errors import EdgeError
+from lightning_edge.exporters.micro import sources as microcontroller
+from lightning_edge.exporters.micro import vela
+from lightning_edge.exporters.micro.sources import Footprint
+from lightning_edge.exporters.micro.vela import Estimate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_KIB = 1024
+
+
+def table(name: str, found: Footprint, estimate: Estimate | None = None) -> Table:
+    """Lay out what a file needs.
+
+    Args:
+        name: What the table is of.
+        found: What the file says.
+        estimate: What Vela says, if it was asked.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    laid = Table(title=name)
+    for heading in ("", "value", "how it is known"):
+        laid.add_column(heading, overflow="fold")
+    rows = [
+        ("operators", ", ".join(found.operators), "read from the file"),
+        ("file", _kib(found.size_bytes), "read from the file; lies in flash"),
+        ("weights", _kib(found.weight_bytes), "read from the file; a part of it"),
+        ("activations", _kib(found.activation_bytes), "planned as TensorFlow Lite Micro does"),
+        ("lower bound", _kib(found.lower_bound_bytes), "what lives at one step"),
+        ("arena", _kib(found.arena_bytes), "estimate: activations, the interpreter's own, a tenth"),
+    ]
+    if estimate is not None:
+        by = f"Vela's estimate for {estimate.configuration}"
+        fallback = ", ".join(dict.fromkeys(estimate.cpu_operators)) or "none"
+        rows += [
+            ("inference", f"{estimate.inference_time_ms:.3f} ms", f"{by} at {estimate.clock_hz / 1e6:g} MHz"),
+            ("cycles", f"{estimate.cycles}", by),
+            ("SRAM", _kib(estimate.sram_bytes), by),
+            ("DRAM", _kib(estimate.dram_bytes), by),
+            ("flash", _kib(estimate.flash_bytes), by),
+            ("on the NPU", f"{estimate.npu_operators} operations", by),
+            (
+                "on the CPU",
+                f"{len(estimate.cpu_operators)} operations: {fallback}",
+                f"{by}; no time is counted for them",
+            ),
+        ]
+    for row in rows:
+        laid.add_row(*map(Text, row))
+    return laid
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``lightning-edge microcontroller``: two files, and a table of what they need.
+
+    Args:
+        arguments: Arguments behind ``microcontroller``.
+
+    Returns:
+        The status to exit with: 2 if the file cannot be written so.
+    """
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-edge microcontroller",
+        description="Write an int8 .tflite file as C++ sources for TensorFlow Lite Micro.",
+    )
+    parser.add_argument("file", type=Path, help="the .tflite file")
+    parser.add_argument("--output", type=Path, default=Path(), help="the folder to write to (default: this one)")
+    parser.add_argument("--ethosu", choices=vela.CONFIGURATIONS, help="also compile for this NPU with Arm's Vela")
+    given = parser.parse_args(arguments)
+    try:
+        # What can be refused is refused before anything is written.
+        microcontroller.footprint(given.file)
+        compiled = given.output / f"{given.file.stem}_vela.tflite"
+        estimate = None if given.ethosu is None else vela.estimate(given.file, given.ethosu, compiled=compiled)
+        written = microcontroller.write(given.file, given.output)
+    except EdgeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    Console().print(table(given.file.name, written.footprint, estimate))
+    print(f"written: {written.header}, {written.source}{'' if estimate is None else f', {compiled}'}")
+    return 0
+
+
+def _kib(size_bytes: int) -> str:
+    return f"{size_bytes} bytes" if size_bytes < _KIB else f"{size_bytes / _KIB:.1f} KiB"

@@ -1,0 +1,1 @@
+"""Every form of a trained network on the user's own validation."""

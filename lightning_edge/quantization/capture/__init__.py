@@ -1,0 +1,1 @@
+"""The network as one graph of ATen operations."""

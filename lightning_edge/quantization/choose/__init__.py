@@ -1,0 +1,1 @@
+"""Which precision each layer gets."""

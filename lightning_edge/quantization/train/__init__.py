@@ -1,0 +1,1 @@
+"""The graph with fake-quantizers, as it is trained."""

@@ -1,0 +1,376 @@
+"""The manifest beside exported files: what each one is, so that a folder can be checked without what made it.
+
+Plain JSON, read back strictly: a manifest that is cut short, of another schema or with a path that leaves its folder is
+refused, never half understood. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lightning_edge.contents import Endpoint, Placement, Placements
+from lightning_edge.errors import ManifestError
+from lightning_edge.interface import Interface
+from lightning_edge.reporting.budget import Excess, Verdict
+from lightning_edge.reporting.provenance import Commit
+from lightning_edge.reporting.report import Report, Row, replace_text, without_infinities
+
+NAME = "manifest.json"
+SCHEMA = 1
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_AGREEMENT = ("samples", "top1", "max_steps", "mean_steps", "max_relative")
+_LATENCY = ("p50_ms", "p95_ms", "p99_ms", "throughput", "load_ms")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a manifest.
+
+    Attributes:
+        path: The file or package, relative to the manifest, with ``/``.
+        target: Name of the target that wrote it.
+        precision: ``"fp32"`` or ``"int8"``.
+        source: Where its weights come from, as in a `Row`.
+        scheme: How a float network's weights were stored, if in fewer bits.
+        sha256: SHA-256 of the file; of a folder, of the sorted lines ``<sha256>  <path>`` of its files.
+        size_bytes: Bytes on disk.
+        compressed_bytes: Bytes of a zip of it.
+        floor_bytes: Bytes that the network's values need by themselves.
+        inputs: What the file takes, read from the file.
+        outputs: What it gives.
+        sample: What `load` takes for one sample: shape and type of each input, in the network's own layout.
+        metrics: The user's metrics; ``None`` for one that is no finite number.
+        agreement: How far it lay from the network it came from.
+        latency: Milliseconds of one sample and of loading, and samples per second; empty where it was not timed.
+        runtime: What ran it.
+        placements: Where its operations run.
+        budget: Whether it keeps its budget, if there is one.
+        interface: How the file is called, beyond what `inputs` and `outputs` say.
+        not_run: Why nothing could run the file where it was made, so that nothing is stated of what it computes.
+    """
+
+    path: str
+    target: str
+    precision: str
+    source: str
+    scheme: str | None
+    sha256: str
+    size_bytes: int
+    compressed_bytes: int
+    floor_bytes: int | None
+    inputs: tuple[Endpoint, ...]
+    outputs: tuple[Endpoint, ...]
+    sample: tuple[Endpoint, ...]
+    metrics: Mapping[str, float | None]
+    agreement: Mapping[str, float | None]
+    latency: Mapping[str, float | None]
+    runtime: str | None
+    placements: Placements | None
+    budget: Verdict | None
+    interface: Interface
+    not_run: str | None = None
+
+    @classmethod
+    def of(cls, row: Row) -> FileEntry:
+        """Take over what the row of a finished file holds."""
+        if row.path is None or row.sha256 is None or row.size_bytes is None or row.compressed_bytes is None:
+            raise ValueError(f"{row.label} is no finished file")
+        timed = not row.is_reference
+        return cls(
+            path=row.path,
+            target=row.target,
+            precision=row.precision,
+            source=row.source,
+            scheme=row.scheme,
+            sha256=row.sha256,
+            size_bytes=row.size_bytes,
+            compressed_bytes=row.compressed_bytes,
+            floor_bytes=row.floor_bytes,
+            inputs=tuple(row.inputs),
+            outputs=tuple(row.outputs),
+            sample=tuple(row.sample),
+            metrics=dict(row.metrics),
+            agreement={name: getattr(row, name) for name in _AGREEMENT if getattr(row, name) is not None},
+            latency={name: getattr(row, name) for name in _LATENCY if timed and getattr(row, name) is not None},
+            runtime=row.runtime,
+            placements=row.placements,
+            budget=row.budget,
+            interface=row.interface or Interface(),
+            not_run=row.not_run,
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What lies in a folder of exported files.
+
+    Attributes:
+        model: Name of the module it came from.
+        files: The files.
+        versions: Versions of Python, the platform and what took part.
+        git: Commit of the working directory; ``None`` where there is none.
+        recipe: Text of the configuration, where `lightning-edge` ran one.
+        schema: Version of the form of a manifest.
+    """
+
+    model: str
+    files: tuple[FileEntry, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git: Commit | None = None
+    recipe: str | None = None
+    schema: int = SCHEMA
+
+    @classmethod
+    def of(cls, report: Report, git: Commit | None = None, recipe: str | None = None) -> Manifest:
+        """Take over every finished file of a report."""
+        files = tuple(FileEntry.of(row) for row in report.rows if row.path is not None and row.error is None)
+        return cls(report.model, files, report.versions, git, recipe)
+
+    def to_json(self) -> str:
+        """Write as JSON; a number that is not finite becomes ``null``."""
+        plain = {"schema": self.schema, **asdict(self)}
+        return json.dumps(without_infinities(plain), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write(self, folder: Path) -> Path:
+        """Write ``manifest.json`` into a folder, whole or not at all.
+
+        Raises:
+            EdgeError: If it cannot be written.
+        """
+        return replace_text(folder / NAME, self.to_json())
+
+    @classmethod
+    def read(cls, path: str | Path) -> Manifest:
+        """Read a manifest back, strictly.
+
+        Args:
+            path: The file, or the folder it lies in.
+
+        Raises:
+            ManifestError: If there is none, it is cut short, of another schema, says more or less than a manifest does,
+                or names a path outside its folder.
+        """
+        path = Path(path)
+        path = path / NAME if path.is_dir() else path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise ManifestError(
+                f"there is no {path}. Give a folder that lightning-edge export or evaluate has written to"
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ManifestError(f"{path} cannot be read: {error}. Export again to write it anew") from error
+        try:
+            return _manifest(json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once))
+        except RecursionError as error:
+            raise ManifestError(f"{path} is no manifest: it is nested too deeply") from error
+        except ValueError as error:
+            raise ManifestError(
+                f"{path} is no manifest that can be used: {error}. Export again to write it anew"
+            ) from (error)
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that is not plainly below its folder.
+
+    Raises:
+        ValueError: If it is absolute, empty, climbs up or is not written with ``/``.
+    """
+    parts = path.split("/")
+    windows = "\\" in path or ":" in path
+    if not path or windows or "\0" in path or PurePosixPath(path).is_absolute() or {"", ".", ".."} & {*parts}:
+        raise ValueError(
+            f"the path {path!r} leaves the folder or is not plain; paths are relative, with / and without .."
+        )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number that JSON has")
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return made
+
+
+def _manifest(value: Any) -> Manifest:
+    """Build a manifest from parsed JSON; the schema first, since all else depends on it."""
+    given = _object(value, "it")
+    schema = given.get("schema")
+    if type(schema) is not int:
+        raise ValueError(f"its schema is {schema!r} and not a number")
+    if schema != SCHEMA:
+        newer = "a newer lightning-edge wrote it; update to read it" if schema > SCHEMA else "there is none such"
+        raise ValueError(f"its schema is {schema} and this version reads {SCHEMA}: {newer}")
+    _keys(given, Manifest, "it")
+    files = tuple(_file(entry, f"files[{index}]") for index, entry in enumerate(_list(given["files"], "files")))
+    paths = [entry.path for entry in files]
+    if len({*paths}) < len(paths):
+        raise ValueError(f"{next(path for path in paths if paths.count(path) > 1)!r} is named twice")
+    versions = _object(given["versions"], "versions")
+    return Manifest(
+        model=_typed(given["model"], str, "model"),
+        files=files,
+        versions={name: _typed(text, str, f"versions.{name}") for name, text in versions.items()},
+        git=_commit(given["git"]),
+        recipe=_optional(given["recipe"], str, "recipe"),
+    )
+
+
+def _commit(value: Any) -> Commit | None:
+    if value is None:
+        return None
+    given = _object(value, "git")
+    _keys(given, Commit, "git")
+    return Commit(_typed(given["commit"], str, "git.commit"), _typed(given["dirty"], bool, "git.dirty"))
+
+
+def _file(value: Any, where: str) -> FileEntry:
+    given = _object(value, where)
+    _keys(given, FileEntry, where)
+    path = _typed(given["path"], str, f"{where}.path")
+    check_path(path)
+    digest = _typed(given["sha256"], str, f"{where}.sha256")
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{where}.sha256 is {digest!r} and not 64 hexadecimal digits")
+    precision = _typed(given["precision"], str, f"{where}.precision")
+    if precision not in ("fp32", "int8"):
+        raise ValueError(f"{where}.precision is {precision!r} and not 'fp32' or 'int8'")
+    return FileEntry(
+        path=path,
+        target=_typed(given["target"], str, f"{where}.target"),
+        precision=precision,
+        source=_typed(given["source"], str, f"{where}.source"),
+        scheme=_optional(given["scheme"], str, f"{where}.scheme"),
+        sha256=digest,
+        size_bytes=_count(given["size_bytes"], f"{where}.size_bytes"),
+        compressed_bytes=_count(given["compressed_bytes"], f"{where}.compressed_bytes"),
+        floor_bytes=None if given["floor_bytes"] is None else _count(given["floor_bytes"], f"{where}.floor_bytes"),
+        inputs=_endpoints(given["inputs"], f"{where}.inputs"),
+        outputs=_endpoints(given["outputs"], f"{where}.outputs"),
+        sample=_endpoints(given["sample"], f"{where}.sample"),
+        metrics=_numbers(given["metrics"], f"{where}.metrics"),
+        agreement=_numbers(given["agreement"], f"{where}.agreement"),
+        latency=_numbers(given["latency"], f"{where}.latency"),
+        runtime=_optional(given["runtime"], str, f"{where}.runtime"),
+        placements=_placements(given["placements"], f"{where}.placements"),
+        budget=_verdict(given["budget"], f"{where}.budget"),
+        interface=_interface(given["interface"], f"{where}.interface"),
+        not_run=_optional(given["not_run"], str, f"{where}.not_run"),
+    )
+
+
+def _interface(value: Any, where: str) -> Interface:
+    given = _object(value, where)
+    _keys(given, Interface, where)
+    return Interface.of(given)
+
+
+def _endpoints(value: Any, where: str) -> tuple[Endpoint, ...]:
+    return tuple(_endpoint(entry, f"{where}[{index}]") for index, entry in enumerate(_list(value, where)))
+
+
+def _endpoint(value: Any, where: str) -> Endpoint:
+    given = _object(value, where)
+    _keys(given, Endpoint, where)
+    zero_point = given["zero_point"]
+    return Endpoint(
+        name=_optional(given["name"], str, f"{where}.name"),
+        shape=tuple(_count(size, f"{where}.shape") for size in _list(given["shape"], f"{where}.shape")),
+        dtype=_typed(given["dtype"], str, f"{where}.dtype"),
+        scale=None if given["scale"] is None else _number(given["scale"], f"{where}.scale"),
+        zero_point=None if zero_point is None else _typed(zero_point, int, f"{where}.zero_point"),
+    )
+
+
+def _placements(value: Any, where: str) -> Placements | None:
+    if value is None:
+        return None
+    given = _object(value, where)
+    _keys(given, Placements, where)
+    ops = []
+    for index, entry in enumerate(_list(given["ops"], f"{where}.ops")):
+        place = f"{where}.ops[{index}]"
+        op = _object(entry, place)
+        _keys(op, Placement, place)
+        names = [_typed(op[name], str, f"{place}.{name}") for name in ("op", "place")]
+        ops.append(Placement(*names, *(_count(op[name], f"{place}.{name}") for name in ("count", "macs"))))
+    return Placements(_typed(given["told_by"], str, f"{where}.told_by"), tuple(ops))
+
+
+def _verdict(value: Any, where: str) -> Verdict | None:
+    if value is None:
+        return None
+    given = _object(value, where)
+    _keys(given, Verdict, where)
+    exceeded = []
+    for entry in _list(given["exceeded"], f"{where}.exceeded"):
+        excess = _object(entry, f"{where}.exceeded")
+        _keys(excess, Excess, f"{where}.exceeded")
+        numbers = (_number(excess[name], f"{where}.exceeded.{name}") for name in ("limit", "value"))
+        exceeded.append(Excess(_typed(excess["name"], str, f"{where}.exceeded.name"), *numbers))
+    names = (_typed(name, str, f"{where}.not_measurable") for name in _list(given["not_measurable"], where))
+    return Verdict(_typed(given["status"], str, f"{where}.status"), tuple(exceeded), tuple(names))
+
+
+def _keys(given: Mapping[str, Any], kind: type, where: str) -> None:
+    wanted = [entry.name for entry in fields(kind)]
+    missing = [name for name in wanted if name not in given]
+    more = [name for name in given if name not in wanted]
+    if missing or more:
+        told = [f"lacks {', '.join(map(repr, missing))}"] * bool(missing)
+        told += [f"has {', '.join(map(repr, more))}, which a manifest of this schema has not"] * bool(more)
+        raise ValueError(f"{where} {' and '.join(told)}")
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    return _typed(value, dict, where)  # type: ignore[no-any-return]
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    return _typed(value, list, where)  # type: ignore[no-any-return]
+
+
+def _typed(value: Any, kind: type, where: str) -> Any:
+    if type(value) is not kind:
+        names = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false"}
+        raise ValueError(f"{where} is {_shortened(value)} and not {names[kind]}")
+    return value
+
+
+def _optional(value: Any, kind: type, where: str) -> Any:
+    return None if value is None else _typed(value, kind, where)
+
+
+def _count(value: Any, where: str) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{where} is {_shortened(value)} and not a whole number of 0 or more")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{where} is {_shortened(value)} and not a finite number")
+    return value  # type: ignore[no-any-return]
+
+
+def _numbers(value: Any, where: str) -> dict[str, float | None]:
+    return {
+        name: None if number is None else _number(number, f"{where}.{name}")
+        for name, number in _object(value, where).items()
+    }
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,338 @@
+"""What was found: one row per candidate, as JSON, flat metrics, Markdown and a terminal table. Knows no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_edge.contents import Endpoint, Placements
+from lightning_edge.errors import EdgeError
+from lightning_edge.interface import Interface
+from lightning_edge.reporting import rendering
+from lightning_edge.reporting.budget import Verdict
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+Source = Literal["float", "post-training", "trained"]
+
+_PACKAGES = (
+    "lightning-edge",
+    "torch",
+    "torchao",
+    "lightning",
+    "torchmetrics",
+    "executorch",
+    "coremltools",
+    "litert-torch",
+    "ai-edge-litert",
+    "onnx",
+    "onnxruntime",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate: the network in torch, or one exported file. ``None`` is what could not be known.
+
+    Attributes:
+        target: ``"torch"`` or the name of the export target.
+        precision: ``"fp32"`` or ``"int8"``.
+        source: Where the weights and ranges come from: ``"float"`` training, ``"post-training"`` quantization or
+            ``"trained"`` with quantizers.
+        error: Why there is no such file; the other fields hold what was found before that.
+        path: File, relative to the report.
+        sha256: SHA-256 of the file, see `digest`.
+        metrics: The user's own metrics.
+        size_bytes: Bytes on disk; in torch, of parameters and buffers.
+        compressed_bytes: Bytes of a zip of it.
+        load_ms: Milliseconds from the path to a runner that is ready.
+        p50_ms: Median latency of one sample, milliseconds.
+        p95_ms: 95th percentile.
+        p99_ms: 99th percentile.
+        throughput: Samples per second, one at a time.
+        planned_memory_bytes: Memory the file plans for activations, bytes.
+        peak_memory_bytes: By how much the file made the resident memory of its runtime's own process grow at its peak,
+            over the whole split; Linux only.
+        samples: Samples compared with the network it came from.
+        top1: Share of them with the same largest output.
+        max_steps: Largest difference in quantization steps.
+        mean_steps: Mean difference in quantization steps, of the output that lies furthest off.
+        most_steps: Difference that 99.9 % of the values stay within, in quantization steps, of that output.
+        max_relative: Largest difference over the largest absolute output.
+        int8_weight_share: Share of the weight bytes that are int8.
+        float_ops: Operations of an int8 file that compute in float.
+        delegated_ops: Operations handed to the target's delegate.
+        undelegated_ops: Names of operations left to the runtime's own kernels.
+        runtime: What ran it.
+        is_reference: Whether that is a reference interpreter, whose latency means nothing for the target.
+        scheme: How a float network's weights are stored, if in fewer bits.
+        floor_bytes: Bytes that the network's values need by themselves, whatever the format.
+        inputs: What the file takes, read from the file.
+        outputs: What it gives.
+        sample: What `load` takes for one sample, in the network's own layout.
+        placements: Where the file's operations run.
+        budget: Whether it keeps its budget, if there is one.
+        interface: How the file is called, as it says.
+        not_run: Why nothing on this machine could run the file, so that there is no number of what it computes.
+    """
+
+    target: str
+    precision: Literal["fp32", "int8"]
+    source: Source
+    error: str | None = None
+    path: str | None = None
+    sha256: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    size_bytes: int | None = None
+    compressed_bytes: int | None = None
+    load_ms: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    throughput: float | None = None
+    planned_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    samples: int | None = None
+    top1: float | None = None
+    max_steps: float | None = None
+    mean_steps: float | None = None
+    most_steps: float | None = None
+    max_relative: float | None = None
+    int8_weight_share: float | None = None
+    float_ops: Sequence[str] | None = None
+    delegated_ops: int | None = None
+    undelegated_ops: Sequence[str] | None = None
+    runtime: str | None = None
+    is_reference: bool = False
+    scheme: str | None = None
+    floor_bytes: int | None = None
+    inputs: Sequence[Endpoint] = ()
+    outputs: Sequence[Endpoint] = ()
+    sample: Sequence[Endpoint] = ()
+    placements: Placements | None = None
+    budget: Verdict | None = None
+    interface: Interface | None = None
+    not_run: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What this row is, in words."""
+        if self.precision == "fp32":
+            return f"{self.target} fp32"
+        return f"{self.target} int8 ({self.source})"
+
+    @property
+    def floor_ratio(self) -> float | None:
+        """Bytes on disk over the floor."""
+        return self.size_bytes / self.floor_bytes if self.size_bytes and self.floor_bytes else None
+
+    @property
+    def fallback_share(self) -> float | None:
+        """Share of the multiply-accumulates that run outside the target's delegate or accelerator."""
+        return None if self.placements is None else self.placements.fallback_share
+
+    @property
+    def within_budget(self) -> bool | None:
+        """Whether it keeps its budget; ``None`` where there is none or it cannot be told."""
+        if self.budget is None or self.budget.status == "not measurable":
+            return None
+        return self.budget.status == "within"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every candidate's row, and how they were measured.
+
+    Attributes:
+        model: Name of the user's module.
+        split: Which loop gave the metrics, ``"validate"`` or ``"test"``.
+        rows: The candidates.
+        parameters: Parameters of the float network.
+        monitor: The metric that decides between post-training and trained quantization, if known.
+        warmup: Calls before timing.
+        repeats: Calls timed.
+        threads: Threads asked of every runtime.
+        calibration_batches: Batches that post-training quantization read.
+        seed: The global seed, if one was set by ``seed_everything``.
+        warnings: What the user should look at.
+        notes: How something was done, or why it was not.
+        versions: Versions of Python, the platform and what is installed.
+    """
+
+    model: str
+    split: str
+    rows: Sequence[Row]
+    parameters: int | None = None
+    monitor: str | None = None
+    warmup: int = 0
+    repeats: int = 0
+    threads: int = 1
+    calibration_batches: int = 0
+    seed: int | None = None
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> list[Row]:
+        """Rows of files that could not be made."""
+        return [row for row in self.rows if row.error is not None]
+
+    @property
+    def over_budget(self) -> list[Row]:
+        """Rows of the files to ship that exceed their budget; a float file beside int8 ones is only their baseline."""
+        files = [row for row in self.rows if row.target != "torch" and row.error is None]
+        compressed = [row for row in files if row.precision == "int8" or row.scheme is not None]
+        return [row for row in compressed or files if row.within_budget is False]
+
+    def metrics(self) -> dict[str, float]:
+        """Flatten to ``edge/<target>/<name>`` for int8 and ``edge/<target>/fp32_<name>`` for fp32.
+
+        Where the int8 network was trained, its post-training baseline is ``edge/torch/post_training_<name>``. Rows with
+        an error and values that are not known are left out.
+        """
+        trained = any(row.source == "trained" for row in self.rows)
+        flat: dict[str, float] = {}
+        for row in self.rows:
+            if row.error is not None:
+                continue
+            prefix = "fp32_" if row.precision == "fp32" else ""
+            if trained and row.source == "post-training":
+                prefix = "post_training_"
+            values: dict[str, float | None] = {
+                "size_bytes": row.size_bytes,
+                "compressed_bytes": row.compressed_bytes,
+                "load_ms": row.load_ms,
+                "latency_p50_ms": row.p50_ms,
+                "latency_p95_ms": row.p95_ms,
+                "latency_p99_ms": row.p99_ms,
+                "throughput": row.throughput,
+                "planned_memory_bytes": row.planned_memory_bytes,
+                "peak_memory_bytes": row.peak_memory_bytes,
+                "top1_agreement": row.top1,
+                "max_steps": row.max_steps,
+                "mean_steps": row.mean_steps,
+                "most_steps": row.most_steps,
+                "max_relative": row.max_relative,
+                "int8_weight_share": row.int8_weight_share,
+                "floor_bytes": row.floor_bytes,
+                "floor_ratio": row.floor_ratio,
+                "fallback_share": row.fallback_share,
+                "within_budget": row.within_budget,
+                **row.metrics,
+            }
+            for name, value in values.items():
+                if value is not None:
+                    flat[f"edge/{row.target}/{prefix}{name}"] = float(value)
+        return flat
+
+    def to_json(self) -> str:
+        """Write as JSON; a number that is not finite becomes ``null``."""
+        return json.dumps(without_infinities(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """Write as Markdown: what it costs and how well it does, how true it is to its network, how it was measured."""
+        return rendering.markdown(self)
+
+    def table(self) -> Group:
+        """Draw as tables of the `rich` package, for a terminal."""
+        return rendering.terminal_table(self)
+
+    def metric_names(self) -> list[str]:
+        """Names of the user's metrics, the monitored one first."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.metrics))
+        return sorted(names, key=lambda name: name != self.monitor)
+
+    def settings(self) -> list[str]:
+        """How it was measured, one phrase each."""
+        samples = max((row.samples or 0 for row in self.rows), default=0)
+        phrases = [
+            f"metrics of the {self.split} loop",
+            f"latency of one sample: {self.warmup} warm-up calls, {self.repeats} timed, {self.threads} thread(s)",
+        ]
+        if samples:
+            phrases.insert(1, f"agreement over {samples} samples")
+        if self.calibration_batches:
+            phrases.append(f"post-training quantization from {self.calibration_batches} batches")
+        phrases.append("no seed set" if self.seed is None else f"seed {self.seed}")
+        return phrases
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``report.json`` and ``report.md`` into ``folder``, each whole or not at all.
+
+        Raises:
+            EdgeError: If a file cannot be written.
+        """
+        texts = (("report.json", self.to_json()), ("report.md", self.to_markdown()))
+        return [replace_text(folder / name, text) for name, text in texts]
+
+
+def without_infinities(value: Any) -> Any:
+    """Give plain values in the form that JSON has: lists for tuples, ``None`` for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): without_infinities(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace_text(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all, with the folders it needs.
+
+    Raises:
+        EdgeError: If it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text)
+    except OSError as error:
+        raise EdgeError(
+            f"cannot write {path}: {error}. Give a folder that can be written to, with room on its disk"
+        ) from error
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(staged, 0o666 & ~umask)
+        os.replace(staged, path)
+    except BaseException:
+        Path(staged).unlink(missing_ok=True)
+        raise
+
+
+def installed_versions() -> dict[str, str]:
+    """List Python, the platform and what is installed of the packages that take part."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "cpus": str(os.cpu_count())}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def digest(path: Path) -> str:
+    """Compute the SHA-256 of a file; of a folder, that of the sorted lines ``<sha256>  <path>`` of its files."""
+    if path.is_dir():
+        lines = sorted(
+            f"{digest(file)}  {file.relative_to(path).as_posix()}\n" for file in path.rglob("*") if file.is_file()
+        )
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

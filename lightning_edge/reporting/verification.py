@@ -1,0 +1,256 @@
+"""Hold a folder of exported files against its manifest: are they there, unchanged, as stated, and do they run?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_edge import exporters
+from lightning_edge.contents import Endpoint
+from lightning_edge.errors import EdgeError, ManifestError
+from lightning_edge.exporters.artifact import size_bytes
+from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
+from lightning_edge.reporting.manifest import FileEntry, Manifest
+from lightning_edge.reporting.report import digest
+from lightning_edge.reporting.rows import sample_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Check = Literal["exists", "digest", "bytes", "contents", "runs"]
+CHECKS: tuple[Check, ...] = ("exists", "digest", "bytes", "contents", "runs")
+
+_AGAIN = "Export it again, or take it from where the manifest came from"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something in a folder that is not as its manifest says.
+
+    Attributes:
+        path: The file, as the manifest names it.
+        check: What was looked at.
+        expected: What the manifest says.
+        found: What is there.
+        advice: What to do.
+    """
+
+    path: str
+    check: Check
+    expected: str
+    found: str
+    advice: str
+
+    def __str__(self) -> str:
+        """Say all of it in one line."""
+        return f"{self.path}: {self.check}: expected {self.expected}, found {self.found}. {self.advice}"
+
+
+def verify(folder: str | Path) -> list[Finding]:
+    """Check every file of a folder against its ``manifest.json``.
+
+    Each has to be there, with the digest and the bytes that are stated, and hold what is stated: precision, inputs and
+    outputs with their names, shapes, types and quantization, read from the file again. Then it is loaded and run on a
+    sample of the stated shape. A file whose digest differs is looked into but not run: it is not what was proven.
+    Nor is one that nothing on this machine can run: no finding, but no proof either, see `not_run`.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        What is not as stated; nothing if all is.
+
+    Raises:
+        ManifestError: If there is no manifest, or it cannot be used.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    return [finding for entry in manifest.files for finding in _findings(folder, entry, manifest)]
+
+
+def unlisted(folder: str | Path) -> list[str]:
+    """Name the exported files in a folder that its manifest does not speak of.
+
+    Raises:
+        ManifestError: If there is no manifest, or it cannot be used.
+    """
+    known = {entry.path for entry in Manifest.read(folder).files}
+    suffixes = {exporters.target(name).suffix for name in exporters.TARGETS}
+    return sorted(path.name for path in Path(folder).iterdir() if path.suffix in suffixes and path.name not in known)
+
+
+def not_run(folder: str | Path) -> dict[str, str]:
+    """Say of each file of a folder that nothing on this machine can run why that is, by its path.
+
+    Raises:
+        ManifestError: If there is no manifest, or it cannot be used.
+    """
+    folder = Path(folder)
+    found = {}
+    for entry in Manifest.read(folder).files:
+        try:
+            reason = exporters.target(entry.target).not_run_here(exporters.contents_of(folder / entry.path))
+        except (EdgeError, ValueError):
+            continue  # a finding of `verify`
+        if reason is not None:
+            found[entry.path] = reason
+    return found
+
+
+def table(manifest: Manifest, findings: Sequence[Finding], waiting: Collection[str] = ()) -> Table:
+    """Draw what was looked at and what was found, as a table of the `rich` package.
+
+    Args:
+        manifest: What is stated.
+        findings: What is not so.
+        waiting: Paths of files that were not run, since nothing here can.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    drawn = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for header in ("File", *(check.capitalize() for check in CHECKS)):
+        drawn.add_column(header, no_wrap=True)
+    for entry in manifest.files:
+        failed = {finding.check for finding in findings if finding.path == entry.path}
+        skipped = _skipped(failed)
+        cells = ["FAILED" if check in failed else "-" if check in skipped else "ok" for check in CHECKS]
+        if entry.path in waiting and cells[-1] == "ok":
+            cells[-1] = "not run"
+        drawn.add_row(entry.path, *cells, style="red" if failed else None)
+    return drawn
+
+
+def _skipped(failed: set[Check]) -> set[Check]:
+    """Checks that were not made after others had failed."""
+    if "exists" in failed:
+        return {*CHECKS} - {"exists"}
+    return {"runs"} if failed & {"digest", "contents"} else set()
+
+
+def _findings(folder: Path, entry: FileEntry, manifest: Manifest) -> Iterator[Finding]:
+    path = folder / entry.path
+    if not path.exists():
+        yield Finding(entry.path, "exists", "a file of that name", "none", _AGAIN)
+        return
+    if not path.resolve().is_relative_to(folder.resolve()):
+        found = f"a link to {path.resolve()}"
+        yield Finding(entry.path, "exists", "a file in this folder", found, "Put the file itself here")
+        return
+    before = [*_bytes(path, entry, manifest), *_contents(path, entry)]
+    yield from before
+    if not {finding.check for finding in before} & {"digest", "contents"}:
+        yield from _run(path, entry)
+
+
+def _bytes(path: Path, entry: FileEntry, manifest: Manifest) -> Iterator[Finding]:
+    found = digest(path)
+    if found != entry.sha256:
+        other = next((file.path for file in manifest.files if file.sha256 == found), None)
+        told = found if other is None else f"{found}, which is that of {other}: the files were swapped"
+        yield Finding(entry.path, "digest", entry.sha256, told, _AGAIN)
+    if size_bytes(path) != entry.size_bytes:
+        yield Finding(entry.path, "bytes", f"{entry.size_bytes:,} bytes", f"{size_bytes(path):,}", _AGAIN)
+
+
+def _contents(path: Path, entry: FileEntry) -> Iterator[Finding]:
+    try:
+        contents = exporters.contents_of(path)
+    except (EdgeError, ValueError) as error:
+        yield Finding(entry.path, "contents", f"a file for {entry.target}", str(error), _AGAIN)
+        return
+    for name, stated, found in (
+        ("precision", _stated_precision(entry), contents.precision),
+        ("inputs", _listed(entry.inputs), _listed(contents.inputs)),
+        ("outputs", _listed(entry.outputs), _listed(contents.outputs)),
+        ("interface", str(entry.interface), str(contents.interface)),
+    ):
+        if stated != found:
+            yield Finding(entry.path, "contents", f"{name} {stated}", found, _AGAIN)
+
+
+def _stated_precision(entry: FileEntry) -> str:
+    return "int8" if entry.scheme is not None and entry.scheme.startswith("int") else entry.precision
+
+
+def _run(path: Path, entry: FileEntry) -> Iterator[Finding]:
+    try:
+        artifact = exporters.load(path)
+        takes = _listed(sample_of(artifact))
+        if takes != _listed(entry.sample):
+            yield Finding(entry.path, "runs", f"to be called with {_listed(entry.sample)}", takes, _AGAIN)
+            return
+        if artifact.not_run is not None:
+            return
+        outputs = artifact.run([_sample(endpoint, entry.interface) for endpoint in entry.sample])
+    except (EdgeError, ValueError) as error:
+        advice = "Install what its runtime needs, or export it again"
+        yield Finding(entry.path, "runs", "a file that loads and runs", str(error), advice)
+        return
+    shapes = [tuple(output.shape) for output in outputs]
+    stated = [endpoint.shape for endpoint in entry.outputs]
+    if shapes != stated:
+        yield Finding(entry.path, "runs", f"outputs of shape {stated}", str(shapes), _AGAIN)
+    elif not all(output.isfinite().all() for output in outputs):
+        yield Finding(entry.path, "runs", "finite outputs", "values that are not finite", _AGAIN)
+
+
+def _sample(endpoint: Endpoint, interface: Interface) -> Tensor:
+    """A sample that any network takes: the same numbers from 0 to 1 each time, zeros for integers and pixels."""
+    if interface.pixels is not None and len(endpoint.shape) == IMAGE_DIMENSIONS:
+        return torch.zeros(endpoint.shape, dtype=torch.uint8)
+    dtype = getattr(torch, endpoint.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{endpoint.dtype!r} is no type that a file takes")
+    if not dtype.is_floating_point:
+        return torch.zeros(endpoint.shape, dtype=dtype)
+    return torch.rand(endpoint.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _listed(endpoints: Sequence[Endpoint]) -> str:
+    return "; ".join(_described(endpoint) for endpoint in endpoints) or "none"
+
+
+def _described(endpoint: Endpoint) -> str:
+    quantized = "" if endpoint.scale is None else f" (scale {endpoint.scale!r}, zero point {endpoint.zero_point})"
+    name = "" if endpoint.name is None else f"{endpoint.name} "
+    return f"{name}{list(endpoint.shape)} {endpoint.dtype}{quantized}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``lightning-edge verify``: a table, and every mismatch on standard error.
+
+    Args:
+        arguments: Arguments behind ``verify``.
+
+    Returns:
+        The status to exit with: 1 if something is not as stated, 2 if the manifest cannot be used.
+    """
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(
+        prog="lightning-edge verify", description="Check exported files against the manifest.json beside them."
+    )
+    parser.add_argument("folder", type=Path, help="the folder that export or evaluate has written to")
+    folder = parser.parse_args(arguments).folder
+    try:
+        manifest, others = Manifest.read(folder), unlisted(folder)
+        findings, waiting = verify(folder), not_run(folder)
+    except ManifestError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    Console().print(table(manifest, findings, waiting))
+    for path, reason in waiting.items():
+        print(f"{path} was not run: {reason}")
+    if others:
+        print(f"not in the manifest, and not looked at: {', '.join(others)}")
+    for finding in findings:
+        sys.stderr.write(f"{finding}\n")
+    return 1 if findings else 0

@@ -1,0 +1,333 @@
+"""ExecuTorch files: what is written in other operations, so that XNNPACK takes it, and in int8 where it has that."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, final
+
+import pytest
+import torch
+from deployables import exported
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_edge.exporters import Artifact, ExportWarning, deployable, export
+from lightning_edge.exporters.verify.agreement import agreement_of
+from lightning_edge.network import Deployable, Precision
+from lightning_edge.quantization import quantize
+
+pytest.importorskip("executorch")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def made_of(model: nn.Module, inputs: Tensor, precision: Precision) -> Deployable:
+    return deployable(quantize(model.eval(), [inputs]) if precision == "int8" else deployable(model.eval(), inputs))
+
+
+def written(model: nn.Module, inputs: Tensor, precision: Precision, folder: Path) -> Artifact:
+    """A file, held against the network more closely than `export` does."""
+    made = made_of(model, inputs, precision)
+    artifact, _ = exported(made, "executorch", folder / "net.pte", batches=[inputs])
+    agreement = agreement_of(made, artifact, [inputs])
+    if precision == "fp32":
+        assert agreement.max_relative < 1e-5
+    else:
+        assert agreement.max_steps is not None
+        assert agreement.max_steps <= 1.01
+    assert artifact.contents.undelegated_ops == ()
+    return artifact
+
+
+class Attention(nn.Module):
+    """One head of attention, and the mean of its tokens."""
+
+    def __init__(self, **attention: Any) -> None:
+        super().__init__()
+        self.attention = attention
+        self.heads, self.head = nn.Linear(8, 24), nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Run it."""
+        query, key, value = self.heads(tokens).unsqueeze(1).chunk(3, -1)
+        attended = functional.scaled_dot_product_attention(query, key, value, **self.attention)
+        logits: Tensor = self.head(attended.squeeze(1).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision"), [({}, "int8"), ({}, "fp32"), ({"is_causal": True, "scale": 0.3}, "fp32")]
+)
+def test_attention_parts_and_the_mean_of_tokens_are_delegated(
+    tmp_path: Path, attention: dict[str, Any], precision: Precision
+) -> None:
+    artifact = written(Attention(**attention), torch.randn(16, 6, 8), precision, tmp_path)
+    assert artifact.contents.ops["GlobalAvgPooling2d"] == 1
+
+
+class Masked(Attention):
+    """Attention under a mask that is computed from positions, and a bias that is looked up in a table of weights."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.table = kind, nn.Parameter(torch.randn(11))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Run it."""
+        places = torch.arange(tokens.shape[1])
+        distance = places[:, None] - places[None]
+        mask = {
+            "none masked": (distance >= -places.numel()).expand(tokens.shape[0], 1, -1, -1),
+            "near ones": distance.abs() <= 2,
+            "biases": self.table[distance + 5],
+            "a row of none": (distance.abs() <= 2) & (places[:, None] > 0),
+        }[self.kind]
+        self.attention = {"attn_mask": mask}
+        return super().forward(tokens)
+
+
+@pytest.mark.parametrize("kind", ["none masked", "near ones", "biases"])
+def test_masks_that_are_always_the_same_are_computed_before(tmp_path: Path, kind: str) -> None:
+    artifact = written(Masked(kind), torch.randn(16, 6, 8), "fp32", tmp_path)
+    assert artifact.contents.ops["Softmax"] == 1
+
+
+def test_attention_to_nothing_stays_what_it_is(tmp_path: Path) -> None:
+    """torch gives zeros for a row of which everything is masked, where a softmax would give no number."""
+    tokens = torch.randn(4, 6, 8)
+    with pytest.warns(ExportWarning, match="outside the delegate"):
+        artifact = export(Masked("a row of none"), "executorch", tmp_path / "net.pte", inputs=tokens)
+    assert artifact.agreement.max_relative < 1e-5
+
+
+def test_random_numbers_are_drawn_at_every_call() -> None:
+    from lightning_edge.exporters.executorch.passes.constants import computed_before
+
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(3) * torch.arange(3).add(1)
+
+    program = computed_before(torch.export.export(Noisy(), (torch.randn(2, 3),), strict=False))
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == [
+        "aten.rand.default",
+        "aten.mul.Tensor",
+        "aten.add.Tensor",
+    ]
+    network = program.module()
+    assert not torch.equal(network(torch.zeros(2, 3)), network(torch.zeros(2, 3)))
+
+
+class Rolled(nn.Module):
+    """Images rolled between two layers, by one dimension or two."""
+
+    def __init__(self, shifts: tuple[int, ...], dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shifts, self.dims = shifts, dims
+        self.first, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run it."""
+        logits: Tensor = self.last(torch.relu(self.first(images)).roll(self.shifts, self.dims))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("shifts", "dims", "precision"),
+    [((-2, 1), (2, 3), "int8"), ((4,), (2,), "fp32"), pytest.param((1,), (-1,), "int8", marks=pytest.mark.slow)],
+)
+def test_rolled_images_are_joined_parts(
+    tmp_path: Path, shifts: tuple[int, ...], dims: tuple[int, ...], precision: Precision
+) -> None:
+    artifact = written(Rolled(shifts, dims), torch.randn(8, 3, 8, 8), precision, tmp_path)
+    assert any(name.startswith("Concatenate") for name in artifact.contents.ops)
+
+
+class ChannelsLast(nn.Module):
+    """Norms, a linear layer and a mean over an image whose channels are last, as ConvNeXt has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.inner, self.head = (
+            nn.Conv2d(3, 6, 3),
+            nn.LayerNorm(6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 4),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run it."""
+        x = self.stem(images).permute(0, 2, 3, 1)
+        logits: Tensor = self.head((x + self.inner(self.norm(x))).mean((1, 2)))
+        return logits
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_norms_and_means_of_channels_last_are_delegated(tmp_path: Path, precision: Precision) -> None:
+    artifact = written(ChannelsLast(), torch.randn(8, 3, 8, 8), precision, tmp_path)
+    assert artifact.contents.ops["GlobalAvgPooling2d"] == 3  # mean and variance of the norm, and the mean
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_third_powers_are_delegated(tmp_path: Path, precision: Precision) -> None:
+    class Cubed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            logits: Tensor = self.last(torch.tanh(hidden + 0.044715 * torch.pow(hidden, 3.0)) * hidden)
+            return logits
+
+    written(Cubed(), torch.randn(16, 6), precision, tmp_path)
+
+
+def test_attention_keeps_its_type(tmp_path: Path) -> None:
+    tokens, path = torch.randn(4, 6, 8), tmp_path / "net.pte"
+    artifact = export(Attention(is_causal=True), "executorch", path, inputs=tokens, scheme="fp16")
+    assert artifact.contents.inputs[0].dtype == artifact.contents.outputs[0].dtype == "float16"
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 8), (4, 8)], ids=str)
+def test_layer_norm_is_delegated(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    norms = [nn.LayerNorm(8), nn.LayerNorm(8, eps=0.1, bias=False), nn.LayerNorm(8, elementwise_affine=False)]
+    for parameter in nn.ModuleList(norms).parameters():
+        nn.init.normal_(parameter)
+    layers = [layer for norm in norms for layer in (norm, nn.Linear(8, 8))]
+    artifact = written(nn.Sequential(*layers), 3 * torch.randn(shape) + 20, "fp32", tmp_path)
+    assert artifact.contents.ops["ReciprocalSquareRoot"] == 3
+
+
+@final
+class Chain(nn.Module):
+    """Functions behind a convolution each."""
+
+    def __init__(self, *functions: Any) -> None:
+        super().__init__()
+        self.functions = functions
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in functions)
+        self.head = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        """Run them."""
+        for layer, function in zip(self.layers, self.functions, strict=True):
+            x = function(layer(x))
+        return self.head(x)
+
+
+def test_padding_and_activations_that_are_tables_are_int8(tmp_path: Path) -> None:
+    """ExecuTorch's own lowering dequantizes, computes in float and quantizes again."""
+    pads = [nn.ConstantPad2d((0, 1, 0, 1), value) for value in (0.0, 0.5)]
+    artifact = written(
+        Chain(*pads, torch.sigmoid, torch.tanh, functional.gelu), torch.randn(8, 3, 9, 9), "int8", tmp_path
+    )
+    assert artifact.contents.float_ops == ()
+    assert artifact.contents.ops["StaticConstantPad"] == 2
+    assert artifact.contents.ops["Convert"] == 2  # of the input and the output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_rows_and_columns_are_repeated_inside_the_delegate(tmp_path: Path, precision: Precision) -> None:
+    larger = [nn.Upsample(scale_factor=(3.0, 2.0)), nn.Upsample(size=(18, 32))]
+    artifact = written(Chain(*larger), torch.randn(8, 3, 6, 8), precision, tmp_path)
+    assert artifact.contents.ops["Concatenate3"] == 1
+    assert artifact.contents.ops.get("Convert", 0) == (2 if precision == "int8" else 0)
+
+
+def test_rows_that_are_repeated_unevenly_are_not_written_anew(tmp_path: Path) -> None:
+    made = made_of(Chain(nn.Upsample(size=(9, 8))), torch.randn(8, 3, 6, 8), "fp32")
+    artifact, _ = exported(made, "executorch", tmp_path / "net.pte")
+    assert artifact.contents.undelegated_ops == ("aten::upsample_nearest2d",)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_one_form_may_be_made_of_another(tmp_path: Path, precision: Precision) -> None:
+    """A rewritten operation has a shape for the next one that is rewritten."""
+    functions = [
+        lambda x: x.unsqueeze(2).select(2, -1),
+        lambda x: x * x.mean((2, 3)).unsqueeze(2).split([1, 2], 1)[0].unsqueeze(3),
+        lambda x: torch.cat(x.unsqueeze(1).unbind(2)[::-1], 1),
+    ]
+    written(Chain(*functions), torch.randn(8, 3, 6, 6), precision, tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_executorch_cannot_lower_or_run_in_int8(tmp_path: Path, precision: Precision) -> None:
+    clamps = [lambda x: x.clamp(-0.5, 0.7), lambda x: x.clamp(min=-0.5), lambda x: x.clamp(max=0.5)]
+    activations = [functional.softplus, lambda x: functional.softplus(x, beta=2.0), functional.mish]
+    written(Chain(*clamps, *activations), 4 * torch.randn(8, 3, 9, 9), precision, tmp_path)
+
+
+class RowsOfAnImage(nn.Module):
+    """Softmax over the rows of what a layer gives: XNNPACK has the channels last there."""
+
+    def __init__(self, before: nn.Module) -> None:
+        super().__init__()
+        self.before, self.after = before, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run both, softmax in between."""
+        return self.after(self.before(x).softmax(dim=-1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("enlarged", [False, True])
+def test_softmax_over_the_rows_of_an_image_is_one_over_its_rows(
+    tmp_path: Path, enlarged: bool, precision: Precision
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 8, 1)
+    rows = RowsOfAnImage(nn.Sequential(layer, nn.Upsample(scale_factor=2)) if enlarged else layer).eval()
+    images = torch.randn(4, 3, 6, 5)
+    model = quantize(rows, [images]) if precision == "int8" else deployable(rows, images)
+    with pytest.warns(ExportWarning, match="Softmax") if precision == "int8" else nullcontext():
+        artifact = export(model, "executorch", tmp_path / "rows.pte", batches=[images])
+    assert artifact.contents.ops["Softmax"] == 1
+    assert artifact.contents.undelegated_ops == ()
+    assert artifact.agreement is not None
+    steps = artifact.agreement.max_steps
+    assert artifact.agreement.max_relative < 1e-4 if steps is None else steps < 1.5
+
+
+class RootMeanSquare(nn.Module):
+    """RMSNorm written out, as language models have it, and means of features that are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Run it."""
+        hidden = self.first(tokens)
+        normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.last(normed), hidden.mean(-1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 5, 6), (4, 2, 5, 6)], ids=str)
+def test_means_of_features_are_delegated(tmp_path: Path, shape: tuple[int, ...], precision: Precision) -> None:
+    artifact = written(RootMeanSquare(), torch.randn(shape), precision, tmp_path)
+    assert artifact.contents.ops["GlobalAvgPooling2d"] == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_largest_along_a_dimension_that_is_dropped(tmp_path: Path, precision: Precision) -> None:
+    class Largest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = self.first(tokens)
+            logits: Tensor = self.last(hidden.amax(1) - hidden.amin((1,)))
+            return logits
+
+    tokens = torch.randn(4, 5, 6)
+    made = made_of(Largest(), tokens, precision)
+    artifact, _ = exported(made, "executorch", tmp_path / "net.pte", batches=[tokens])
+    agreement = agreement_of(made, artifact, [tokens])
+    assert agreement.max_relative < (1e-5 if precision == "fp32" else 0.02)

@@ -1,0 +1,92 @@
+"""Transposed convolutions in int8 written as convolutions: the same values, for every setting that torch takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_edge.exporters import export
+from lightning_edge.exporters.passes.transposed_convolutions import as_convolutions
+from lightning_edge.network import Deployable
+from lightning_edge.quantization import convert, quantize
+
+
+class Decoder(nn.Module):
+    """A transposed convolution between two layers."""
+
+    def __init__(self, dimensions: int, **settings: Any) -> None:
+        super().__init__()
+        layers = (nn.Conv1d, nn.ConvTranspose1d) if dimensions == 1 else (nn.Conv2d, nn.ConvTranspose2d)
+        self.first, self.up, self.last = layers[0](3, 8, 3), layers[1](8, 8, **settings), layers[0](8, 4, 1)
+
+    def forward(self, values: Tensor) -> Tensor:
+        logits: Tensor = self.last(torch.relu(self.up(torch.relu(self.first(values)))))
+        return logits
+
+
+def batches(dimensions: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 3, *[9, 7][:dimensions], generator=generator) for _ in range(2)]
+
+
+def in_int8(dimensions: int, **settings: Any) -> Deployable:
+    torch.manual_seed(0)
+    return convert(quantize(Decoder(dimensions, **settings).eval(), batches(dimensions)))
+
+
+def kinds(network: nn.Module) -> set[str]:
+    graphs = (module for module in network.modules() if isinstance(module, fx.GraphModule))
+    return {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"dimensions": 1, "kernel_size": 4, "stride": 2, "padding": 1},
+    {"dimensions": 1, "kernel_size": 3, "stride": 4, "output_padding": 2, "groups": 4, "bias": False},
+    {"dimensions": 2, "kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "groups": 8},
+    {"dimensions": 2, "kernel_size": (2, 5), "stride": (1, 3), "padding": (0, 2), "groups": 2},
+    {"dimensions": 2, "kernel_size": 3, "stride": 1, "padding": 1},
+    {"dimensions": 2, "kernel_size": 3, "stride": 2, "dilation": 2, "padding": 3},
+    {"dimensions": 2, "kernel_size": 2, "stride": 2, "output_padding": 1},
+]
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_they_give_the_same(settings: dict[str, Any], folded: bool) -> None:
+    network = in_int8(**settings)
+    graph = network.graph if folded else network.unfolded
+    assert graph is not None
+    written = as_convolutions(graph)
+    assert any("transpose" in kind for kind in kinds(graph))
+    assert not any("transpose" in kind for kind in kinds(written))
+    (step,) = network.output_scales
+    assert step is not None
+    for values in batches(settings["dimensions"]):
+        assert float((written(values) - graph(values)).abs().max()) <= 1e-4 * step
+
+
+def test_what_is_not_wanted_or_float_stays() -> None:
+    network = in_int8(2, kernel_size=2, stride=2)
+    assert as_convolutions(network.graph, lambda layer: layer.groups > 1) is network.graph
+    torch.manual_seed(0)
+    half_float = convert(quantize(Decoder(2, kernel_size=2, stride=2).eval(), batches(2), skip=["up"]))
+    assert as_convolutions(half_float.graph) is half_float.graph
+
+
+@pytest.mark.parametrize(("target", "package"), [("tflite", "litert_torch"), ("onnx", "onnxruntime")])
+@pytest.mark.parametrize("settings", [*SETTINGS[:4], *SETTINGS[-2:]], ids=str)
+def test_files_are_int8_throughout(settings: dict[str, Any], target: str, package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
+    network = in_int8(**settings)
+    path = tmp_path / f"net.{target}"
+    artifact = export(network, target, path, batches=[(values,) for values in batches(settings["dimensions"])])
+    assert (artifact.contents.float_compute_ops, artifact.contents.float_ops) == ((), ())
+    assert artifact.agreement is not None
+    assert artifact.agreement.max_steps == 0
+    if target == "tflite":
+        assert artifact.contents.placements is not None
+        assert artifact.contents.placements.fallback_share == 0

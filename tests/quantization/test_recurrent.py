@@ -1,0 +1,71 @@
+"""Recurrent layers in int8 networks: float in the file as in the network, and no excuse for the layers that are not."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_edge import exporters, quantize
+from lightning_edge.errors import ExportError
+from lightning_edge.exporters import ExportWarning
+from lightning_edge.exporters.verify import contents as checks
+from lightning_edge.network import Deployable
+
+# Int8 weights of the convolution and of the head.
+HELD = 4 * 8 * 3 + 6 * 3
+
+
+class Sequence(nn.Module):
+    """A convolution over time, a recurrent layer, and a linear one on its last step."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(4, 8, 3, padding=1)
+        self.memory = kind(8, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, sounds: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.memory(torch.relu(self.layer(sounds)).transpose(1, 2))[0][:, -1])
+        return logits
+
+
+@cache
+def sounds() -> Tensor:
+    return torch.randn(8, 4, 3, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def network(kind: type[nn.RNNBase]) -> Deployable:
+    torch.manual_seed(0)
+    return exporters.deployable(quantize(Sequence(kind).eval(), [sounds()]))
+
+
+@pytest.mark.parametrize(("target", "kind"), [*((target, nn.GRU) for target in exporters.TARGETS), ("coreml", nn.LSTM)])
+def test_files_hold_the_rest_in_int8(target: str, kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    module = exporters.target(target)
+    pytest.importorskip(module.needs[0])
+    path = tmp_path / f"net{module.suffix}"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ExportWarning)
+        artifact = exporters.export(network(kind), target, path, batches=[sounds()], isolated=False)
+    assert artifact.agreement is not None
+    assert artifact.agreement.outputs[0].max_steps is not None
+    assert artifact.agreement.outputs[0].max_steps <= 1.01
+    assert artifact.contents.int8_weight_bytes == HELD
+    assert any("compute in float" in str(warning.message) for warning in caught)
+
+
+def test_a_layer_that_should_be_int8_is_missed(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    with exporters.stage(network(nn.GRU), "onnx", tmp_path / "net.onnx", isolated=False) as staged:
+        contents = replace(staged.artifact.contents, float_compute_ops=("GRU", "Conv"))
+    with pytest.warns(ExportWarning, match="compute in float: Conv, GRU"):
+        checks.check_contents(network(nn.GRU), contents, "onnx")
+    with pytest.raises(ExportError, match=r"the file computes in float: Conv, GRU\. The target's converter made"):
+        checks.check_contents(network(nn.GRU), replace(contents, int8_weight_bytes=HELD - 1), "onnx")
