@@ -715,7 +715,7 @@ if __name__ == "__main__":
 def test_first_of_two_processes_evaluates_on_the_whole_set(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     script = tmp_path / "fit.py"
-    script.write_text(_TWO_PROCESSES.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path / "files")))
+    script.write_text(_TWO_PROCESSES.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "files")))
     subprocess.run([sys.executable, str(script)], check=True, timeout=300, capture_output=True)
     rows = json.loads((tmp_path / "files" / "report.json").read_text())["rows"]
     assert rows[-1]["samples"] == 72
