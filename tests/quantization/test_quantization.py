@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import MODELS, Model
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError
@@ -23,7 +24,6 @@ from lightning_edge.quantization import (
     quantized_forward,
 )
 from lightning_edge.quantization.capture.graph import capture
-from tests.models import MODELS, Model
 
 # The MobileNets have ten times the layers of the others, and no kind of layer that the others lack but hard-swish.
 every_model = pytest.mark.parametrize(
