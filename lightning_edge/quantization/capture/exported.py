@@ -80,8 +80,8 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
         for module in averaging:
             module.momentum = 0.1
         with in_mode(network, training):
-            for module in _power_iterations(network):
-                module.training = False
+            for iterated in _power_iterations(network):
+                iterated.training = False
             yield
     finally:
         for module in averaging:
