@@ -172,10 +172,10 @@ class TestPlainPT2E:
         converted = convert_pt2e(plain, fold_quantize=False)
         program = torch.export.export(converted, (images(1),), strict=False).module()
         litert_torch.convert(program, (images(1),), strict_export=False).export(str(tmp_path / "plain.tflite"))
-        assert tflite.inspect(tmp_path / "plain.tflite").float_compute_ops
+        assert tflite.TARGET.inspect(tmp_path / "plain.tflite").float_compute_ops
 
-        tflite.write(convert(quantize(network(), [images()])), tmp_path / "ours.tflite")
-        contents = tflite.inspect(tmp_path / "ours.tflite")
+        tflite.TARGET.write(convert(quantize(network(), [images()])), tmp_path / "ours.tflite")
+        contents = tflite.TARGET.inspect(tmp_path / "ours.tflite")
         assert contents.float_compute_ops == ()
         assert contents.float_weight_bytes == 0
         assert contents.int8_weight_bytes == 8 * 3 * 9 + 8 * 4

@@ -250,20 +250,17 @@ class _Runner(Runner):
         self._ins = self._interpreter.get_input_details()
         self._outs = self._interpreter.get_output_details()
         self.inputs = tuple(self._spec(details) for details in self._ins)
-        self._shapes = [spec.shape for spec in self.inputs]
         count = "1 thread" if threads == 1 else f"{threads} threads"
         self.runtime = f"LiteRT {version('ai-edge-litert')}, XNNPACK, {count}"
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one call."""
-        self._resize(tensors)
         self._feed(self._interpreter, tensors)
         self._interpreter.invoke()
         return [_dequantize(self._interpreter.get_tensor(details["index"]), details) for details in self._outs]
 
     def prepare(self, tensors: list[Tensor]) -> Callable[[], object]:
         """Quantize one sample, and give the call that an app makes: values in the file's own types in and out."""
-        self._resize(tensors)
         arrays = [
             (details["index"], _array(tensor, details)) for tensor, details in zip(tensors, self._ins, strict=True)
         ]
@@ -297,15 +294,6 @@ class _Runner(Runner):
             if (index := details["index"]) in names and _scale(details)
             for values in [kept.get_tensor(index).copy()]
         ]
-
-    def _resize(self, tensors: list[Tensor]) -> None:
-        """Have the interpreter be ready for inputs of these shapes: only their number of samples ever differs."""
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        if shapes != self._shapes:
-            for details, shape in zip(self._ins, shapes, strict=True):
-                self._interpreter.resize_tensor_input(details["index"], shape, strict=True)
-            self._interpreter.allocate_tensors()
-            self._shapes = shapes
 
     def _feed(self, interpreter: Any, tensors: list[Tensor]) -> None:
         for tensor, details in zip(tensors, self._ins, strict=True):

@@ -502,7 +502,7 @@ def test_a_target_that_falls_back_more_than_allowed_is_a_row_with_the_error(
     stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Placements.of("the runtime", [("conv", "cpu", 9), ("linear", "delegate", 1)])
-    monkeypatch.setattr(sys.modules["stub_target"], "placements", lambda path: told, raising=False)
+    monkeypatch.setattr(type(sys.modules["stub_target"].TARGET), "placements", lambda self, path: told)
     (failed,) = evaluate(tmp_path, max_fallback=0.5).failures
     assert "90.0% of the multiply-accumulates run outside the delegate" in str(failed.error)
     assert "1 x conv (9 MACs)" in str(failed.error)
@@ -584,7 +584,7 @@ def test_missing_extra_is_told_before_training(
     stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
 ) -> None:
     monkeypatch.setattr(type(sys.modules["stub_target"].TARGET), "needs", ("stub_runtime",))
-    monkeypatch.setattr(sys.modules["stub_target"], "EXTRA", "stubs", raising=False)
+    monkeypatch.setattr(type(sys.modules["stub_target"].TARGET), "extra", "stubs")
 
     class Untouched(Classifier):
         def training_step(self, batch: Any, index: int) -> Tensor:

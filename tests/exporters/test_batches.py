@@ -20,7 +20,7 @@ from lightning_edge.quantization import quantize
 
 MOST = 3
 SEVERAL = Interface(max_batch=MOST)
-NAMES = {"executorch": "executorch", "onnx": "onnxruntime", "coreml": "coremltools", "tflite": "ai_edge_litert"}
+NAMES = {"onnx": "onnxruntime", "coreml": "coremltools"}
 
 
 @pytest.fixture(autouse=True)
@@ -107,94 +107,6 @@ def test_core_ml_declares_the_range(tmp_path: Path) -> None:
     assert (features.lowerBound, features.upperBound) == (6, 6)
 
 
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [
-        (lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.ReLU(), nn.Conv2d(3, 2, 1)), (2, 4, 4)),
-        (lambda: Prefixed(1), (4, 6)),
-    ],
-)
-def test_tflite_takes_several_samples_in_int8(
-    make: Callable[[], nn.Module], shape: tuple[int, ...], tmp_path: Path
-) -> None:
-    pytest.importorskip("ai_edge_litert")
-    given, path = torch.randn(MOST, *shape), tmp_path / "net.tflite"
-    artifact = export(quantize(make().eval(), [given]), "tflite", path, batches=[(given,)], interface=SEVERAL)
-    assert artifact.agreement is not None
-    assert artifact.agreement.max_steps == 0
-    assert artifact.contents.float_compute_ops == ()
-
-
-class Everything(nn.Module):
-    """What is written in other forms for XNNPACK, each with the samples in front."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(2, 6, 1)
-        self.norm = nn.LayerNorm(6)
-        self.feature_norm = nn.LayerNorm(12)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.convolution(images)
-        doubled = nn.functional.interpolate(features, scale_factor=2.0, mode="nearest").softmax(-1)
-        tokens = self.norm(features.flatten(2).transpose(1, 2)).roll(1, 1)
-        seen = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True)
-        first, second = seen.clamp(-1, 1).chunk(2, 1)
-        parts = [
-            first.mean(1),
-            second.amax(1),
-            doubled.mean((2, 3)),
-            tokens[:, 0],
-            nn.functional.softplus(tokens[:, 1]),
-        ]
-        joined = torch.cat([torch.cat(parts[:2], -1), torch.cat(parts[2:4], -1)], -1)
-        grown = self.feature_norm(joined.unflatten(1, (2, 12)).sum(1)) ** 3
-        return torch.cat([grown, grown.mean(-1, keepdim=True), parts[4]], -1)
-
-
-@pytest.mark.parametrize("backend", ["xnnpack", "portable"])
-def test_a_program_takes_several_samples_in_every_form(backend: str, tmp_path: Path) -> None:
-    runtime = pytest.importorskip("executorch.extension.pybindings._portable_lib")
-    images, network = torch.randn(MOST, 2, 4, 4), Everything().eval()
-    given: dict[str, Any] = {"inputs": images[:1], "batches": [(images,)], "isolated": False, "backend": backend}
-    path = tmp_path / "net.pte"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExportWarning)
-        artifact = export(network, "executorch", path, interface=SEVERAL, **given)
-        single = export(network, "executorch", tmp_path / "one.pte", **given)
-    if backend == "xnnpack":
-        assert artifact.contents.undelegated_ops == single.contents.undelegated_ops
-    assert artifact.contents.inputs == single.contents.inputs
-    # As an app does it, without this package.
-    data = path.read_bytes()
-    program = runtime._load_program_from_buffer(data)
-    method = program.load_method("forward")
-    for size in (MOST, 1, 2):
-        torch.testing.assert_close(method([images[:size]])[0], network(images[:size]))
-
-
-@pytest.mark.parametrize(
-    ("options", "inputs", "message"),
-    [
-        ({"backend": "vulkan"}, (torch.zeros(1, 6),), "backend='vulkan' is not allowed: its files cannot be run here"),
-        ({"backend": "coreml"}, (torch.zeros(1, 6),), "backend='coreml' is not allowed: its files cannot be run here"),
-        ({}, (torch.zeros(1, 6), torch.zeros(MOST, 6)), r"input 1 is one for all samples, of the shape \[3, 6\]"),
-    ],
-)
-def test_programs_that_cannot_tell_samples_are_refused(
-    options: dict[str, Any], inputs: tuple[Tensor, ...], message: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("executorch")
-
-    class Sum(nn.Module):
-        def forward(self, *values: Tensor) -> Tensor:
-            return values[0] + values[-1].sum(0)
-
-    with pytest.raises(ValueError, match=message):
-        export(Sum(), "executorch", tmp_path / "net.pte", inputs=inputs, interface=SEVERAL, **options)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_core_ml_has_one_image_of_pixels(tmp_path: Path) -> None:
     pytest.importorskip("coremltools")
     interface = Interface(max_batch=2, pixels=Pixels())
@@ -241,76 +153,6 @@ class Prefixed(nn.Module):
         return joined + self.positions.expand(samples, -1, -1)
 
 
-@pytest.mark.parametrize(
-    ("built", "shape", "reason"),
-    [
-        (Prefixed(5), (1, 4, 6), "a constant that is joined to each sample and larger than that"),
-        (nn.ConvTranspose2d(2, 3, 2, stride=2), (1, 2, 4, 4), "a transposed convolution"),
-    ],
-)
-def test_tflite_refuses_what_holds_one_sample(
-    built: nn.Module, shape: tuple[int, ...], reason: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("ai_edge_litert")
-    with pytest.raises(ExportError, match=rf"tflite: {reason}.*which max_batch cannot change"):
-        export(built, "tflite", tmp_path / "net.tflite", inputs=torch.rand(shape), interface=SEVERAL)
-    assert list(tmp_path.iterdir()) == []
-
-
-class Moved(nn.Module):
-    """Samples that are not in front between layers: behind tokens, as one axis with them, and in a stack of parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 12)
-        self.last = nn.Linear(6, 5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        first, second = self.layer(tokens.transpose(0, 1)).unflatten(-1, (2, 6)).permute(2, 1, 0, 3).unbind(0)
-        parts = torch.stack([first, second * 2])[:, :, 1:].sum(0)
-        result: Tensor = self.last(parts.flatten(0, 1)).unflatten(0, (-1, 3)).mean(1)
-        return result
-
-
-class SequenceFirst(nn.Module):
-    """torch's encoder as it comes, with the samples behind the tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.TransformerEncoderLayer(6, 2, 8)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        encoded: Tensor = self.encoder(tokens.transpose(0, 1))
-        return encoded.mean(0)
-
-
-@pytest.mark.parametrize(
-    ("built", "given"),
-    [
-        (Moved(), torch.randn(MOST, 4, 6)),
-        (SequenceFirst(), torch.randn(MOST, 4, 6)),
-        (nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(24, 3)), torch.randint(0, 9, (MOST, 4))),
-        (Prefixed(1), torch.randn(MOST, 4, 6)),
-        (Prefixed(3), torch.randn(MOST, 4, 6)),
-    ],
-)
-def test_tflite_follows_samples_to_other_axes(built: nn.Module, given: Tensor, tmp_path: Path) -> None:
-    interpreter = pytest.importorskip("ai_edge_litert.interpreter")
-    path = tmp_path / "net.tflite"
-    built.eval()
-    export(built, "tflite", path, inputs=given[:1], batches=[(given,)], interface=SEVERAL, isolated=False)
-    # As an app does it, without this package.
-    runtime = interpreter.Interpreter(model_path=str(path))
-    (taken,) = runtime.get_input_details()
-    assert taken["shape_signature"].tolist() == [-1, *given.shape[1:]]
-    runtime.resize_tensor_input(taken["index"], given.shape, strict=True)
-    runtime.allocate_tensors()
-    runtime.set_tensor(taken["index"], given.numpy().astype(taken["dtype"]))
-    runtime.invoke()
-    (found,) = runtime.get_output_details()
-    torch.testing.assert_close(torch.from_numpy(runtime.get_tensor(found["index"])), built(given))
-
-
 class VisionTransformer(nn.Module):
     """As transformers writes it: heads by a view that leaves their number open, a mask spread to the samples."""
 
@@ -351,8 +193,15 @@ def test_a_vision_transformer_takes_several_samples(target_name: str, precision:
     assert artifact.agreement is not None
     assert (artifact.agreement.max_steps or 0) <= 1
     assert artifact.agreement.max_relative < (0.02 if precision == "int8" else 1e-4)
-    if target_name == "executorch":  # but for spreading the class token
-        assert set(artifact.contents.undelegated_ops or ()) <= {"aten::sym_size", "aten::expand_copy"}
+
+
+@pytest.mark.parametrize("name", ["executorch", "tflite"])
+def test_targets_of_apps_take_one_sample(name: str, tmp_path: Path) -> None:
+    message = rf"{name}: Interface\(max_batch=3\) is not allowed.*Leave max_batch out, or export to .*coreml, onnx"
+    path = tmp_path / f"net{target(name).suffix}"
+    with pytest.raises(ValueError, match=message):
+        export(nn.Linear(6, 2), name, path, inputs=torch.zeros(1, 6), interface=SEVERAL)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("given", [0, -1, 1.5, True, "4", (1, 4)])

@@ -22,7 +22,6 @@ from lightning_edge.exporters import (
     TARGETS,
     ExportWarning,
     TensorSpec,
-    base,
     deployable,
     export,
     load,
@@ -30,7 +29,10 @@ from lightning_edge.exporters import (
     target,
     tflite,
 )
+from lightning_edge.exporters.artifact import compressed_bytes, size_bytes
 from lightning_edge.exporters.program import in_file_form
+from lightning_edge.exporters.run.calls import conform
+from lightning_edge.exporters.target import explain
 from lightning_edge.exporters.verify import contents as checks
 from lightning_edge.exporters.verify.agreement import reference_outputs
 from lightning_edge.files import StagedPath
@@ -57,7 +59,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def writes(monkeypatch: pytest.MonkeyPatch, write: Any) -> None:
-    monkeypatch.setattr(tflite, "write", write)
+    monkeypatch.setattr(tflite.TFLite, "write", staticmethod(write))
 
 
 def zeroed(name: str) -> Deployable:
@@ -341,7 +343,7 @@ def test_a_package_that_cannot_be_moved_leaves_the_old_one(tmp_path: Path, monke
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = tflite.write
+    write = tflite.TARGET.write
     writes(monkeypatch, lambda network, path: write(in_file_form(zeroed(SMALL)), path))
     path = tmp_path / "net.tflite"
     path.write_bytes(b"old")
@@ -356,7 +358,7 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
 
 
 def test_an_int8_network_in_a_float_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = tflite.write
+    write = tflite.TARGET.write
     writes(monkeypatch, lambda network_, path: write(in_file_form(network(SMALL, "fp32")), path))
     with pytest.raises(ExportError, match=r"int8 but the file holds no int8 weights .* 2 x FULLY_CONNECTED"):
         export(network(SMALL, "int8"), "tflite", tmp_path / "net.tflite")
@@ -539,16 +541,16 @@ def test_sizes_of_a_folder_are_those_of_its_files(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "one").write_bytes(bytes(5000))
     (tmp_path / "a" / "two").write_bytes(os.urandom(300))
-    assert base.size_bytes(tmp_path / "a") == 5300
-    assert 300 < base.compressed_bytes(tmp_path / "a") < 1000
-    assert base.size_bytes(tmp_path / "a" / "two") == 300
+    assert size_bytes(tmp_path / "a") == 5300
+    assert 300 < compressed_bytes(tmp_path / "a") < 1000
+    assert size_bytes(tmp_path / "a" / "two") == 300
 
 
 def test_conform_converts_within_a_kind_only() -> None:
-    taken = base.conform([torch.tensor([3], dtype=torch.int64)], (TensorSpec((1,), torch.int32),), "net")
+    taken = conform([torch.tensor([3], dtype=torch.int64)], (TensorSpec((1,), torch.int32),), "net")
     assert taken[0].dtype == torch.int32
     with pytest.raises(RunnerError, match=r"net was given \[1\] float32 per sample but takes \[1\] int32"):
-        base.conform([torch.zeros(1)], (TensorSpec((1,), torch.int32),), "net")
+        conform([torch.zeros(1)], (TensorSpec((1,), torch.int32),), "net")
 
 
 def test_explain_puts_the_innermost_message_first() -> None:
@@ -558,7 +560,7 @@ def test_explain_puts_the_innermost_message_first() -> None:
         except KeyError as error:
             raise RuntimeError("pass 7 failed\nwith much text") from error
     except RuntimeError as error:
-        told = str(base.explain("tflite", error, "Do this."))
+        told = str(explain("tflite", error, "Do this."))
     assert told.startswith("tflite: 'Lowering not found: aten.svd.default' (operator aten.svd.default).")
     assert "The converter said: pass 7 failed. Do this." in told
 

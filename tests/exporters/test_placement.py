@@ -99,8 +99,8 @@ def test_a_file_that_litert_cannot_prepare_is_told_by_op_support(mixed: Path, mo
     from lightning_edge.exporters.tflite import placement as tflite_placement
 
     monkeypatch.setattr(tflite_placement, "_ASK", "raise SystemExit(3)")
-    assert tflite.placements(mixed / "mixed.tflite") is None
-    told = tflite.inspect(mixed / "mixed.tflite").placements
+    assert tflite.TARGET.placements(mixed / "mixed.tflite") is None
+    told = tflite.TARGET.inspect(mixed / "mixed.tflite").placements
     assert told is not None
     assert told.told_by == "op support"
     assert told.fallback_share == 0.0
@@ -110,7 +110,7 @@ def test_export_fails_where_more_falls_back_than_allowed(tmp_path: Path, monkeyp
     from lightning_edge.exporters import tflite
 
     told = Placements.of("the runtime", [("CONV_2D", "delegate", 75), ("FULLY_CONNECTED", "cpu", 25)])
-    monkeypatch.setattr(tflite, "placements", lambda path: told)
+    monkeypatch.setattr(tflite.TFLite, "placements", lambda self, path: told)
     path = tmp_path / "net.tflite"
     message = (
         r"tflite: 25.0% of the multiply-accumulates run outside the delegate, as the runtime says, and "
@@ -177,7 +177,7 @@ def test_core_mls_plan_is_asked_on_macos(mixed: Path, monkeypatch: pytest.Monkey
     }
     monkeypatch.setattr(coreml_placement, "_is_macos", lambda: True)
     monkeypatch.setattr(coreml_placement, "require", lambda module, extra: modules[module])
-    placements = coreml.placements(mixed / "mixed.mlpackage")
+    placements = coreml.TARGET.placements(mixed / "mixed.mlpackage")
     assert placements is not None
     assert placements.told_by == "compute plan"
     places = {entry.op: entry.place for entry in placements.ops if entry.macs}

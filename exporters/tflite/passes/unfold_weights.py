@@ -9,11 +9,7 @@ from torch import fx
 
 from lightning_edge.exporters.passes.graph import operation
 
-_QUANTIZED = torch.ops.quantized_decomposed
-_QUANTIZE = {
-    "dequantize_per_channel": _QUANTIZED.quantize_per_channel.default,
-    "dequantize_per_tensor": _QUANTIZED.quantize_per_tensor.default,
-}
+_DEQUANTIZE = {"dequantize_per_channel", "dequantize_per_tensor"}
 
 
 def unfold_weights(graph: fx.GraphModule) -> bool:
@@ -29,9 +25,10 @@ def unfold_weights(graph: fx.GraphModule) -> bool:
     """
     changed = False
     for node in list(graph.graph.nodes):
-        quantize = _QUANTIZE.get(operation(node))
-        if quantize is None:
+        if operation(node) not in _DEQUANTIZE:
             continue
+        # Looked up here: the operators exist only where torchao has been imported.
+        quantize = getattr(torch.ops.quantized_decomposed, operation(node).removeprefix("de")).default
         source = node.args[0]
         if not isinstance(source, fx.Node) or source.op != "get_attr":
             continue

@@ -101,7 +101,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
         key = (name, precision, *sorted(options.items()))
         if key not in written:
             written[key] = tmp_path_factory.mktemp("package") / f"{name}.mlpackage"
-            coreml.write(network(name, precision), written[key], **options)
+            coreml.TARGET.write(network(name, precision), written[key], **options)
         return written[key]
 
     return write
@@ -110,7 +110,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def distances(name: str, precision: str, path: Path, samples: int = 8) -> list[Tensor]:
     """For each output the differences to the network, in steps of an int8 output, over the largest of a float one."""
     deployable = network(name, precision)
-    runner = coreml.open(path, 1)
+    runner = coreml.TARGET.open(path, 1)
     torch.manual_seed(1)
     found: list[list[Tensor]] = []
     for _ in range(samples):
@@ -160,7 +160,7 @@ def weight_values(name: str) -> int:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_package_itself_says_that_its_weights_are_int8(name: str, package: Any) -> None:
-    contents = coreml.inspect(package(name))
+    contents = coreml.TARGET.inspect(package(name))
     assert contents.precision == "int8"
     assert contents.int8_weight_bytes == weight_values(name)
     assert contents.float_weight_bytes == 0
@@ -171,11 +171,11 @@ def test_the_package_itself_says_that_its_weights_are_int8(name: str, package: A
 
 @pytest.mark.parametrize("name", ["residual", "autoencoder", "squeeze_excite"])
 def test_there_are_no_float_islands(name: str, package: Any) -> None:
-    assert coreml.inspect(package(name)).float_ops == ()
+    assert coreml.TARGET.inspect(package(name)).float_ops == ()
 
 
 def test_the_package_itself_says_that_its_weights_are_float(package: Any) -> None:
-    contents = coreml.inspect(package("residual", "fp32"))
+    contents = coreml.TARGET.inspect(package("residual", "fp32"))
     assert contents.precision == "fp32"
     assert contents.int8_weight_bytes == 0
     assert contents.float_weight_bytes == 4 * weight_values("residual")
@@ -184,7 +184,7 @@ def test_the_package_itself_says_that_its_weights_are_float(package: Any) -> Non
 
 def test_ios_18_stores_weights_its_own_way(package: Any) -> None:
     path = package("residual", minimum_ios=18)
-    contents = coreml.inspect(path)
+    contents = coreml.TARGET.inspect(path)
     assert contents.ops["constexpr_blockwise_shift_scale"] == 4
     assert contents.int8_weight_bytes == weight_values("residual")
     assert distances("residual", "int8", path)[0].max() < 2.01
@@ -199,7 +199,7 @@ def test_inputs_and_outputs_keep_their_names(package: Any) -> None:
 
 
 def test_a_runner_says_what_it_is_and_takes(package: Any) -> None:
-    runner = coreml.open(package("two_inputs"), 2)
+    runner = coreml.TARGET.open(package("two_inputs"), 2)
     assert runner.is_reference
     assert runner.runtime.startswith("reference interpreter of the MIL program (torch ")
     assert runner.runtime.endswith("2 threads), not Core ML's kernels")
@@ -211,13 +211,13 @@ def test_a_runner_says_what_it_is_and_takes(package: Any) -> None:
 
 def test_running_leaves_the_number_of_threads(package: Any) -> None:
     before = torch.get_num_threads()
-    coreml.open(package("dict_output"), before + 1)([torch.randn(1, 6)])
+    coreml.TARGET.open(package("dict_output"), before + 1)([torch.randn(1, 6)])
     assert torch.get_num_threads() == before
 
 
 def test_nothing_but_the_package_is_written_and_equal_networks_give_equal_files(package: Any, tmp_path: Path) -> None:
     first, second = package("residual"), tmp_path / "again.mlpackage"
-    coreml.write(network("residual", "int8"), second)
+    coreml.TARGET.write(network("residual", "int8"), second)
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert files == sorted([GRAPH, WEIGHTS, Path("Manifest.json")])
     for file in files:
@@ -273,14 +273,14 @@ def test_unusual_arguments_and_outputs_come_through(compute_precision: Any, tmp_
         {"factor": 2.0, "mode": "scaled"},
     )
     odd = Deployable(Odd().eval(), inputs, "fp32")
-    coreml.write(odd, tmp_path / "odd.mlpackage", compute_precision=compute_precision)
+    coreml.TARGET.write(odd, tmp_path / "odd.mlpackage", compute_precision=compute_precision)
     program = mlpackage.read(tmp_path / "odd.mlpackage")
     assert [given.name for given in program.inputs] == ["pair_left", "pair_right", "ids", "unused"]
     names = [output.name for output in program.outputs]
     assert len(set(names)) == len(names) == 7
     assert names[1:4] == ["twice", "echo", "output_ids"]
     assert not set(names) & {given.name for given in program.inputs}
-    outputs = coreml.open(tmp_path / "odd.mlpackage", 1)(inputs.tensors)
+    outputs = coreml.TARGET.open(tmp_path / "odd.mlpackage", 1)(inputs.tensors)
     expected = flatten_outputs(odd(*inputs.args, **inputs.kwargs))
     for output, value in zip(outputs, expected, strict=True):
         tolerance = 1e-6 if compute_precision == "float32" else 1e-2
@@ -290,8 +290,8 @@ def test_unusual_arguments_and_outputs_come_through(compute_precision: Any, tmp_
 def test_shuffled_channels_come_through(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network, images = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ChannelShuffle(3)).eval(), torch.randn(1, 3, 4, 5)
-    coreml.write(Deployable(network, Inputs.of(images), "fp32"), tmp_path / "net.mlpackage")
-    (output,) = coreml.open(tmp_path / "net.mlpackage", 1)([images])
+    coreml.TARGET.write(Deployable(network, Inputs.of(images), "fp32"), tmp_path / "net.mlpackage")
+    (output,) = coreml.TARGET.open(tmp_path / "net.mlpackage", 1)([images])
     torch.testing.assert_close(output, network(images).detach())
 
 
@@ -315,8 +315,8 @@ def test_windows_of_int8_values_come_through(tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 4, 4, 3)
     quantized = convert(quantize(Windows().eval(), [images]))
-    coreml.write(quantized, tmp_path / "net.mlpackage")
-    (output,) = coreml.open(tmp_path / "net.mlpackage", 1)([images[:1]])
+    coreml.TARGET.write(quantized, tmp_path / "net.mlpackage")
+    (output,) = coreml.TARGET.open(tmp_path / "net.mlpackage", 1)([images[:1]])
     (scale,) = quantized.output_scales
     assert scale is not None
     assert (output - quantized(images[:1])).abs().max() <= 1.01 * scale
@@ -343,8 +343,8 @@ def test_a_constant_that_is_quantized_twice_comes_through(tmp_path: Path) -> Non
     torch.manual_seed(0)
     samples = torch.randn(4, 5, 8)
     quantized = convert(quantize(Biased().eval(), [samples]))
-    coreml.write(quantized, tmp_path / "net.mlpackage")
-    (output,) = coreml.open(tmp_path / "net.mlpackage", 1)([samples[:1]])
+    coreml.TARGET.write(quantized, tmp_path / "net.mlpackage")
+    (output,) = coreml.TARGET.open(tmp_path / "net.mlpackage", 1)([samples[:1]])
     (scale,) = quantized.output_scales
     assert scale is not None
     assert (output - quantized(samples[:1])).abs().max() <= 1.01 * scale
@@ -357,7 +357,7 @@ class Bessel(nn.Module):
 
 def test_an_operation_the_converter_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"^coreml: .*bessel_j0.*\. Replace that operation"):
-        coreml.write(Deployable(Bessel(), Inputs((torch.randn(1, 3),)), "fp32"), tmp_path / "bessel.mlpackage")
+        coreml.TARGET.write(Deployable(Bessel(), Inputs((torch.randn(1, 3),)), "fp32"), tmp_path / "bessel.mlpackage")
     assert not list(tmp_path.iterdir())
 
 
@@ -372,13 +372,13 @@ def test_an_operation_the_converter_lacks_is_named(tmp_path: Path) -> None:
 )
 def test_options_that_do_not_exist_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        coreml.write(network("dict_output", "fp32"), tmp_path / "x.mlpackage", **options)
+        coreml.TARGET.write(network("dict_output", "fp32"), tmp_path / "x.mlpackage", **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_terminal_stays_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    coreml.write(network("dict_output", "int8"), tmp_path / "x.mlpackage")
-    coreml.open(tmp_path / "x.mlpackage", 1)
+    coreml.TARGET.write(network("dict_output", "int8"), tmp_path / "x.mlpackage")
+    coreml.TARGET.open(tmp_path / "x.mlpackage", 1)
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
 
@@ -386,7 +386,7 @@ def test_the_terminal_stays_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_a_folder_that_is_no_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.mlpackage").mkdir()
     with pytest.raises(RunnerError, match=r"not a Core ML package: it has no .*model\.mlmodel"):
-        coreml.open(tmp_path / "x.mlpackage", 1)
+        coreml.TARGET.open(tmp_path / "x.mlpackage", 1)
 
 
 def test_a_full_temporary_folder_is_told_as_such(tmp_path: Path) -> None:
@@ -395,11 +395,13 @@ def test_a_full_temporary_folder_is_told_as_such(tmp_path: Path) -> None:
         files_of_at_most(20_000),
         pytest.raises(ExportError, match=r"coremltools could not write .* temporary folder .*Free some space there"),
     ):
-        coreml.write(Deployable(network, Inputs((torch.randn(1, 64),)), "fp32"), tmp_path / "net.mlpackage")
+        coreml.TARGET.write(Deployable(network, Inputs((torch.randn(1, 64),)), "fp32"), tmp_path / "net.mlpackage")
 
 
 @pytest.mark.parametrize("file", [GRAPH, WEIGHTS], ids=["graph", "weights"])
-@pytest.mark.parametrize("look", [coreml.inspect, lambda path: coreml.open(path, 1)], ids=["inspect", "open"])
+@pytest.mark.parametrize(
+    "look", [coreml.TARGET.inspect, lambda path: coreml.TARGET.open(path, 1)], ids=["inspect", "open"]
+)
 def test_a_truncated_package_is_refused(file: Path, look: Any, package: Any, tmp_path: Path) -> None:
     path = tmp_path / "cut.mlpackage"
     shutil.copytree(package("residual"), path)
@@ -419,7 +421,7 @@ def test_a_package_that_core_ml_would_not_open_is_refused(content: str | None, p
     if content is not None:
         (path / "Manifest.json").write_text(content)
     with pytest.raises(RunnerError, match=r"has (no|a) Manifest\.json that leads to "):
-        coreml.inspect(path)
+        coreml.TARGET.inspect(path)
 
 
 def test_another_kind_of_core_ml_model_is_refused(package: Any, tmp_path: Path) -> None:
@@ -431,7 +433,7 @@ def test_another_kind_of_core_ml_model_is_refused(package: Any, tmp_path: Path) 
     spec.neuralNetwork.SetInParent()
     (path / GRAPH).write_bytes(spec.SerializeToString())
     with pytest.raises(RunnerError, match="holds a Core ML neuralNetwork, not an ML Program"):
-        coreml.open(path, 1)
+        coreml.TARGET.open(path, 1)
 
 
 def test_without_the_extra_it_says_what_to_install(
@@ -440,9 +442,9 @@ def test_without_the_extra_it_says_what_to_install(
     path = package("dict_output")
     monkeypatch.setitem(sys.modules, "coremltools", None)
     for call in (
-        lambda: coreml.write(network("dict_output", "int8"), tmp_path / "x.mlpackage"),
-        lambda: coreml.inspect(path),
-        lambda: coreml.open(path, 1),
+        lambda: coreml.TARGET.write(network("dict_output", "int8"), tmp_path / "x.mlpackage"),
+        lambda: coreml.TARGET.inspect(path),
+        lambda: coreml.TARGET.open(path, 1),
     ):
         with pytest.raises(MissingExtraError, match=r"pip install 'lightning-edge\[coreml\]'"):
             call()
@@ -465,7 +467,7 @@ def test_on_macos_core_ml_is_fed_and_read_by_name(package: Any, monkeypatch: pyt
 
     monkeypatch.setattr(coremltools.models, "MLModel", Fake)
     monkeypatch.setattr(coreml.sys, "platform", "darwin")
-    runner = coreml.open(package("dict_output"), 1)
+    runner = coreml.TARGET.open(package("dict_output"), 1)
     assert not runner.is_reference
     assert runner.runtime.startswith("Core ML (coremltools ")
     label, value = runner([torch.ones(1, 6)])
@@ -481,8 +483,8 @@ def test_on_macos_core_ml_is_fed_and_read_by_name(package: Any, monkeypatch: pyt
 def test_a_float_layer_in_an_int8_package_is_found(tmp_path: Path) -> None:
     deployable = copy.copy(network("residual", "int8"))
     mixed = nn.Sequential(nn.Conv2d(3, 3, 1), deployable.graph)
-    coreml.write(Deployable(mixed, deployable.inputs, "int8"), tmp_path / "mixed.mlpackage")
-    contents = coreml.inspect(tmp_path / "mixed.mlpackage")
+    coreml.TARGET.write(Deployable(mixed, deployable.inputs, "int8"), tmp_path / "mixed.mlpackage")
+    contents = coreml.TARGET.inspect(tmp_path / "mixed.mlpackage")
     assert len(contents.float_compute_ops) == 1
     assert "conv" in contents.float_compute_ops[0]
     assert contents.float_weight_bytes == 4 * 9

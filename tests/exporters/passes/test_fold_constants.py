@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_edge.exporters import deployable, export
-from lightning_edge.exporters.passes.fold_constants import compute_before
+from lightning_edge.exporters.passes.base import apply_passes
+from lightning_edge.exporters.passes.fold_constants import fold_constants
 
 
 class Positioned(nn.Module):
@@ -62,7 +63,7 @@ def test_tables_are_constants_without_their_samples() -> None:
     x = torch.randn(1, 4, 6)
     module = traced(Positioned(), x)
     expected = module(x)
-    assert compute_before(module)
+    assert apply_passes(module, (fold_constants,))
     assert [tuple(value.shape) for name, value in module.named_buffers() if name.startswith("computed")] == [(1, 4, 6)]
     assert computed(module) <= 3  # the expansion, the sum and the layer
     torch.testing.assert_close(module(x), expected, rtol=0, atol=0)
@@ -75,7 +76,7 @@ def test_many_times_one_number_is_no_table() -> None:
 
     x = torch.randn(1, 3, 32, 32)
     module = traced(Filled(), x)
-    assert compute_before(module)
+    assert apply_passes(module, (fold_constants,))
     assert not list(module.buffers())
     torch.testing.assert_close(module(x), Filled()(x), rtol=0, atol=0)
 
@@ -84,7 +85,7 @@ def test_many_times_one_number_is_no_table() -> None:
 def test_what_may_change_stays(network: nn.Module) -> None:
     module = traced(network, torch.randn(1, 6))
     before = computed(module)
-    assert not compute_before(module)
+    assert not apply_passes(module, (fold_constants,))
     assert computed(module) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_edge.exporters import export
-from lightning_edge.exporters.passes.transposed_convolutions import as_convolutions
+from lightning_edge.exporters.passes.base import run_passes
+from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
+from lightning_edge.exporters.tflite.passes.unfold_weights import unfold_weights
 from lightning_edge.network import Deployable
 from lightning_edge.quantization import convert, quantize
 
@@ -54,13 +57,13 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("unfolded", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_they_give_the_same(settings: dict[str, Any], folded: bool) -> None:
+def test_they_give_the_same(settings: dict[str, Any], unfolded: bool) -> None:
     network = in_int8(**settings)
-    graph = network.graph if folded else network.unfolded
-    assert graph is not None
-    written = as_convolutions(graph)
+    graph = run_passes(network.graph, (unfold_weights,)) if unfolded else network.graph
+    written = run_passes(graph, (convolve_transposed,))
+    assert run_passes(written, (convolve_transposed,)) is written
     assert any("transpose" in kind for kind in kinds(graph))
     assert not any("transpose" in kind for kind in kinds(written))
     (step,) = network.output_scales
@@ -71,10 +74,13 @@ def test_they_give_the_same(settings: dict[str, Any], folded: bool) -> None:
 
 def test_what_is_not_wanted_or_float_stays() -> None:
     network = in_int8(2, kernel_size=2, stride=2)
-    assert as_convolutions(network.graph, lambda layer: layer.groups > 1) is network.graph
+    assert (
+        run_passes(network.graph, (partial(convolve_transposed, wanted=lambda layer: layer.groups > 1),))
+        is network.graph
+    )
     torch.manual_seed(0)
     half_float = convert(quantize(Decoder(2, kernel_size=2, stride=2).eval(), batches(2), skip=["up"]))
-    assert as_convolutions(half_float.graph) is half_float.graph
+    assert run_passes(half_float.graph, (convolve_transposed,)) is half_float.graph
 
 
 @pytest.mark.parametrize(("target", "package"), [("tflite", "litert_torch"), ("onnx", "onnxruntime")])

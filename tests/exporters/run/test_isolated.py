@@ -265,9 +265,12 @@ def test_a_process_that_cannot_be_started_is_one_error(tmp_path: Path, monkeypat
 
 
 _BARE_TARGET = """
-from faulty_target import *
-from faulty_target import open
-RUNTIME = ("no_such_runtime",)
+from faulty_target import Faulty
+
+class Bare(Faulty):
+    runtime_modules = ("no_such_runtime",)
+
+TARGET = Bare()
 """
 
 

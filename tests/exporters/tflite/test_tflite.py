@@ -191,7 +191,7 @@ def test_threads_are_told(folder: Path) -> None:
 
 def test_a_float_layer_in_an_int8_graph_is_counted(tmp_path: Path) -> None:
     made = deployable(nn.Sequential(nn.Linear(6, 4)), torch.randn(1, 6))
-    pretended = Deployable(made.graph, made.inputs, "int8", made.graph, (0.1,))
+    pretended = Deployable(made.graph, made.inputs, "int8", (0.1,))
     with pytest.raises(ExportError, match="int8 but the file holds no int8 weights"):
         export(pretended, "tflite", tmp_path / "net.tflite")
 

@@ -21,7 +21,7 @@ from lightning_edge.evaluation.reference import Reference
 from lightning_edge.exporters import Artifact, ExportWarning, deployable, export, load
 from lightning_edge.exporters.coreml.mil.interpreter import Constant
 from lightning_edge.exporters.coreml.package import read
-from lightning_edge.exporters.run.runner import Intermediate
+from lightning_edge.exporters.run.runner import Intermediate, Runner
 from lightning_edge.exporters.tflite import graph as tflite_graph
 from lightning_edge.exporters.verify.agreement import agreement_of, check_agreement, rounding_of
 from lightning_edge.exporters.verify.divergence import Divergence, explanation, first_divergence
@@ -164,8 +164,8 @@ def test_what_the_file_does_not_have_is_passed_over() -> None:
 
 
 def test_the_message_says_why_there_is_no_layer_to_name(good: Artifact, layers: Deployable) -> None:
-    class Closed:
-        runtime, is_reference, inputs = "Closed 1.0", False, good.runner.inputs
+    class Closed(Runner):
+        runtime, inputs = "Closed 1.0", good.runner.inputs
 
         def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
             raise AssertionError("not called")
