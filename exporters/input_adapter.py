@@ -39,7 +39,6 @@ class Front(nn.Module):
         interface: How the file is called.
         channels: Of the images.
         int8: Whether the network quantizes its images.
-        folded: For int8, whether the weights are int8 constants, as in `Deployable.graph`.
     """
 
     scale: Tensor
@@ -49,12 +48,11 @@ class Front(nn.Module):
     steps: Tensor
     zeros: Tensor
 
-    def __init__(self, interface: Interface, channels: int = 1, *, int8: bool = False, folded: bool = True) -> None:
+    def __init__(self, interface: Interface, channels: int = 1, *, int8: bool = False) -> None:
         super().__init__()
         self.channels_last = interface.layout == "nhwc"
         self.pixels = interface.pixels
         self.int8 = int8
-        self.folded = folded
         # A converted graph refuses eval(), so nothing around it is in training mode to begin with.
         self.training = False
         if self.pixels is not None:
@@ -64,7 +62,7 @@ class Front(nn.Module):
             if int8:
                 self.register_buffer("bias", shift)
                 whole = torch.full((channels, 1, 1, 1), _LARGEST_WEIGHT, dtype=torch.int8)
-                self.register_buffer("weight", whole if folded else scale.view(-1, 1, 1, 1))
+                self.register_buffer("weight", whole)
                 self.register_buffer("steps", scale / _LARGEST_WEIGHT)
                 self.register_buffer("zeros", torch.zeros(channels, dtype=torch.int64))
 
@@ -85,17 +83,14 @@ class Front(nn.Module):
         tensor = quantized.quantize_per_tensor(tensor, *_PIXELS_AS_INT8)
         tensor = quantized.dequantize_per_tensor(tensor, *_PIXELS_AS_INT8)
         channels = (self.steps, self.zeros, 0, -_LARGEST_WEIGHT, _LARGEST_WEIGHT, torch.int8)
-        weight = self.weight
-        if not self.folded:
-            weight = quantized.quantize_per_channel(weight, *channels)
-        weight = quantized.dequantize_per_channel(weight, *channels)
+        weight = quantized.dequantize_per_channel(self.weight, *channels)
         return functional.conv2d(tensor, weight, self.bias, groups=len(weight))
 
 
-def front_of(network: Deployable, interface: Interface, *, folded: bool = True) -> Front:
+def front_of(network: Deployable, interface: Interface) -> Front:
     """Make the front of a network's files."""
     channels = next((tensor.shape[1] for tensor in network.inputs.tensors if tensor.dim() == IMAGE_DIMENSIONS), 1)
-    return Front(interface, channels, int8=_quantizes_images(network), folded=folded)
+    return Front(interface, channels, int8=_quantizes_images(network))
 
 
 def as_file_takes(tensor: Tensor, interface: Interface) -> Tensor:

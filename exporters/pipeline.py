@@ -17,7 +17,7 @@ from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.exporters.program import deployable, in_file_form
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S
 from lightning_edge.exporters.staged import Staged
-from lightning_edge.exporters.target import Target, check_options
+from lightning_edge.exporters.target import TARGETS, Target, check_options
 from lightning_edge.exporters.target import target as target_of
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.agreement import agreement_of, check_agreement, check_batches, rounding_of
@@ -29,7 +29,6 @@ from lightning_edge.exporters.verify.contents import (
     warn_if,
     warn_not_run,
 )
-from lightning_edge.exporters.verify.floor import floor_bytes
 from lightning_edge.files import StagedPath, writing
 from lightning_edge.interface import Interface
 from lightning_edge.measure import Tolerance
@@ -81,6 +80,7 @@ def stage(
     check_activations(network, target, module.activation_bits)
     interface = interface or Interface()
     check_interface(interface, network)
+    _check_batch_size(interface, target, module)
     scheme = options.get("scheme")
     if scheme is not None and network.precision == "int8":
         raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
@@ -99,8 +99,7 @@ def stage(
         artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
         warn_not_run(artifact)
         check_batches(network, artifact)
-        floor = floor_bytes(written, scheme, sparse=bool(options.get("sparse_weights")))
-        return Staged(network, replace(artifact, floor_bytes=floor), place)
+        return Staged(network, artifact, place)
     except BaseException:
         place.discard()
         raise
@@ -174,6 +173,15 @@ def _written(module: Target, interface: Interface) -> tuple[Interface, torch.dty
     if interface.pixels is not None and module.takes_images:
         return replace(interface, layout="nchw"), torch.float32
     return interface, torch.uint8
+
+
+def _check_batch_size(interface: Interface, name: str, module: Target) -> None:
+    if interface.max_batch > 1 and not module.takes_batches:
+        others = ", ".join(other for other in TARGETS if target_of(other).takes_batches)
+        raise ValueError(
+            f"{name}: Interface(max_batch={interface.max_batch}) is not allowed: apps call its files with one sample. "
+            f"Leave max_batch out, or export to one of: {others}"
+        )
 
 
 def _check_path(path: Path, name: str, module: Target) -> None:

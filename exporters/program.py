@@ -73,11 +73,6 @@ def in_file_form(
         tuple(value for value in call.args if _has_tensors(value)),
         {name: value for name, value in call.kwargs.items() if _has_tensors(value)},
     )
-    unfolded = (
-        None
-        if network.unfolded is None
-        else _FileForm(network.unfolded, call, front_of(network, interface, folded=False))
-    )
 
     def given(tensor: Tensor) -> Tensor:
         if interface.pixels is not None and tensor.dim() == IMAGE_DIMENSIONS:
@@ -89,7 +84,7 @@ def in_file_form(
     inputs = inputs.map(given)
     graph = _FileForm(network.graph, call, front_of(network, interface))
     scales = network.output_scales
-    return Deployable(graph, inputs, network.precision, unfolded, scales, interface=interface)
+    return Deployable(graph, inputs, network.precision, scales, interface=interface)
 
 
 def in_plain_order(network: nn.Module) -> nn.Module:

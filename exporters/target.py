@@ -30,6 +30,7 @@ class Target(ABC):
         schemes: Names of the `schemes` that it has for float networks.
         int8_options: Those of its options that concern int8 networks only.
         activation_bits: Widths of quantized activations that its runtime has kernels for.
+        takes_batches: Whether it writes files for several samples a call.
         takes_images: Whether its files take pixels as images: as float32 in NCHW, whatever the layout.
         in_process: Whether its files run in this process, because their runtime is this package's own code.
     """
@@ -41,6 +42,7 @@ class Target(ABC):
     schemes: ClassVar[tuple[str, ...]] = ()
     int8_options: ClassVar[frozenset[str]] = frozenset()
     activation_bits: ClassVar[frozenset[int]] = frozenset({8})
+    takes_batches: ClassVar[bool] = False
     takes_images: ClassVar[bool] = False
     in_process: ClassVar[bool] = False
 

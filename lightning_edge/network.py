@@ -84,8 +84,6 @@ class Deployable(nn.Module):
         graph: The network. For ``int8`` a converted graph whose weights are stored as int8 constants.
         inputs: A call of the network; its first sample is kept, on the CPU.
         precision: ``"fp32"`` or ``"int8"``.
-        unfolded: For ``int8``, the same converted graph with float weights followed by their quantize
-            operations, the form LiteRT's converter reads (it refuses int8 constants).
         output_scales: For ``int8``, the quantization step of each output in the order they are
             flattened, ``None`` where an output is not quantized.
         arrange: Brings a call's arguments into the form that ``graph`` was captured with, or refuses them; ``None``
@@ -101,7 +99,6 @@ class Deployable(nn.Module):
         graph: nn.Module,
         inputs: Inputs,
         precision: Precision,
-        unfolded: nn.Module | None = None,
         output_scales: tuple[float | None, ...] = (),
         arrange: Callable[[tuple[Any, ...], dict[str, Any]], Inputs] | None = None,
         interface: Interface | None = None,
@@ -110,7 +107,6 @@ class Deployable(nn.Module):
         if precision not in get_args(Precision):
             raise ValueError(f"precision={precision!r} is not one of {get_args(Precision)}")
         self.graph = graph
-        self.unfolded = unfolded
         self.inputs = inputs.map(lambda tensor: tensor.detach().cpu()).sample()
         self.precision: Precision = precision
         self.output_scales = output_scales
@@ -121,34 +117,25 @@ class Deployable(nn.Module):
         """Give a call in the form the network was captured with: the same arguments by position and by keyword."""
         return inputs if self._arrange is None else self._arrange(inputs.args, dict(inputs.kwargs))
 
-    def with_graph(self, graph: nn.Module, unfolded: nn.Module | None = None) -> Deployable:
-        """Give the same with another graph; an int8 one that is to be exported to LiteRT needs the unfolded one too."""
-        return Deployable(
-            graph, self.inputs, self.precision, unfolded, self.output_scales, self._arrange, self.interface
-        )
+    def with_graph(self, graph: nn.Module) -> Deployable:
+        """Return the same network with another graph."""
+        return Deployable(graph, self.inputs, self.precision, self.output_scales, self._arrange, self.interface)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network; shapes and structure are those of the network it was made from."""
         inputs = self.arranged(Inputs(args, kwargs))
         return self.graph(*inputs.args, **inputs.kwargs)
 
-    def program(self, *, fold_weights: bool = True, samples: int | None = None) -> torch.export.ExportedProgram:
+    def program(self) -> torch.export.ExportedProgram:
         """Export for a batch of one, or for as many as the interface says: the form every target takes.
-
-        Args:
-            fold_weights: Whether int8 weights are constants (True) or float weights followed by their
-                quantize operations (False). Means nothing for ``fp32``.
-            samples: Export for exactly so many samples, whatever the interface says.
 
         Raises:
             ValueError: If the interface asks for several samples in a call, and an output is not one for each.
         """
-        graph = self.graph if fold_weights or self.unfolded is None else self.unfolded
         with torch.no_grad(), WindowsAsViews():
-            if samples is None and self.interface.max_batch > 1:
-                return _without_aliases(_for_any_batch(graph, self.inputs, self.interface.max_batch))
-            inputs = self.inputs.repeated(samples or 1)
-            program = torch.export.export(graph, inputs.args, dict(inputs.kwargs), strict=False)
+            if self.interface.max_batch > 1:
+                return _without_aliases(_for_any_batch(self.graph, self.inputs, self.interface.max_batch))
+            program = torch.export.export(self.graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)
             return _without_aliases(program)
 
     def output_names(self) -> list[str]:

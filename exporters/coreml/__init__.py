@@ -69,6 +69,7 @@ class CoreML(Target):
     in_process = sys.platform != "darwin"
     int8_options = frozenset({"sparse_weights"})
     takes_images = True
+    takes_batches = True
     schemes = get_args(Scheme)
 
     def write(

@@ -6,11 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
 
-from lightning_edge.exporters.passes.fold_constants import compute_before
+from lightning_edge.exporters.passes.base import apply_passes
+from lightning_edge.exporters.passes.fold_constants import fold_constants
 from lightning_edge.exporters.passes.graph import VIEWS, operation
 from lightning_edge.network import Deployable
+
+# On the exported program, before it is converted.
+PASSES = (
+    fold_constants,  # the converter does not know all that makes positions and masks
+)
 
 _ATEN = torch.ops.aten
 _MOST_DIMENSIONS = 5
@@ -30,10 +35,8 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
 def program_of(network: Deployable) -> torch.export.ExportedProgram:
     """Export a network, without what it computes at every call alike."""
     program = network.program()
-    module = program.module(check_guards=False)
-    if not isinstance(module, fx.GraphModule) or not compute_before(module):
-        return program
-    return network.with_graph(module).program()
+    graph = program.module(check_guards=False)
+    return network.with_graph(graph).program() if apply_passes(graph, PASSES) else program
 
 
 def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

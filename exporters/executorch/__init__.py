@@ -20,7 +20,6 @@ from lightning_edge.exporters.run.calls import TensorSpec
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.exporters.target import Target, explain
 from lightning_edge.exporters.verify import contents as checks
-from lightning_edge.interface import PREFIX, Interface
 from lightning_edge.network import Deployable
 
 EXTRA = "executorch"
@@ -71,11 +70,9 @@ class ExecuTorch(Target):
 
         Raises:
             ExportError: If ExecuTorch refuses the network, or the backend cannot take it.
-            ValueError: If the scheme is not one of the backend's, there are no groups of that size, or the interface
-                asks for several samples a call where the file cannot take or tell them.
+            ValueError: If the scheme is not one of the backend's, or there are no groups of that size.
         """
         _check_groups(group_size, scheme)
-        _check_batches(network, backend)
         exir = require("executorch.exir", EXTRA)
         executorch_backends.check(network, backend, scheme)
         try:
@@ -159,25 +156,6 @@ def _check_groups(group_size: int | None, scheme: Scheme | None) -> None:
         )
 
 
-def _check_batches(network: Deployable, backend: Backend) -> None:
-    most = network.interface.max_batch
-    if most == 1:
-        return
-    asked = f"executorch: Interface(max_batch={most})"
-    if backend in ("coreml", "vulkan"):
-        raise ValueError(
-            f"{asked} with backend={backend!r} is not allowed: its files cannot be run here, so that nothing would "
-            "show whether they take several samples. Leave max_batch out, or take backend='xnnpack'"
-        )
-    for place, tensor in enumerate(network.inputs.tensors):
-        if tensor.shape[:1] == (most,):
-            raise ValueError(
-                f"{asked}: input {place} is one for all samples, of the shape {list(tensor.shape)}, and the runtime "
-                f"tells of each input its largest size only: a first dimension of {most} would be taken for the "
-                "samples. Choose another max_batch"
-            )
-
-
 def _in_scheme(network: Deployable, scheme: Scheme, group_size: int | None) -> Deployable:
     """Give a copy of a float network with other weights."""
     graph = copy.deepcopy(network.graph)
@@ -235,8 +213,7 @@ class _Runner(Runner):
         self._generation = _POOL.set(threads)
         self._method = self._load(path.name)
         metadata = self._method.method_meta()
-        most = Interface.of_notes(self._notes()).max_batch
-        self.inputs = tuple(_spec(metadata.input_tensor_meta(index), most) for index in range(metadata.num_inputs()))
+        self.inputs = tuple(_spec(metadata.input_tensor_meta(index)) for index in range(metadata.num_inputs()))
         count = "1 thread" if threads == 1 else f"{threads} threads"
         delegates = [name for name in _DELEGATE_NAMES if name.encode() in self._data]
         runs_on = ", ".join(_DELEGATE_NAMES[name] for name in delegates) or "portable kernels"
@@ -249,9 +226,6 @@ class _Runner(Runner):
             self._method, self._generation = self._load("the file"), generation
         return list(self._method(tensors))
 
-    def _notes(self) -> dict[str, str]:
-        return {name: self._program.load_method(name)([])[0] for name in self._names() if name.startswith(PREFIX)}
-
     def _names(self) -> list[str]:
         return [self._program.get_method_name(index) for index in range(self._program.num_methods())]
 
@@ -263,10 +237,8 @@ class _Runner(Runner):
         return self._program.load_method(pte.METHOD)
 
 
-def _spec(info: Any, most: int) -> TensorSpec:
-    """What the runtime says of an input: of a free dimension its largest size, which `_check_batches` keeps unique."""
-    sizes = tuple(info.sizes())
-    return TensorSpec((1, *sizes[1:]) if most > 1 and sizes[:1] == (most,) else sizes, _DTYPES[info.dtype()])
+def _spec(info: Any) -> TensorSpec:
+    return TensorSpec(tuple(info.sizes()), _DTYPES[info.dtype()])
 
 
 # ExecuTorch tells a type by its number in the ScalarType enumeration it shares with PyTorch.

@@ -13,27 +13,28 @@ from typing import Any, Literal, final
 
 from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters.coreml import package as mlpackage
-from lightning_edge.exporters.executorch import batches as pte_batches
+from lightning_edge.exporters.executorch.passes import VULKAN_PASSES, XNNPACK_PASSES
 from lightning_edge.exporters.executorch.passes import constants as pte_constants
-from lightning_edge.exporters.executorch.passes import xnnpack as xnnpack_forms
 from lightning_edge.exporters.executorch.read import coreml as pte_coreml
-from lightning_edge.exporters.passes import float_barriers as float_layers
+from lightning_edge.exporters.passes.base import Pass, apply_passes, run_passes
+from lightning_edge.exporters.passes.float_barriers import separate_float_paddings
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 
 Backend = Literal["xnnpack", "portable", "coreml", "vulkan"]
 
+_PASSES: dict[Backend, tuple[Pass, ...]] = {
+    "xnnpack": XNNPACK_PASSES,
+    "vulkan": VULKAN_PASSES,
+    "portable": (),
+    "coreml": (),
+}
+
 _EXTRA = "executorch"
-_KEY_DIGITS = 16
 _MINIMUM_IOS = 17
 # XNNPACK pads integers, and has activations of 8 bits as tables. Its leaky ReLU of integers rounds otherwise, and its
 # maximum of integers is slower than that of floats (executorch 1.4).
 _ALSO_INT8 = {"constant_pad_nd.default", "gelu.default", "sigmoid.default", "tanh.default"}
-# The modules whose names of constants are digests, by backend.
-_NAMERS = {
-    "xnnpack": "executorch.backends.xnnpack.operators.node_visitor",
-    "vulkan": "executorch.backends.vulkan.serialization.vulkan_graph_builder",
-}
 
 
 def check(network: Deployable, backend: Backend, scheme: str | None) -> None:
@@ -58,25 +59,22 @@ def check(network: Deployable, backend: Backend, scheme: str | None) -> None:
 def program_of(network: Deployable, backend: Backend) -> Any:
     """Export a network in the form that a backend hands most of to its delegate."""
     if backend == "xnnpack":
-        network.graph = float_layers.apart_for_xnnpack(network.graph)
+        network.graph = run_passes(network.graph, (separate_float_paddings,))
     program = pte_constants.computed_before(network.program())
-    if backend in ("xnnpack", "vulkan") or network.interface.max_batch > 1:
-        graph = program.module(check_guards=False)
-        if xnnpack_forms.in_its_forms(graph, backend):
-            return network.with_graph(graph).program()
-    return program
+    graph = program.module(check_guards=False)
+    return network.with_graph(graph).program() if apply_passes(graph, _PASSES[backend]) else program
 
 
 def passes(backend: Backend) -> list[Any] | None:
     """What to do to a network's operations before a backend is chosen for each, if anything.
 
-    ExecuTorch's products of matrices come with expansions to the shape they have, which XNNPACK does not take, nor
-    does it take views whose shape is computed: each would be a copy outside the delegate, and cut that in two.
+    ExecuTorch's products of matrices come with expansions to the shape they have, which XNNPACK does not take: each
+    would be a copy outside the delegate, and cut that in two.
     """
     if backend != "xnnpack":
         return None
     found: list[Any] = require("executorch.backends.xnnpack.utils.configs", _EXTRA).get_transform_passes()
-    return [*found, pte_batches.infer_free_dimensions]
+    return found
 
 
 @contextmanager
@@ -93,11 +91,7 @@ def lowering(backend: Backend) -> Iterator[list[Any]]:
         if backend == "coreml":
             stack.enter_context(mlpackage.quiet())
         partitioners = _partitioners(backend)
-        if backend == "xnnpack":
-            stack.enter_context(pte_batches.slices_of_any_batch())
-        if backend in _NAMERS:
-            stack.enter_context(_short_keys(_NAMERS[backend]))
-        elif backend == "coreml":
+        if backend == "coreml":
             stack.enter_context(_compact_packages())
         yield partitioners
 
@@ -136,8 +130,7 @@ def _xnnpack_configurations() -> list[Any]:
         return type(configuration.__name__, (configuration,), {"supported_precision_types": lambda _: both})
 
     known = require(partition, _EXTRA).ALL_PARTITIONER_CONFIGS
-    also = [in_int8_too(each) if each.target_name in _ALSO_INT8 else each for each in known]
-    return [pte_batches.of_any_batch(each) if each.target_name == pte_batches.SLICE else each for each in also]
+    return [in_int8_too(each) if each.target_name in _ALSO_INT8 else each for each in known]
 
 
 @contextmanager
@@ -151,41 +144,6 @@ def _quiet_logs() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         root.setLevel(level)
-
-
-@final
-class _ShortHash:
-    """What a lowering calls ``hashlib`` for, with digests of 16 digits."""
-
-    @staticmethod
-    def sha256(data: bytes) -> _ShortHash:
-        """Take the data."""
-        made = _ShortHash()
-        made.digits = hashlib.sha256(data).hexdigest()[:_KEY_DIGITS]
-        return made
-
-    def hexdigest(self) -> str:
-        """Give the digits."""
-        return self.digits
-
-    digits = ""
-
-
-@contextmanager
-def _short_keys(namer: str) -> Iterator[None]:
-    """Have constants named by the first 16 digits of their SHA-256.
-
-    The file holds every name twice, three names a layer: with all 64 digits an int8 DS-CNN for XNNPACK is 9 % larger.
-    Programs of one process may share constants by name, which 64 bits keep apart; within a file ExecuTorch itself
-    refuses a name that stands for two.
-    """
-    visitor: Any = require(namer, _EXTRA)
-    before = visitor.hashlib
-    visitor.hashlib = _ShortHash
-    try:
-        yield
-    finally:
-        visitor.hashlib = before
 
 
 @final

@@ -23,7 +23,8 @@ from lightning_edge.exporters.onnx import read as onnx_file
 from lightning_edge.exporters.onnx import schemes as onnx_schemes
 from lightning_edge.exporters.onnx.passes import qdq as onnx_int8
 from lightning_edge.exporters.onnx.passes import runtime_bugs as onnx_equivalents
-from lightning_edge.exporters.passes import transposed_convolutions as transposed
+from lightning_edge.exporters.passes.base import run_passes
+from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
 from lightning_edge.exporters.run.calls import TensorSpec, of_one_sample
 from lightning_edge.exporters.run.runner import Intermediate, Runner
 from lightning_edge.exporters.target import Target, explain
@@ -47,6 +48,7 @@ class ONNX(Target):
     runtime_modules = ("onnxruntime",)
     # ONNX can say 16 bits from opset 21 on; ONNX Runtime converts to them and back, and computes in float between.
     activation_bits = frozenset({8})
+    takes_batches = True
     schemes = get_args(Scheme)
 
     def write(self, network: Deployable, path: Path, *, scheme: Scheme | None = None) -> None:
@@ -152,7 +154,7 @@ def _convert(network: Deployable) -> Any:
     require("onnxscript", EXTRA)
     inliner = require("onnx.inliner", EXTRA)
     if network.precision == "int8":  # ONNX Runtime has no int8 kernel for them
-        network = network.with_graph(transposed.as_convolutions(network.graph))
+        network = network.with_graph(run_passes(network.graph, (convolve_transposed,)))
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(network.program(), dynamo=True, opset_version=_OPSET, verbose=False)
     assert program is not None

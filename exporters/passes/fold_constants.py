@@ -1,8 +1,4 @@
-"""What a network computes from its own numbers alone, computed before it is converted.
-
-Positions, masks and tables of sines are made by operations that a converter may not know, or that a runtime computes
-less exactly than torch does, and at every call.
-"""
+"""Compute what is the same at every call before a network is converted."""
 
 from __future__ import annotations
 
@@ -31,13 +27,15 @@ _LIKE = {
 }
 
 
-def compute_before(module: fx.GraphModule) -> bool:
-    """Put constants in the place of operations that give the same at every call, in place; whether there were any.
+def fold_constants(module: fx.GraphModule) -> bool:
+    """Replace operations that give the same at every call by constants.
 
-    What depends on trained parameters stays: converters fold that, and know which of it is shared.
+    Given: operations on constants alone, such as positions, masks and tables of sines.
 
-    Args:
-        module: A network in ATen operations; those that draw random numbers, and those of quantizers, stay.
+    Result: one constant in their place. Operations on trained parameters stay: converters fold these, and know which
+    of them are shared. Operations that draw random numbers stay, and so do those of quantizers.
+
+    Why: a converter may not know such an operation, and a runtime computes it at every call, less exactly than torch.
     """
     values = _known(module)
     wanted: dict[fx.Node, None] = {}
@@ -58,8 +56,6 @@ def compute_before(module: fx.GraphModule) -> bool:
         for node in values:
             if node.target is _ATEN._assert_tensor_metadata.default:  # true, since it was run
                 module.graph.erase_node(node)
-        module.graph.eliminate_dead_code()
-        module.recompile()
     return bool(wanted)
 
 

@@ -1,4 +1,4 @@
-"""Write transposed convolutions in int8 as convolutions, for runtimes that have no kernel for them.
+"""Write int8 transposed convolutions as convolutions, for runtimes without a kernel for them.
 
 A transposed convolution of stride s gives s outputs for each input along an axis. Those at one remainder by s are sums
 over the same few inputs: a convolution with every s-th weight, last first. All remainders together are a convolution
@@ -8,49 +8,42 @@ the padding of a transposed convolution takes away is cut off. No value is compu
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, final
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from lightning_edge.exporters.passes.graph import CLIPS, graphs_in, operation
+from lightning_edge.exporters.passes.graph import CLIPS, operation
 
 _ATEN = torch.ops.aten
 _TRANSPOSED = (_ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input)
 
 
-def as_convolutions(
-    network: nn.Module, wanted: Callable[[TransposedConvolution], bool] = lambda layer: True
-) -> nn.Module:
-    """Give a network with convolutions in the place of transposed ones in int8; a copy if it has any.
+def convolve_transposed(
+    graph: fx.GraphModule, wanted: Callable[[TransposedConvolution], bool] = lambda layer: True
+) -> bool:
+    """Write int8 transposed convolutions as convolutions.
+
+    Given: a transposed convolution whose weight and result are int8.
+
+    Result: a convolution with the channels of all remainders, and operations that put them side by side and crop them,
+    each in the quantization of the result. Values are the same.
+
+    Why: ONNX Runtime 1.31 has no int8 kernel for transposed convolutions, and LiteRT has one for some of them only.
 
     Args:
-        network: A converted network, or a module around one.
-        wanted: Which of them to write so.
+        graph: A converted graph.
+        wanted: Which layers to rewrite.
     """
-    if not any(True for _ in _layers(network, wanted)):
-        return network
-    network = copy.deepcopy(network)
-    for graph, layer in list(_layers(network, wanted)):
+    layers = [TransposedConvolution(node) for node in graph.graph.nodes if node.target in _TRANSPOSED]
+    found = [layer for layer in layers if layer.quantize is not None and layer.is_stored_in_int8 and wanted(layer)]
+    for layer in found:
         _write(graph, layer)
-        graph.recompile()
-    return network
-
-
-def _layers(
-    network: nn.Module, wanted: Callable[[TransposedConvolution], bool]
-) -> Iterator[tuple[fx.GraphModule, TransposedConvolution]]:
-    for graph in graphs_in(network):
-        for node in graph.graph.nodes:
-            if node.target in _TRANSPOSED:
-                layer = TransposedConvolution(node)
-                if layer.quantize is not None and layer.is_stored_in_int8 and wanted(layer):
-                    yield graph, layer
+    return bool(found)
 
 
 @final
@@ -164,7 +157,6 @@ def _write(graph: fx.GraphModule, layer: TransposedConvolution) -> None:
         move_behind(graph.graph, place, layer.quantize, moves)
     layer.node.replace_all_uses_with(convolution)
     graph.graph.erase_node(layer.node)
-    graph.graph.eliminate_dead_code()
 
 
 def _side_by_side(layer: TransposedConvolution, graph: fx.GraphModule) -> list[tuple[Any, tuple[Any, ...]]]:

@@ -58,8 +58,7 @@ def trim_kernels(network: Deployable) -> Deployable:
     """
     if network.precision == "int8":
         graph = _narrowed(network.graph)
-        unfolded = None if network.unfolded is None else _narrowed(network.unfolded)
-        return network if graph is network.graph else network.with_graph(graph, unfolded)
+        return network if graph is network.graph else network.with_graph(graph)
     found = _in_modules(network)
     if not found:
         return network

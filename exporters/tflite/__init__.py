@@ -6,29 +6,35 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from lightning_edge.contents import Contents, Placements
 from lightning_edge.errors import ExportError, require
-from lightning_edge.exporters.passes import float_barriers as float_layers
+from lightning_edge.exporters.passes.base import apply_passes, run_passes
+from lightning_edge.exporters.passes.float_barriers import separate_float_layers
+from lightning_edge.exporters.passes.fold_constants import fold_constants
+from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
 from lightning_edge.exporters.run.calls import TensorSpec
 from lightning_edge.exporters.run.runner import Intermediate, Runner
 from lightning_edge.exporters.target import Target, explain
-from lightning_edge.exporters.tflite import batches as tflite_batches
 from lightning_edge.exporters.tflite import graph as tflite_graph
 from lightning_edge.exporters.tflite import metadata as tflite_metadata
 from lightning_edge.exporters.tflite import placement as tflite_placement
 from lightning_edge.exporters.tflite import read as tflite_contents
 from lightning_edge.exporters.tflite.passes import float_kernels as tflite_float_kernels
 from lightning_edge.exporters.tflite.passes import int8_layers as tflite_layers
-from lightning_edge.exporters.tflite.passes import litert as litert_forms
 from lightning_edge.exporters.tflite.passes import simplify as tflite_simplify
+from lightning_edge.exporters.tflite.passes.broadcasts import drop_expansions
+from lightning_edge.exporters.tflite.passes.crops import crop_transposed, has_no_kernel
+from lightning_edge.exporters.tflite.passes.reshapes import reshape_results
+from lightning_edge.exporters.tflite.passes.unfold_weights import unfold_weights
 from lightning_edge.network import Deployable, Inputs
 from lightning_edge.windows import WindowsAsViews
 
@@ -36,6 +42,20 @@ EXTRA = "tflite"
 
 Io = Literal["int8", "float"]
 Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "int8_dynamic", "int4_dynamic"]
+
+# On the converted graph, before it is exported: the export finds the shapes of what is new.
+CAPTURED_PASSES = (
+    partial(convolve_transposed, wanted=has_no_kernel),  # LiteRT has int8 kernels for some of them only
+)
+# On the exported program, in this order.
+PASSES = (
+    unfold_weights,  # first: later passes move quantized constants about
+    fold_constants,  # later passes look at shapes that constants give
+    crop_transposed,  # LiteRT crops as SAME only
+    drop_expansions,  # the converter mixes up the axes of expand and repeat
+    reshape_results,  # the converter would do it, with the wrong scale
+    separate_float_layers,  # last: a barrier hides what a layer is fed
+)
 
 _PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
 
@@ -98,8 +118,6 @@ class TFLite(Target):
         tflite_graph.shorten_names(model)
         if io == "float":
             tflite_graph.float_ends(model)
-        if network.interface.max_batch > 1:
-            tflite_batches.free_batch(model)
         tflite_graph.name_ends(model, network.interface.inputs, network.interface.outputs)
         interface = network.interface
         for name, text in replace(interface, labels=()).notes().items():  # those have a place of their own
@@ -137,18 +155,13 @@ def _convert(network: Deployable) -> bytes:
     litert_torch = require("litert_torch", EXTRA)
     quantize = require("litert_torch.quantize.quant_config", EXTRA)
     quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
-    # int8 with float weights before their quantizations: the converter refuses int8 constants.
-    samples = tflite_batches.SAMPLES if network.interface.max_batch > 1 else 1
-    inputs, config = network.inputs.repeated(samples), None
+    inputs, config = network.inputs, None
     try:
-        graph = litert_forms.for_litert(network, samples)
+        graph = _apply_passes(network)
         if network.precision == "int8":
-            # It needs the config only to know that the graph is quantized.
-            graph = float_layers.apart_for_litert(graph)
+            # The converter needs the config only to know that the graph is quantized.
             scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
             config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
-        if network.interface.max_batch > 1:
-            network.program()  # refuses what is no value for each sample
         with torch.no_grad(), _quiet(), WindowsAsViews():
             converted = litert_torch.convert(graph, inputs.args, dict(inputs.kwargs) or None, quant_config=config)
             return bytes(converted.model_content())
@@ -160,6 +173,13 @@ def _convert(network: Deployable) -> bytes:
             error,
             "Replace that operation by one that LiteRT has, or leave the target out.",
         ) from error
+
+
+def _apply_passes(network: Deployable) -> nn.Module:
+    """Return what the converter is given: the exported program with `PASSES` applied."""
+    exported = network.with_graph(run_passes(network.graph, CAPTURED_PASSES)).program().module()
+    assert isinstance(exported, fx.GraphModule)
+    return exported if apply_passes(exported, PASSES) else network.graph
 
 
 def _in_scheme(model: bytes, scheme: Scheme) -> bytes:

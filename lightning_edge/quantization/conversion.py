@@ -46,11 +46,9 @@ def convert(module: nn.Module) -> Deployable:
     _drop_idle_clips(prepared)
     _compute_constants(prepared)
     with quiet_torchao():
-        folded = convert_pt2e(copy.deepcopy(prepared), fold_quantize=True)
-        unfolded = convert_pt2e(prepared, fold_quantize=False)
-    _put_on_grid(unfolded)
+        converted = convert_pt2e(prepared, fold_quantize=True)
     inputs = child.inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    return Deployable(folded, inputs, "int8", unfolded, tuple(_output_scales(folded)), child.call.match)
+    return Deployable(converted, inputs, "int8", tuple(_output_scales(converted)), child.call.match)
 
 
 def _widen(graph: GraphModule) -> None:
@@ -153,38 +151,6 @@ def _compute_constants(graph: GraphModule) -> None:
             constant = graph.graph.get_attr(name)
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
-    graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-
-
-def _put_on_grid(graph: GraphModule) -> None:
-    """Write the constants that a graph quantizes as the values that they become.
-
-    LiteRT's converter quantizes them by itself, and rounds some that lie halfway to the other side. Training in int8
-    leaves weights there: they swing about the border between two integers (Nagel et al. 2022, "Overcoming Oscillations
-    in Quantization-Aware Training"). One such weight in the first layer moved a ResNet-8's outputs by 0.84 steps on
-    average.
-    """
-    operators = torch.ops.quantized_decomposed
-    dequantize = {
-        operators.quantize_per_channel.default: operators.dequantize_per_channel.default,
-        operators.quantize_per_tensor.default: operators.dequantize_per_tensor.default,
-    }
-    for index, node in enumerate(list(graph.graph.nodes)):
-        source = node.args[0] if node.target in dequantize else None
-        if not isinstance(source, Node) or source.op != "get_attr":
-            continue
-        with torch.no_grad():
-            constant, *parameters = torch.fx.node.map_arg(node.args, lambda parent: _attribute(graph, parent))
-            constant = dequantize[node.target](node.target(constant, *parameters), *parameters)
-        # One of its own: another operation may quantize the same constant in other steps.
-        name = f"on_grid_{index}"
-        graph.register_parameter(name, nn.Parameter(constant, requires_grad=False))
-        with graph.graph.inserting_before(node):
-            replacement = graph.graph.get_attr(name)
-        replacement.meta = dict(source.meta)
-        node.update_arg(0, replacement)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()

@@ -80,7 +80,20 @@ class QuantizedForward(nn.Module):
         if self._joint:
             self._begin_run()
         runner: Any = self._runner
-        return runner(*args, **kwargs)
+        try:
+            return runner(*args, **kwargs)
+        except CompressionError as error:
+            self._name_layer(error, args, kwargs)
+            raise
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _name_layer(self, error: CompressionError, args: Any, kwargs: Any) -> None:
+        """Raise an error about values that are not finite again, with the layer that gives them."""
+        from lightning_edge.quantization.train.not_finite import explain_not_finite
+        from lightning_edge.quantization.train.ranges import NotFiniteError
+
+        if isinstance(error, NotFiniteError):
+            raise NotFiniteError(explain_not_finite(self.bind(), args, kwargs)) from error
 
     @property
     def calls(self) -> int:

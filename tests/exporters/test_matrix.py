@@ -9,12 +9,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from models import ARCHITECTURES, Model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_edge import EdgeCompressionCallback, Prune, Quantize, export, exporters, load_compressed
 from lightning_edge.network import Inputs, flatten_outputs
-from tests.models import ARCHITECTURES, Model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import MODELS
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError
@@ -18,7 +19,6 @@ from lightning_edge.network import Inputs
 from lightning_edge.quantization import convert, quantize
 from lightning_edge.schedule import Change, Clock
 from lightning_edge.succession import follow
-from tests.models import MODELS
 
 NOW = Clock(epoch=3, progress=0.5)
 

@@ -319,7 +319,7 @@ for batch in range(5):
     fake(torch.randn(8, 4)[4 * rank : 4 * rank + 4])
 torch.save(fake.state_dict(), f"{folder}/{rank}.pt")
 """
-    command = [sys.executable, "-c", script, str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
     processes = [subprocess.Popen([*command, str(rank), str(port), str(tmp_path)]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     torch.manual_seed(0)

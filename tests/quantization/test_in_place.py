@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tests.test_user_modules import User, close_and_converted, images
+from test_user_modules import User, close_and_converted, images
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import MODELS
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError, ExportError
@@ -24,7 +25,6 @@ from lightning_edge.quantization.choose.mixed import mixed_plan, plan_increase
 from lightning_edge.quantization.choose.sensitivity import LayerSensitivity, Sensitivities, difference, sensitivity
 from lightning_edge.quantization.plan import check_plan, precision_of
 from lightning_edge.schedule import Change, Clock
-from tests.models import MODELS
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tests.test_compression import Task, edge, fit, new
-from tests.test_user_modules import User, close_and_converted, images
+from test_compression import Task, edge, fit, new
+from test_user_modules import User, close_and_converted, images
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError

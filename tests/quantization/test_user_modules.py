@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
-from tests.test_compression import Network, Task, data, edge, fit, new
+from test_compression import Network, Task, data, edge, fit, new
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError, RecordError

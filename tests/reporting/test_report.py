@@ -46,7 +46,6 @@ ROWS = (
         int8_weight_share=1.0,
         float_ops=("softmax", "softmax"),
         runtime="LiteRT",
-        floor_bytes=82_080,
         placements=Placements(
             "the runtime",
             (Placement("CONV_2D", "delegate", 9, 12_000), Placement("SOFTMAX", "cpu", 1, 0)),
@@ -77,7 +76,6 @@ def test_metrics_are_flat_by_target() -> None:
     assert found["edge/tflite/latency_p99_ms"] == 1.0
     assert found["edge/tflite/top1_agreement"] == 0.995
     assert found["edge/tflite/peak_memory_bytes"] == 856_064
-    assert found["edge/tflite/floor_ratio"] == 1.2
     assert found["edge/tflite/fallback_share"] == 0.0
     assert found["edge/tflite/within_budget"] == 0.0
     assert found["edge/torch/fp32_val_acc"] == 0.9

@@ -1,1 +1,44 @@
-"""Passes of the ExecuTorch target."""
+"""Passes of the ExecuTorch target: one tuple for each backend, in order."""
+
+from __future__ import annotations
+
+from lightning_edge.exporters.executorch.passes.activations import (
+    clamp_as_hardtanh,
+    multiply_cubes,
+    write_out_softplus,
+)
+from lightning_edge.exporters.executorch.passes.attention import flatten_softmax, write_out_attention
+from lightning_edge.exporters.executorch.passes.norms import write_out_layer_norm
+from lightning_edge.exporters.executorch.passes.pooling import (
+    average_whole_images,
+    keep_dimensions_of_extremes,
+    keep_dimensions_of_means,
+)
+from lightning_edge.exporters.executorch.passes.shapes import (
+    drop_whole_slices,
+    join_rolled_parts,
+    join_upsampled_rows,
+    slice_selections,
+    slice_splits,
+    view_squeezes,
+)
+
+XNNPACK_PASSES = (
+    write_out_layer_norm,  # first: gives means
+    write_out_attention,  # gives a softmax
+    keep_dimensions_of_means,  # XNNPACK's mean keeps its dimensions
+    keep_dimensions_of_extremes,  # so do its largest and smallest
+    average_whole_images,  # it has no pool of a whole image in int8
+    flatten_softmax,  # the lowering mixes up its axis in NHWC
+    view_squeezes,  # from here on: moves that it has as views, slices and concatenations
+    drop_whole_slices,
+    slice_selections,
+    slice_splits,
+    join_rolled_parts,
+    clamp_as_hardtanh,  # from here on: activations that it has under other names
+    multiply_cubes,
+    write_out_softplus,
+    join_upsampled_rows,  # last: its views need no other pass
+)
+# Vulkan takes the same means and softmax, and all else as it is.
+VULKAN_PASSES = (keep_dimensions_of_means, average_whole_images, flatten_softmax)

@@ -1,7 +1,8 @@
-"""Write nodes into a graph for XNNPACK, each in the quantization of what it is made from. Knows torch only."""
+"""Insert nodes into a graph for XNNPACK, each in the quantization of what it is made from."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ _DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 
 
 def sliced(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, start: int, stop: int) -> fx.Node:
-    """Give part of a dimension, in the quantization of what it is taken from."""
+    """Insert a slice of a dimension, in the quantization of what it is taken from."""
     return quantized(graph, before, insert(graph, before, _ATEN.slice.Tensor, source, dim, start, stop), source)
 
 
@@ -31,23 +32,18 @@ def quantized(
 
 
 def insert(graph: fx.GraphModule, before: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """Write an operation in front of a node."""
+    """Insert an operation in front of a node."""
     with graph.graph.inserting_before(before):
         return graph.graph.call_function(target, args)
 
 
-def view(graph: fx.GraphModule, before: fx.Node, source: Any, shape: Sequence[Any]) -> fx.Node:
-    """Give a value in another shape, of which one dimension may be free: with the number of samples."""
-    return insert(graph, before, _ATEN.view.default, source, sizes(shape))
-
-
-def sizes(shape: Sequence[Any]) -> list[int]:
-    """Give a shape in numbers, the free dimension to be found from the number of values."""
-    return [size if isinstance(size, int) else -1 for size in shape]
+def view(graph: fx.GraphModule, before: fx.Node, source: Any, shape: Sequence[int]) -> fx.Node:
+    """Insert a view of a value in another shape."""
+    return insert(graph, before, _ATEN.view.default, source, list(shape))
 
 
 def replaced(graph: fx.GraphModule, node: fx.Node, result: fx.Node) -> bool:
-    """Let a result stand for a node, for which others may look at its shape; True."""
+    """Replace a node by a result, which gets its shape; return True."""
     result.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(result)
     graph.graph.erase_node(node)
@@ -55,8 +51,13 @@ def replaced(graph: fx.GraphModule, node: fx.Node, result: fx.Node) -> bool:
 
 
 def constant(graph: fx.GraphModule, before: fx.Node, role: str, value: torch.Tensor, like: Any) -> fx.Node:
-    """Keep a value in the graph, by its role and in the type of another, in front of the node that is to read it."""
+    """Insert a constant in front of the node that reads it, named by its role, in the type of another value."""
     name = f"{role}_of_{before.name}"
     graph.register_buffer(name, value.to(like.meta["val"].dtype))
     with graph.graph.inserting_before(before):
         return graph.graph.get_attr(name)
+
+
+def in_two_dimensions(others: Sequence[int]) -> tuple[int, int]:
+    """Return the dimensions in front of the features as two, the samples first where there are some."""
+    return (others[0], math.prod(others[1:])) if len(others) > 1 else (1, others[0])

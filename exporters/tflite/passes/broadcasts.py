@@ -1,9 +1,4 @@
-"""Values that are spread over a dimension, for LiteRT's converter.
-
-It keeps images with the channels last, and where an expansion or a repetition meets that it mixes the axes up: the file
-computes something else, or is not made (litert-torch 0.10). What reads such a value spreads it by itself, as sums and
-products do, or gets as many copies of it joined. So do the keys and values of attention with fewer heads than queries.
-"""
+"""Write expansions and repetitions of images and heads in other operations, for LiteRT's converter."""
 
 from __future__ import annotations
 
@@ -29,8 +24,16 @@ _SPREADING = {
 _QUANTIZERS = {"quantize_per_tensor", "dequantize_per_tensor"}
 
 
-def without_expansions(module: fx.GraphModule) -> bool:
-    """Write expansions and repetitions of images and heads in other operations, in place; whether there were any."""
+def drop_expansions(module: fx.GraphModule) -> bool:
+    """Drop expansions and repetitions of values with four or five dimensions.
+
+    Given: ``expand`` or ``repeat`` of such a value, or attention with fewer heads of keys than of queries.
+
+    Result: what reads the value broadcasts it, as sums and products do, or reads as many copies of it joined.
+
+    Why: LiteRT's converter keeps images in NHWC, and mixes up the axes of an expansion or repetition there
+    (litert-torch 0.10): the file computes something else, or is not made.
+    """
     changed = False
     for node in list(module.graph.nodes):
         shape = shape_of(node)
@@ -51,9 +54,6 @@ def without_expansions(module: fx.GraphModule) -> bool:
         node.replace_all_uses_with(result)
         module.graph.erase_node(node)
         changed = True
-    if changed:
-        module.graph.eliminate_dead_code()
-        module.recompile()
     return changed
 
 

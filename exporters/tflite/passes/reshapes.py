@@ -1,9 +1,4 @@
-"""Sums and products of two parts of one int8 value, for LiteRT's converter.
-
-Where both operands are reshaped alike it computes on what they are made of and reshapes the result, which is right of
-floats. Of int8 operands of one scale it then gives the result their scale and not its own: the file computes something
-else, or is not made (litert-torch 0.10). Written so from the start, each value has its own scale.
-"""
+"""Reshape the result of an int8 sum or product instead of its operands, for LiteRT's converter."""
 
 from __future__ import annotations
 
@@ -21,7 +16,15 @@ _RESHAPES = {"flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"}
 
 
 def reshape_results(module: fx.GraphModule) -> bool:
-    """Let sums and products of values that are reshaped alike be reshaped instead, in place; whether there were any."""
+    """Reshape results of sums and products instead of their operands.
+
+    Given: a sum or product of two int8 operands of one scale that are reshaped alike, such as two parts of one value.
+
+    Result: the operation on what the operands are reshaped from, and a view of its result, each with its own scale.
+
+    Why: LiteRT's converter does the same, and gives the result the scale of the operands (litert-torch 0.10): the file
+    computes something else, or is not made.
+    """
     changed = False
     nodes: list[Any] = list(module.graph.nodes)
     for node in nodes:
@@ -37,9 +40,6 @@ def reshape_results(module: fx.GraphModule) -> bool:
         for place in list(quantize.users):
             move_behind(module.graph, place, quantize, [(_ATEN.view.default, (list(shape_of(node)),))])
         changed = True
-    if changed:
-        module.graph.eliminate_dead_code()
-        module.recompile()
     return changed
 
 

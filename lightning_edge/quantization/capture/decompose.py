@@ -9,6 +9,7 @@ everywhere, and what is trained is what ships:
 - hard-swish(x) = u * clip(u + 3 / sqrt(6), 0, sqrt(6)) with u = x / sqrt(6). Behind a layer u comes from its weights:
   an addition that saturates, and a product.
 - SiLU(x) = x * sigmoid(x), so that the sigmoid has its own, known range, and GLU likewise of the halves of x.
+- CELU and SELU are ELUs of a scaled value, scaled again, so that targets need the one operation.
 - A number in a sum or product is a constant with a quantizer of its own. A number minus x is -x and a sum, of which the
   weights of a layer take both.
 - A mean over height and width keeps them, and a reshape behind it drops them: the form that has kernels.
@@ -39,6 +40,8 @@ aten = torch.ops.aten
 _STEPS = 255
 _LEVELS = 127
 _ROOT = math.sqrt(6.0)
+# As torch.nn.SELU has them.
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 # Layers whose weights may be scaled.
 _LAYERS = {
@@ -94,6 +97,21 @@ def _silu(graph: GraphModule, node: Node) -> Node:
     x = node.args[0]
     weight = call(graph, aten.sigmoid.default, x, instead_of=node)
     return call(graph, aten.mul.Tensor, x, weight, instead_of=node)
+
+
+def _celu(graph: GraphModule, node: Node) -> Node:
+    """CELU(x) = alpha * ELU(x / alpha)."""
+    alpha = node.args[1] if len(node.args) > 1 else node.kwargs.get("alpha", 1.0)
+    assert isinstance(alpha, int | float)
+    x = _scaled(graph, node, node.args[0], 1 / alpha) if alpha != 1 else node.args[0]
+    activated = call(graph, aten.elu.default, x, 1.0, instead_of=node)
+    return activated if alpha == 1 else _with_number(graph, node, aten.mul.Tensor, activated, alpha, "alpha")
+
+
+def _selu(graph: GraphModule, node: Node) -> Node:
+    """SELU(x) = scale * ELU(x, alpha), with the two constants of Klambauer et al. 2017 (arXiv:1706.02515)."""
+    activated = call(graph, aten.elu.default, node.args[0], _SELU_ALPHA, instead_of=node)
+    return _with_number(graph, node, aten.mul.Tensor, activated, _SELU_SCALE, "scale")
 
 
 def _glu(graph: GraphModule, node: Node) -> Node:
@@ -278,6 +296,8 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], Node]] = {
     aten.hardswish.default: _hard_swish,
     aten.silu.default: _silu,
     aten.glu.default: _glu,
+    aten.celu.default: _celu,
+    aten.selu.default: _selu,
     aten.scaled_dot_product_attention.default: _attention,
     aten.matmul.default: _linear,
     aten.mm.default: _linear,

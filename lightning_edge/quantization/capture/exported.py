@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import re
 import warnings
@@ -79,6 +80,8 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
         for module in averaging:
             module.momentum = 0.1
         with in_mode(network, training):
+            for iterated in _power_iterations(network):
+                iterated.training = False
             yield
     finally:
         for module in averaging:
@@ -88,12 +91,21 @@ def _mode(network: nn.Module, training: bool) -> Iterator[None]:
                 buffer.copy_(buffers[name])
 
 
+def _power_iterations(network: nn.Module) -> list[nn.Module]:
+    """Find the modules of spectral_norm, which write into their buffers in training, as no quantized graph can.
+
+    In a graph they are as in eval mode: the weight is divided by its largest singular value along the vectors found so
+    far. To first order these stay right as the weight moves on, because they are that value's gradient.
+    """
+    return [m for m in network.modules() if isinstance(m, nn.utils.parametrizations._SpectralNorm)]
+
+
 def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
     device_type = next((tensor.device.type for tensor in inputs.tensors), "cpu")
     try:
         # With gradients, so that the graph shows where forward() turns them off.
         without_autocast = torch.autocast(device_type, enabled=False)
-        with torch.enable_grad(), without_autocast, _spelled_out(network, inputs), WindowsAsViews():
+        with torch.enable_grad(), without_autocast, _spelled_out(network, inputs), WindowsAsViews(), _symbolic_len():
             program = torch.export.export(
                 network, inputs.args, dict(inputs.kwargs), dynamic_shapes=_dynamic_batch(network, inputs), strict=False
             )
@@ -102,9 +114,7 @@ def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
         first_sentence = re.split(r"(?<!e\.g)\.(?:\s|$)", reason[0])[0]
         raise CompressionError(
             f"{type(network).__name__} cannot be captured as one graph by torch.export: "
-            f"{first_sentence}. forward() must run for batches of any size, without Python branches on values of "
-            "tensors and without logging. What it takes and returns must be tensors in tuples, lists, dicts, or in a "
-            "dataclass given to torch.export.register_dataclass."
+            f"{_fixed_batch(str(error)) or first_sentence}. {_advice(error)}"
         ) from error
     graph = program.module(check_guards=False)
     if any(node.target is torch.ops.higher_order.wrap_with_autocast for node in graph.graph.nodes):
@@ -123,6 +133,48 @@ def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
     _own_lifted(graph, network)
     graph.recompile()
     return graph
+
+
+def _fixed_batch(message: str) -> str:
+    """Say that forward() made a number of the batch size, if torch says so."""
+    fixed = re.search(r"your code specialized it to be a constant \((\d+)\)", message)
+    return f"forward() makes the number {fixed.group(1)} of the batch size" if fixed else ""
+
+
+def _advice(error: Exception) -> str:
+    """Say what a network must be like to be captured, for the kind of error that torch.export raised."""
+    line = re.search(r'The following call raised this error:\s*File "([^"]+)", line (\d+)', str(error))
+    where = f" The line is {line.group(1)}:{line.group(2)}." if line else ""
+    if _fixed_batch(str(error)):
+        return (
+            "It must run for batches of any size: write x.shape[0] for int(x.shape[0]), len(list(x)) or a number in a "
+            f"reshape, and no loop over the samples.{where}"
+        )
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return (
+            "forward() must not branch on values of tensors: write torch.where for if, and leave out .item() and "
+            f"bool(tensor).{where}"
+        )
+    return (
+        "forward() must run for batches of any size, without Python branches on values of tensors and without logging. "
+        "What it takes and returns must be tensors in tuples, lists, dicts, or in a dataclass given to "
+        f"torch.export.register_dataclass.{where}"
+    )
+
+
+@contextmanager
+def _symbolic_len() -> Iterator[None]:
+    """Let ``len(tensor)`` be the tensor's first size: Python's own makes a number of it, which fixes the batch size."""
+    original = builtins.len
+
+    def first_size(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, Tensor) and value.dim() else original(value)
+
+    builtins.len = first_size
+    try:
+        yield
+    finally:
+        builtins.len = original
 
 
 def _own_lifted(graph: GraphModule, network: nn.Module) -> None:

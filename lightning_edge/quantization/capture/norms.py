@@ -1,8 +1,9 @@
-"""Norms that a network writes out: RMSNorm, LayerNorm over channels, ``x / x.norm()``. Knows torch only.
+"""Norms that a network writes out (RMSNorm, ``x / x.norm()``), and logarithms: what int8 would lose. Knows torch only.
 
 They stay float between the int8 values around them, as a LayerNorm in one operation does. In int8 the numbers that they
 divide by would be lost: a square has twice the digits of its value, and of a mean that is small beside others nothing
-is left, so that the quotient is as large as what keeps it from dividing by zero allows.
+is left, so that the quotient is as large as what keeps it from dividing by zero allows. A logarithm of values that
+int8 rounds to zero is minus infinity.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _WITH_NUMBERS = {
     aten.sub.Tensor,
 }
 _INVERSES = {aten.reciprocal.default, aten.rsqrt.default}
+_LOGARITHMS = {aten.log.default, aten.log1p.default, aten.log2.default, aten.log10.default}
 _SHAPING = {
     *REARRANGES,
     aten.expand.default,
@@ -74,6 +76,34 @@ def written_norms(graph: GraphModule, fed: set[Node]) -> set[Node]:
                     *_scaled(result, fed),
                     *(part for operand in result.args for part in _centred(operand)),
                 }
+    return found
+
+
+def logarithms(graph: GraphModule, fed: set[Node]) -> set[Node]:
+    """Find logarithms and the operations of single values that lead to them, back to the layer whose values these are.
+
+    Args:
+        graph: A captured graph.
+        fed: The nodes of it that depend on what the network is fed.
+    """
+    found: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.target not in _LOGARITHMS:
+            continue
+        found.add(node)
+        source: Any = node.args[0]
+        while source in fed and source not in found:
+            if source.target in _PASSING | _SUMS or _is_square(source):
+                following: Any = source.args[0]
+            elif source.target in _WITH_NUMBERS:
+                operands = [arg for arg in source.args[:2] if arg in fed]
+                following = operands[0] if len(operands) == 1 else None
+            else:
+                following = None
+            if following is None:
+                break
+            found.add(source)
+            source = following
     return found
 
 

@@ -129,10 +129,13 @@ class FakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         if (low, high) != (LOWEST, HIGHEST):
             x = x.clamp(low, high)
         observer = self.activation_post_process
+        # Torchao's histogram leaves out a batch that holds infinity, and fails on one that holds NaN.
+        if x.numel() and not bool(torch.sub(*reversed(torch.aminmax(x))) < ranges.LARGEST_RANGE):
+            raise ranges.NotFiniteError
         observer(x.float())
         ends = getattr(observer, "max_val", self.scale) - getattr(observer, "min_val", self.scale)
         if not bool((ends < ranges.LARGEST_RANGE).all()):
-            raise ranges.not_finite()
+            raise ranges.NotFiniteError
         self.set_scale(*self.calculate_qparams())
 
     def begin_run(self) -> None:

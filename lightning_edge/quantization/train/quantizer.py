@@ -34,7 +34,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.quantization.capture.masks import masked_scores
 from lightning_edge.quantization.capture.nodes import FIXED_RANGE as KNOWN_RANGE
 from lightning_edge.quantization.capture.nodes import POOLS, REARRANGES
-from lightning_edge.quantization.capture.norms import written_norms
+from lightning_edge.quantization.capture.norms import logarithms, written_norms
 from lightning_edge.quantization.plan import LinearWeights, Plan, check_patterns, node_names, precision_of
 from lightning_edge.quantization.train.fake_quantize import FakeQuantize
 
@@ -170,13 +170,14 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
             CompressionError: If a pattern of the plan names nothing, or the plan leaves no layer to quantize.
         """
         activations = fed_nodes(model)
-        masked, norms = masked_scores(model), written_norms(model, activations)
+        masked = masked_scores(model)
+        self._float |= written_norms(model, activations) | logarithms(model, activations)
         if self._plan:
             self._follow_plan(model, activations)
         for node in model.graph.nodes:
             if node not in activations or _annotation(node) is not None or not _is_float(node):
                 continue
-            if node in self._float or node in norms:
+            if node in self._float:
                 continue
             if node in masked:
                 if node.target in FIXED_RANGE:  # the softmax, float in front and int8 behind

@@ -7,7 +7,7 @@ arithmetic on numbers (numpy's, whose float32 rounds as torch's does). Knows tor
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -114,13 +114,20 @@ def clipping(
     return (first, last), inside
 
 
-def not_finite() -> CompressionError:
-    """The error for values that have no range."""
-    return CompressionError(
-        "a quantizer was given a value that is not finite (NaN or infinity), or as good as infinite (above "
-        f"{LARGEST_RANGE:g}, as in masks), which has no int8 range. Check the network's weights and inputs, "
-        "its loss for divergence, and additive masks outside softmax."
-    )
+@final
+class NotFiniteError(CompressionError):
+    """A quantizer was given values that have no int8 range.
+
+    Args:
+        where: The layer that gave the values, and how to keep it in float; one sentence, empty where it is not known.
+    """
+
+    def __init__(self, where: str = "") -> None:
+        super().__init__(
+            "a quantizer was given a value that is not finite (NaN or infinity), or as good as infinite (above "
+            f"{LARGEST_RANGE:g}, as in masks), which has no int8 range.{where and ' ' + where} Check the network's "
+            "weights and inputs, its loss for divergence, and additive masks outside softmax."
+        )
 
 
 def _ends(x: Tensor, low: float, high: float) -> tuple[float, float] | None:
@@ -133,7 +140,7 @@ def _ends(x: Tensor, low: float, high: float) -> tuple[float, float] | None:
     if smallest == np.inf and largest == -np.inf:
         return None
     if not largest - smallest < LARGEST_RANGE:  # also where either is NaN
-        raise not_finite()
+        raise NotFiniteError
     return min(max(smallest, low), high), min(max(largest, low), high)
 
 

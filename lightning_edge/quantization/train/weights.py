@@ -170,7 +170,7 @@ def _observe(quantizer: FakeQuantize, folded: Tensor) -> Tensor:
         minimum, maximum = torch.aminmax(folded.float().movedim(quantizer.ch_axis, 0).flatten(1), dim=1)
         scale = torch.maximum(-minimum, maximum) / ((quantizer.quant_max - quantizer.quant_min) / 2)
         if not torch.compiler.is_compiling() and not scale.max().item() < ranges.LARGEST_RANGE:
-            raise ranges.not_finite()
+            raise ranges.NotFiniteError
         scale.clamp_min_(_EPSILON)
         for buffer, value in ((observer.min_val, minimum), (observer.max_val, maximum), (quantizer.scale, scale)):
             if buffer.shape != value.shape:
