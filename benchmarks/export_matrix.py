@@ -49,7 +49,7 @@ contents and run. Those of recipes are trained as these say. The table is about 
   difference over the largest output.
 - **its own rounding moves it by**: the worst value lies more than 3 steps off, and the network in float32 from
   itself in float64 as far ([evaluation](evaluation.md#agreement)).
-- **bytes, floor**: bytes on disk, and how often they hold the bytes that the network's values need by themselves.
+- **bytes**: bytes on disk.
 - **float**: operations of an int8 file that compute in float.
 - **outside**: share of the multiply-accumulates that run outside the target's delegate, as far as runtime or file tell.
 - **/ fp32**: median latency of the file over that of the float file on the same runtime, {repeats} calls of each file
@@ -78,7 +78,6 @@ COLUMNS = (
     "max",
     "mean",
     "bytes",
-    "floor",
     "float",
     "outside",
     "/ fp32",
@@ -349,7 +348,6 @@ def write(
         "max": agreement.max_steps if scheme == "int8" else agreement.max_relative,
         "mean": agreement.mean_steps if scheme == "int8" else None,
         "bytes": artifact.size_bytes,
-        "floor": artifact.size_bytes / artifact.floor_bytes if artifact.floor_bytes else None,
         "float": len(contents.float_compute_ops) + len(contents.float_ops) if scheme == "int8" else None,
         "outside": None if places is None else places.fallback_share,
     }
@@ -370,7 +368,7 @@ def timed(files: dict[str, Any], inputs: Any, repeats: int) -> dict[str, float]:
     return {scheme: found.p50_ms for scheme, found in interleaved_latency(runs, 10, repeats).items()} if runs else {}
 
 
-FORMS = {"top-1": ".3f", "max": ".2g", "mean": ".2f", "bytes": ",", "floor": ".2f", "outside": ".0%"}
+FORMS = {"top-1": ".3f", "max": ".2g", "mean": ".2f", "bytes": ",", "outside": ".0%"}
 FORMS |= {"/ fp32": ".2f", "s": ".1f"}
 
 

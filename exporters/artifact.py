@@ -46,8 +46,6 @@ class Artifact:
         contents: What the file says of itself.
         runner: Runs one sample.
         load_ms: Wall time from the path to a runner that is ready, milliseconds; ``None`` where there is none.
-        floor_bytes: Bytes that the values of the network it was written from need by themselves; ``None`` for a file
-            that was only loaded.
         agreement: How far it lay from that network; ``None`` for a file that was not compared.
         not_run: Why nothing on this machine can run it, and calling it is an error; ``None`` where it runs.
     """
@@ -59,7 +57,6 @@ class Artifact:
     contents: Contents
     runner: Runner = field(repr=False)
     load_ms: float | None
-    floor_bytes: int | None = None
     agreement: Agreement | None = None
     not_run: str | None = None
 

@@ -1,4 +1,4 @@
-"""How a network becomes a file: written beside its place, inspected, run, compared, and only then put in place."""
+"""The steps of an export: `stage` writes, checks and loads a file beside its place; `export` proves and accepts it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_edge.errors import ExportError
@@ -29,7 +28,6 @@ from lightning_edge.exporters.verify.contents import (
     warn_if,
     warn_not_run,
 )
-from lightning_edge.exporters.verify.floor import floor_bytes
 from lightning_edge.files import StagedPath, writing
 from lightning_edge.interface import Interface
 from lightning_edge.measure import Tolerance
@@ -72,7 +70,7 @@ def stage(
         ValueError: If an argument is not allowed.
     """
     module = target_of(target)
-    path = Path(path)
+    path, scheme = Path(path), options.get("scheme")
     _check_path(path, target, module)
     check_options(target, options)
     check_running(threads, time_limit_s)
@@ -81,17 +79,16 @@ def stage(
     check_activations(network, target, module.activation_bits)
     interface = interface or Interface()
     check_interface(interface, network)
-    scheme = options.get("scheme")
     if scheme is not None and network.precision == "int8":
         raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
     place = StagedPath(path)
     try:
-        written = trim_kernels(network)
+        trimmed = trim_kernels(network)
+        adapted = in_file_form(trimmed, *module.image_input(interface))
         with writing(path):
-            form = in_file_form(written, *_written(module, interface))
-            module.write(form, place.staged, **options)
+            module.write(adapted, place.staged, **options)
         contents = inspect_file(module, place.staged, path.name)
-        check_contents(written, contents, target, wants_delegate=options.get("backend") != "portable")
+        check_contents(trimmed, contents, target, wants_delegate=options.get("backend") != "portable")
         if scheme is not None:
             warn_if(target, schemes.check_scheme(contents, scheme, target))
         contents = placed(module, place.staged, contents)
@@ -99,8 +96,7 @@ def stage(
         artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
         warn_not_run(artifact)
         check_batches(network, artifact)
-        floor = floor_bytes(written, scheme, sparse=bool(options.get("sparse_weights")))
-        return Staged(network, replace(artifact, floor_bytes=floor), place)
+        return Staged(network, artifact, place)
     except BaseException:
         place.discard()
         raise
@@ -169,15 +165,8 @@ def export(
         return replace(staged.accept(), agreement=agreement)
 
 
-def _written(module: Target, interface: Interface) -> tuple[Interface, torch.dtype]:
-    """How a target's file takes images: as uint8, or as images, which have no layout and come as floats."""
-    if interface.pixels is not None and module.takes_images:
-        return replace(interface, layout="nchw"), torch.float32
-    return interface, torch.uint8
-
-
 def _check_path(path: Path, name: str, module: Target) -> None:
     if path.suffix != module.suffix:
         raise ValueError(f"path={str(path)!r} has the suffix {path.suffix!r}; {name} writes {module.suffix}")
-    if path.is_dir() and name != "coreml":
+    if path.is_dir() and not module.writes_folder:
         raise ExportError(f"cannot write {path}: a folder is there. Remove it or choose another name.")

@@ -26,6 +26,8 @@ SCHEMA = 1
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _AGREEMENT = ("samples", "top1", "max_steps", "mean_steps", "max_relative")
+# Fields of a file that earlier versions wrote: they are read past.
+_FORMER = frozenset({"floor_bytes"})
 _LATENCY = ("p50_ms", "p95_ms", "p99_ms", "throughput", "load_ms")
 
 
@@ -42,7 +44,6 @@ class FileEntry:
         sha256: SHA-256 of the file; of a folder, of the sorted lines ``<sha256>  <path>`` of its files.
         size_bytes: Bytes on disk.
         compressed_bytes: Bytes of a zip of it.
-        floor_bytes: Bytes that the network's values need by themselves.
         inputs: What the file takes, read from the file.
         outputs: What it gives.
         sample: What `load` takes for one sample: shape and type of each input, in the network's own layout.
@@ -64,7 +65,6 @@ class FileEntry:
     sha256: str
     size_bytes: int
     compressed_bytes: int
-    floor_bytes: int | None
     inputs: tuple[Endpoint, ...]
     outputs: tuple[Endpoint, ...]
     sample: tuple[Endpoint, ...]
@@ -92,7 +92,6 @@ class FileEntry:
             sha256=row.sha256,
             size_bytes=row.size_bytes,
             compressed_bytes=row.compressed_bytes,
-            floor_bytes=row.floor_bytes,
             inputs=tuple(row.inputs),
             outputs=tuple(row.outputs),
             sample=tuple(row.sample),
@@ -236,7 +235,7 @@ def _commit(value: Any) -> Commit | None:
 
 
 def _file(value: Any, where: str) -> FileEntry:
-    given = _object(value, where)
+    given = {name: part for name, part in _object(value, where).items() if name not in _FORMER}
     _keys(given, FileEntry, where)
     path = _typed(given["path"], str, f"{where}.path")
     check_path(path)
@@ -255,7 +254,6 @@ def _file(value: Any, where: str) -> FileEntry:
         sha256=digest,
         size_bytes=_count(given["size_bytes"], f"{where}.size_bytes"),
         compressed_bytes=_count(given["compressed_bytes"], f"{where}.compressed_bytes"),
-        floor_bytes=None if given["floor_bytes"] is None else _count(given["floor_bytes"], f"{where}.floor_bytes"),
         inputs=_endpoints(given["inputs"], f"{where}.inputs"),
         outputs=_endpoints(given["outputs"], f"{where}.outputs"),
         sample=_endpoints(given["sample"], f"{where}.sample"),

@@ -18,7 +18,7 @@ _METRICS_IN_TERMINAL = 2
 _FIDELITY_IN_TERMINAL = 4
 _SPEED_IN_TERMINAL = 6
 _SPEED_HEADERS = ("p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Peak", "Planned")
-_SIZE_HEADERS = ("Size", "Zipped", "Over floor")
+_SIZE_HEADERS = ("Size", "Zipped")
 _COST_HEADERS = (*_SIZE_HEADERS, *_SPEED_HEADERS)
 _PLACE_HEADERS = ("MACs", "Off the delegate", "Operations in it", "Operations off it", "As told by")
 _FIDELITY_HEADERS = (
@@ -142,8 +142,7 @@ def _cost_cells(row: Row) -> list[str]:
 
 
 def _size_cells(row: Row) -> list[str]:
-    ratio = row.floor_ratio
-    return [_bytes(row.size_bytes), _bytes(row.compressed_bytes), _LEFT_OUT if ratio is None else f"{ratio:.2f}x"]
+    return [_bytes(row.size_bytes), _bytes(row.compressed_bytes)]
 
 
 def _in_budget(row: Row) -> str:

@@ -76,7 +76,6 @@ class Row:
         runtime: What ran it.
         is_reference: Whether that is a reference interpreter, whose latency means nothing for the target.
         scheme: How a float network's weights are stored, if in fewer bits.
-        floor_bytes: Bytes that the network's values need by themselves, whatever the format.
         inputs: What the file takes, read from the file.
         outputs: What it gives.
         sample: What `load` takes for one sample, in the network's own layout.
@@ -115,7 +114,6 @@ class Row:
     runtime: str | None = None
     is_reference: bool = False
     scheme: str | None = None
-    floor_bytes: int | None = None
     inputs: Sequence[Endpoint] = ()
     outputs: Sequence[Endpoint] = ()
     sample: Sequence[Endpoint] = ()
@@ -130,11 +128,6 @@ class Row:
         if self.precision == "fp32":
             return f"{self.target} fp32"
         return f"{self.target} int8 ({self.source})"
-
-    @property
-    def floor_ratio(self) -> float | None:
-        """Bytes on disk over the floor."""
-        return self.size_bytes / self.floor_bytes if self.size_bytes and self.floor_bytes else None
 
     @property
     def fallback_share(self) -> float | None:
@@ -225,8 +218,6 @@ class Report:
                 "most_steps": row.most_steps,
                 "max_relative": row.max_relative,
                 "int8_weight_share": row.int8_weight_share,
-                "floor_bytes": row.floor_bytes,
-                "floor_ratio": row.floor_ratio,
                 "fallback_share": row.fallback_share,
                 "within_budget": row.within_budget,
                 **row.metrics,

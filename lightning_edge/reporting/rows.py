@@ -52,7 +52,6 @@ def described(row: Row, artifact: Artifact) -> Row:
         undelegated_ops=contents.undelegated_ops,
         runtime=artifact.runner.runtime,
         is_reference=artifact.runner.is_reference,
-        floor_bytes=artifact.floor_bytes,
         inputs=contents.inputs,
         outputs=contents.outputs,
         sample=sample_of(artifact),

@@ -19,7 +19,6 @@ from lightning_edge.errors import ExportError
 from lightning_edge.exporters import ExportWarning, contents_of, deployable, export, stage
 from lightning_edge.exporters.coreml import placement as coreml_placement
 from lightning_edge.exporters.verify import contents as checks
-from lightning_edge.exporters.verify.floor import floor_bytes
 
 pytest.importorskip("litert_torch")
 pytest.importorskip("executorch")
@@ -183,14 +182,3 @@ def test_core_mls_plan_is_asked_on_macos(mixed: Path, monkeypatch: pytest.Monkey
     assert placements.told_by == "compute plan"
     places = {entry.op: entry.place for entry in placements.ops if entry.macs}
     assert places == {"conv": "neural engine", "linear": "gpu", "matmul": "cpu", "conv_transpose": "any unit"}
-
-
-def test_the_floor_is_that_of_the_networks_values() -> None:
-    net = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).eval()
-    net[3].bias = None
-    finished = deployable(net, torch.randn(1, 2, 4, 4))
-    weights = 2 * 4 * 9 + 16 * 3
-    assert floor_bytes(finished) == 4 * (weights + 4)
-    assert floor_bytes(finished, "fp16") == 2 * (weights + 4)
-    assert floor_bytes(finished, "int8_weight_only") == weights + 4 * 4 + 4 * (4 + 3)
-    assert floor_bytes(finished, "int4_dynamic") == weights // 2 + 4 * 4 + 4 * (4 + 3)

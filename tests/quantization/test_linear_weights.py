@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lightning_edge.errors import RecordError
 from lightning_edge.exporters import export, target
 from lightning_edge.exporters.passes.graph import operation
-from lightning_edge.exporters.verify.floor import floor_bytes
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import Quantize, convert, quantize
 from lightning_edge.record import check_agreement, settings_of
@@ -136,10 +135,9 @@ def test_files_compute_the_same_and_are_smaller(tmp_path: Path, name: str) -> No
         assert artifact.agreement is not None
         assert artifact.agreement.max_steps is not None
         assert artifact.agreement.max_steps < 1.5
-        sizes[scales] = (artifact.size_bytes, floor_bytes(converted))
-    saved, of_floor = (many - few for many, few in zip(sizes["per_channel"], sizes["per_tensor"], strict=True))
-    assert of_floor == 4 * (64 + 56 - 2)
-    assert saved >= of_floor
+        sizes[scales] = artifact.size_bytes
+    # A float32 scale for each of 64 and 56 rows, against one for each of two layers.
+    assert sizes["per_channel"] - sizes["per_tensor"] >= 4 * (64 + 56 - 2)
 
 
 class Product(nn.Module):

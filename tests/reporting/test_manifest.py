@@ -43,7 +43,6 @@ ROW = Row(
     samples=10,
     top1=1.0,
     max_steps=math.inf,
-    floor_bytes=70,
     inputs=(Endpoint("args_0", (1, 640), "int8", 0.1, -128),),
     outputs=(Endpoint(None, (1, 4), "float32"),),
     sample=(Endpoint(None, (1, 640), "float32"),),
@@ -254,9 +253,15 @@ def test_the_manifest_tells_inputs_and_outputs_as_each_file_has_them(made: Path)
         assert file.agreement["samples"] == 16
         assert file.placements is not None
         assert file.placements.macs == 2 * 6 * 4
-        assert file.floor_bytes == 2 * (6 * 4 + 4 * 4 + 4 * 4)
-        assert file.floor_bytes < file.size_bytes
-    assert entry_of(made, "model-fp32.tflite").floor_bytes == 4 * 2 * (6 * 4 + 4)
+
+
+@pytest.mark.parametrize("value", [70, None])
+def test_a_manifest_of_an_earlier_version_with_the_field_floor_bytes_is_read(value: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(entry(floor_bytes=value)))
+    path_now = tmp_path / "now.json"
+    path_now.write_text(MANIFEST.to_json())
+    assert Manifest.read(path) == Manifest.read(path_now)
 
 
 def test_a_tampered_byte_is_found_and_the_file_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,6 @@ ROWS = (
         int8_weight_share=1.0,
         float_ops=("softmax", "softmax"),
         runtime="LiteRT",
-        floor_bytes=82_080,
         placements=Placements(
             "the runtime",
             (Placement("CONV_2D", "delegate", 9, 12_000), Placement("SOFTMAX", "cpu", 1, 0)),
@@ -77,7 +76,6 @@ def test_metrics_are_flat_by_target() -> None:
     assert found["edge/tflite/latency_p99_ms"] == 1.0
     assert found["edge/tflite/top1_agreement"] == 0.995
     assert found["edge/tflite/peak_memory_bytes"] == 856_064
-    assert found["edge/tflite/floor_ratio"] == 1.2
     assert found["edge/tflite/fallback_share"] == 0.0
     assert found["edge/tflite/within_budget"] == 0.0
     assert found["edge/torch/fp32_val_acc"] == 0.9
@@ -121,7 +119,6 @@ def test_markdown_is_a_table_with_a_cell_for_every_column() -> None:
         "0.5000",
         "98,496",
         "70,000",
-        "1.20x",
         "0.500",
         "0.750",
         "1.000",
@@ -148,7 +145,7 @@ def test_a_file_that_was_not_run_says_so_in_place_of_numbers() -> None:
     head = next(line for line in lines if line.startswith("| Candidate"))
     assert first.count("|") == head.count("|")
     assert first.split(" | ")[1:3] == ["not run", "not run"]  # its metrics
-    assert first.endswith("| 100 | - | - |" + " not run |" * 6 + " 64 |")
+    assert first.endswith("| 100 | - |" + " not run |" * 6 + " 64 |")
     assert second.startswith("| executorch int8 (trained) |" + " not run |" * 5 + " - |")
     assert "- executorch int8 (trained): there is no | GPU" in lines[lines.index("## Not run here") :]
     console = Console(width=120)
@@ -221,7 +218,7 @@ def test_terminal_table_fits_80_columns() -> None:
     with console.capture() as captured:
         console.print(REPORT.table())
     text = captured.get()
-    parts = ("0.8800", "98,496", "1.20x", " no ", "99.50%", "0.500", "1.000", "1800.0", "856,064", "-*")
+    parts = ("0.8800", "98,496", " no ", "99.50%", "0.500", "1.000", "1800.0", "856,064", "-*")
     for part in (*parts, "FAILED: coreml: no such"):
         assert part in text, part
     assert "…" not in text

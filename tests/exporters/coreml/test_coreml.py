@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_edge.errors import ExportError, MissingExtraError, RunnerError
-from lightning_edge.exporters import coreml
 from lightning_edge.exporters.coreml import package as mlpackage
 from lightning_edge.exporters.coreml.mil.interpreter import Interpreter
+from lightning_edge.exporters.target import target
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 from lightning_edge.quantization import convert, quantize
 
 pytest.importorskip("coremltools")
+coreml = target("coreml")
 GRAPH = Path("Data/com.apple.CoreML/model.mlmodel")
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 
@@ -464,7 +465,7 @@ def test_on_macos_core_ml_is_fed_and_read_by_name(package: Any, monkeypatch: pyt
             return {"value": np.full((1, 1), 7.0), "label": np.arange(3.0).reshape(1, 3)}
 
     monkeypatch.setattr(coremltools.models, "MLModel", Fake)
-    monkeypatch.setattr(coreml.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     runner = coreml.open(package("dict_output"), 1)
     assert not runner.is_reference
     assert runner.runtime.startswith("Core ML (coremltools ")

@@ -237,7 +237,6 @@ def test_files_hold_less_and_give_the_same(
     artifact = export(network, target, tmp_path / f"net.{suffix}", batches=batches, **options)
     # Of 9 weights a filter the second layer keeps 4 and the last one 1.
     weights = 16 * 3 * 9 + 32 * 16 * 4 + 32 * 32 + 32 * 5
-    assert artifact.floor_bytes < (1 if int8 else 4) * (weights + 32 * 32) + 1_500
     assert artifact.size_bytes < (1 if int8 else 4) * weights + 16_000
     assert artifact.agreement is not None
     (output,) = artifact.agreement.outputs
