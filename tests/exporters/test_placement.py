@@ -177,7 +177,7 @@ def test_core_mls_plan_is_asked_on_macos(mixed: Path, monkeypatch: pytest.Monkey
     }
     monkeypatch.setattr(coreml_placement, "_is_macos", lambda: True)
     monkeypatch.setattr(coreml_placement, "require", lambda module, extra: modules[module])
-    placements = coreml.placements(mixed / "mixed.mlpackage")
+    placements = coreml.TARGET.placements(mixed / "mixed.mlpackage")
     assert placements is not None
     assert placements.told_by == "compute plan"
     places = {entry.op: entry.place for entry in placements.ops if entry.macs}
