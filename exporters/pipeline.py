@@ -1,4 +1,4 @@
-"""How a network becomes a file: written beside its place, inspected, run, compared, and only then put in place."""
+"""The steps of an export: `stage` writes, checks and loads a file beside its place; `export` proves and accepts it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_edge.errors import ExportError
@@ -71,7 +70,7 @@ def stage(
         ValueError: If an argument is not allowed.
     """
     module = target_of(target)
-    path = Path(path)
+    path, scheme = Path(path), options.get("scheme")
     _check_path(path, target, module)
     check_options(target, options)
     check_running(threads, time_limit_s)
@@ -81,17 +80,16 @@ def stage(
     interface = interface or Interface()
     check_interface(interface, network)
     _check_batch_size(interface, target, module)
-    scheme = options.get("scheme")
     if scheme is not None and network.precision == "int8":
         raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
     place = StagedPath(path)
     try:
-        written = trim_kernels(network)
+        trimmed = trim_kernels(network)
+        adapted = in_file_form(trimmed, *module.image_input(interface))
         with writing(path):
-            form = in_file_form(written, *_written(module, interface))
-            module.write(form, place.staged, **options)
+            module.write(adapted, place.staged, **options)
         contents = inspect_file(module, place.staged, path.name)
-        check_contents(written, contents, target, wants_delegate=options.get("backend") != "portable")
+        check_contents(trimmed, contents, target, wants_delegate=options.get("backend") != "portable")
         if scheme is not None:
             warn_if(target, schemes.check_scheme(contents, scheme, target))
         contents = placed(module, place.staged, contents)
@@ -168,13 +166,6 @@ def export(
         return replace(staged.accept(), agreement=agreement)
 
 
-def _written(module: Target, interface: Interface) -> tuple[Interface, torch.dtype]:
-    """How a target's file takes images: as uint8, or as images, which have no layout and come as floats."""
-    if interface.pixels is not None and module.takes_images:
-        return replace(interface, layout="nchw"), torch.float32
-    return interface, torch.uint8
-
-
 def _check_batch_size(interface: Interface, name: str, module: Target) -> None:
     if interface.max_batch > 1 and not module.takes_batches:
         others = ", ".join(other for other in TARGETS if target_of(other).takes_batches)
@@ -187,5 +178,5 @@ def _check_batch_size(interface: Interface, name: str, module: Target) -> None:
 def _check_path(path: Path, name: str, module: Target) -> None:
     if path.suffix != module.suffix:
         raise ValueError(f"path={str(path)!r} has the suffix {path.suffix!r}; {name} writes {module.suffix}")
-    if path.is_dir() and name != "coreml":
+    if path.is_dir() and not module.writes_folder:
         raise ExportError(f"cannot write {path}: a folder is there. Remove it or choose another name.")

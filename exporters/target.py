@@ -1,4 +1,4 @@
-"""What a target is, the targets there are, and the options they take."""
+"""`Target`, the abstract class of all targets; `TARGETS`, the table of them; and the check of their options."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from lightning_edge.contents import Contents, Placements, Precision
 from lightning_edge.errors import ExportError, check_installed, first_line, require
 from lightning_edge.exporters.run.runner import Runner
+from lightning_edge.interface import Interface
 
 _OPERATOR = re.compile(r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*")
 
@@ -32,6 +36,7 @@ class Target(ABC):
         activation_bits: Widths of quantized activations that its runtime has kernels for.
         takes_batches: Whether it writes files for several samples a call.
         takes_images: Whether its files take pixels as images: as float32 in NCHW, whatever the layout.
+        writes_folder: Whether its file is a folder.
         in_process: Whether its files run in this process, because their runtime is this package's own code.
     """
 
@@ -44,6 +49,7 @@ class Target(ABC):
     activation_bits: ClassVar[frozenset[int]] = frozenset({8})
     takes_batches: ClassVar[bool] = False
     takes_images: ClassVar[bool] = False
+    writes_folder: ClassVar[bool] = False
     in_process: ClassVar[bool] = False
 
     @abstractmethod
@@ -65,6 +71,12 @@ class Target(ABC):
     @abstractmethod
     def open(self, path: Path, threads: int) -> Runner:
         """Load the file into its runtime."""
+
+    def image_input(self, interface: Interface) -> tuple[Interface, torch.dtype]:
+        """Say how a file takes images that are pixels: as uint8, or as float32 in NCHW if the target takes images."""
+        if interface.pixels is not None and self.takes_images:
+            return replace(interface, layout="nchw"), torch.float32
+        return interface, torch.uint8
 
     def placements(self, path: Path) -> Placements | None:
         """Ask the runtime where it runs a file's operations; ``None`` if it does not tell."""

@@ -1,13 +1,13 @@
-"""Operations that coremltools' converter does not know, written out in those that it does; and moves that it joins."""
+"""Passes for coremltools' converter: constants, operations that it does not know, and moves that it joins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from lightning_edge.exporters.passes.base import apply_passes
+from lightning_edge.exporters.passes.base import Pass, apply_passes
 from lightning_edge.exporters.passes.fold_constants import fold_constants
 from lightning_edge.exporters.passes.graph import VIEWS, operation
 from lightning_edge.network import Deployable
@@ -32,16 +32,23 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
 }
 
 
-def program_of(network: Deployable) -> torch.export.ExportedProgram:
-    """Export a network, without what it computes at every call alike."""
+def apply_to_program(network: Deployable, passes: Sequence[Pass]) -> torch.export.ExportedProgram:
+    """Export a network with passes applied to its program; a program that changed is exported again."""
     program = network.program()
     graph = program.module(check_guards=False)
-    return network.with_graph(graph).program() if apply_passes(graph, PASSES) else program
+    return network.with_graph(graph).program() if apply_passes(graph, passes) else program
 
 
-def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Write out what it does not know: choices between a tensor and a number, shuffles, recurrent layers by steps."""
-    _move_at_once(program)
+def write_out(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Write out what the converter does not know.
+
+    Given: choices between a tensor and a number, channel shuffles, recurrent layers.
+
+    Result: the operations that they are made of, of recurrent layers step by step.
+
+    Why: coremltools 9 has no lowering for them.
+    """
+    drop_inner_quantizers(program)
     table: dict[Any, Callable[..., Any]] = dict(_WRITTEN_OUT)
     if any(node.target in _RECURRENT for node in program.graph.nodes):
         known = torch.export.default_decompositions()
@@ -50,12 +57,17 @@ def in_its_forms(program: torch.export.ExportedProgram) -> torch.export.Exported
     return written
 
 
-def _move_at_once(program: torch.export.ExportedProgram) -> None:
-    """Take out quantizations between operations that only move values through more dimensions than Core ML has.
+def drop_inner_quantizers(program: torch.export.ExportedProgram) -> None:
+    """Drop quantizers between operations that only move values, in place.
 
-    It has five, and windows of attention are cut by a reshape to six, a transpose and a reshape back, which the
-    converter joins into what it has if nothing stands between them. A value that is quantized twice, with nothing in
-    between that moves it, is taken for integers by the converter where it is a constant (T5's biases of positions).
+    Given: a value of more than five dimensions that is dequantized, moved and quantized again in the same scale; or one
+    that is quantized twice with nothing in between.
+
+    Result: the moves without the quantizers between them.
+
+    Why: Core ML has five dimensions. Windows of attention are cut by a reshape to six, a transpose and a reshape back,
+    which coremltools 9 joins only if nothing stands between them. A constant that is quantized twice is taken for
+    integers by it (T5's biases of positions).
     """
     for node in program.graph.nodes:
         if operation(node) != "quantize_per_tensor":

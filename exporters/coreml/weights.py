@@ -11,7 +11,7 @@ from torch import nn
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters.artifact import size_bytes
 from lightning_edge.exporters.coreml.package import compact, quiet
-from lightning_edge.exporters.verify import contents as checks
+from lightning_edge.exporters.verify.contents import warn_uneven_groups
 from lightning_edge.network import Deployable
 
 Scheme = Literal["fp16", "int8_weight_only", "int4_weight_only", "palette8", "palette6", "palette4", "sparse"]
@@ -75,7 +75,7 @@ def in_scheme(model: Any, scheme: Scheme, block_size: int | None = None) -> Any:
 
 def tell_uneven(network: nn.Module, block_size: int) -> None:
     """Warn of the layers whose inputs are no whole number of blocks."""
-    checks.warn_uneven_groups("coreml", network, _inputs, block_size, "have one scale a channel")
+    warn_uneven_groups("coreml", network, _inputs, block_size, "have one scale a channel")
 
 
 def save_without_zeros(model: Any, path: Path, network: Deployable) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from lightning_edge.exporters.tflite import graph as tflite_graph
+from lightning_edge.exporters.tflite.graph import dtype_name, schema_module
 
 # TensorFlow Lite Micro starts every buffer at a multiple of this, and rounds its size up to one.
 ALIGNMENT_BYTES = 16
@@ -113,7 +113,7 @@ def activations(model: Any) -> list[Buffer]:
     their own (`variable_bytes`), so neither is here. The output of RESHAPE is a buffer as any other: the kernel copies.
 
     Args:
-        model: A file as `tflite_graph.parse` gives it, of one graph.
+        model: A file as `parse` gives it, of one graph.
 
     Returns:
         A buffer for each, in the order of the file's tensors; then those of sums of transposed convolutions.
@@ -146,11 +146,11 @@ def activations(model: Any) -> list[Buffer]:
 
 def _sums(graph: Any) -> Iterator[Buffer]:
     """Sums of integer transposed convolutions, four times as wide as what they give, while these run."""
-    transposed = tflite_graph.schema_module().BuiltinOptions.TransposeConvOptions
+    transposed = schema_module().BuiltinOptions.TransposeConvOptions
     for step, op in enumerate(graph.operators, start=1):
         if op.builtinOptionsType == transposed:
             tensor = graph.tensors[int(op.outputs[0])]
-            if tflite_graph.dtype_name(tensor.type) in ("int8", "int16"):
+            if dtype_name(tensor.type) in ("int8", "int16"):
                 yield Buffer(4 * tensor_bytes(tensor), step, step, f"sums of {_name(tensor)}")
 
 
@@ -177,7 +177,7 @@ def tensor_bytes(tensor: Any) -> int:
     signature = shape if tensor.shapeSignature is None else [int(size) for size in tensor.shapeSignature]
     if min(shape, default=1) < 0 or min(signature[1:], default=1) < 0:
         raise ValueError(f"the shape of tensor {_name(tensor)!r} is not fixed: {signature}")
-    dtype = tflite_graph.dtype_name(tensor.type)
+    dtype = dtype_name(tensor.type)
     if dtype not in _WIDTHS:
         raise ValueError(f"tensor {_name(tensor)!r} is of type {dtype}; allowed: {', '.join(_WIDTHS)}")
     return prod(shape) * _WIDTHS[dtype]

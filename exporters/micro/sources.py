@@ -13,8 +13,8 @@ from typing import Any
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters.micro import arena
 from lightning_edge.exporters.micro.operators import METHODS
-from lightning_edge.exporters.tflite import graph as tflite_graph
-from lightning_edge.exporters.tflite import read as tflite_contents
+from lightning_edge.exporters.tflite.graph import op_name, parse
+from lightning_edge.exporters.tflite.read import contents
 from lightning_edge.files import StagedPath, writing
 
 REGISTER_MACRO = "LIGHTNING_EDGE_REGISTER_OPERATORS"
@@ -133,12 +133,12 @@ def persistent_bytes(model: Any) -> int:
     margin of `Footprint.arena_bytes` is for that. ``MicroInterpreter::arena_used_bytes()`` is exact, on the device.
 
     Args:
-        model: A file as `tflite_graph.parse` gives it, of one graph.
+        model: A file as `parse` gives it, of one graph.
     """
     graph = model.subgraphs[0]
     channels = 0
     for op in graph.operators:
-        name = tflite_graph.op_name(model, op)
+        name = op_name(model, op)
         if name in _CONVOLUTIONS or (name == "FULLY_CONNECTED" and _scales(graph.tensors[op.inputs[1]]) > 1):
             channels += int(graph.tensors[op.outputs[0]].shape[-1])
     return (
@@ -158,7 +158,7 @@ def setup_bytes(model: Any) -> int:
     each tensor of it and 4 for each of their zero points, which the file may hold one of for each channel.
 
     Args:
-        model: A file as `tflite_graph.parse` gives it, of one graph.
+        model: A file as `parse` gives it, of one graph.
     """
     graph = model.subgraphs[0]
     operations = [[graph.tensors[index] for index in (*op.inputs, *op.outputs) if index >= 0] for op in graph.operators]
@@ -170,18 +170,18 @@ def setup_bytes(model: Any) -> int:
 
 def _footprint(path: Path, data: bytes) -> Footprint:
     with _refusing(path):
-        model = tflite_graph.parse(data)
-        contents = tflite_contents.contents(path)
-    _check(path, model, contents.float_compute_ops + contents.float_ops, tuple(contents.ops))
+        model = parse(data)
+        held = contents(path)
+    _check(path, model, held.float_compute_ops + held.float_ops, tuple(held.ops))
     with _refusing(path):
         buffers = arena.activations(model)
         persistent = persistent_bytes(model)
     plan = arena.plan(buffers)
     head = max(plan.activation_bytes, setup_bytes(model))
     return Footprint(
-        operators=tuple(contents.ops),
+        operators=tuple(held.ops),
         size_bytes=len(data),
-        weight_bytes=contents.int8_weight_bytes + contents.int4_weight_bytes,
+        weight_bytes=held.int8_weight_bytes + held.int4_weight_bytes,
         activation_bytes=plan.activation_bytes,
         lower_bound_bytes=plan.lower_bound_bytes,
         persistent_bytes=persistent,
@@ -200,8 +200,7 @@ def _check(path: Path, model: Any, floats: tuple[str, ...], operators: tuple[str
         )
     graph = model.subgraphs[0]
     if any(
-        tflite_graph.op_name(model, op) == "TRANSPOSE_CONV" and op.builtinOptions.fusedActivationFunction
-        for op in graph.operators
+        op_name(model, op) == "TRANSPOSE_CONV" and op.builtinOptions.fusedActivationFunction for op in graph.operators
     ):
         raise ExportError(
             f"{path}: a transposed convolution ends with an activation, which TensorFlow Lite Micro's kernel leaves "

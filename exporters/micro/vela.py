@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_edge.errors import ExportError, check_installed
-from lightning_edge.exporters.tflite import graph as tflite_graph
-from lightning_edge.exporters.tflite import read as tflite_contents
+from lightning_edge.exporters.tflite.graph import op_name, parse
+from lightning_edge.exporters.tflite.read import contents
 from lightning_edge.files import StagedPath, writing
 
 EXTRA = "ethosu"
@@ -113,12 +113,12 @@ def estimate(
 
 def _check(path: Path) -> None:
     try:
-        contents = tflite_contents.contents(path)
+        held = contents(path)
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror or error}; give a .tflite file") from error
     except ValueError as error:
         raise ExportError(f"{path}: {error}. Give an int8 .tflite file") from error
-    floats = sorted({*contents.float_compute_ops, *contents.float_ops})
+    floats = sorted({*held.float_compute_ops, *held.float_ops})
     if floats:
         raise ExportError(
             f"{path}: it computes in float ({', '.join(floats)}), which no Ethos-U does; give an int8 one"
@@ -179,8 +179,8 @@ def _compiled(folder: Path) -> Path:
 
 def _operators(path: Path) -> tuple[str, ...]:
     """Every operation of a file, but those that stand for a whole part that the NPU runs."""
-    model = tflite_graph.parse(path.read_bytes())
-    names = [tflite_graph.op_name(model, op) for graph in model.subgraphs for op in graph.operators]
+    model = parse(path.read_bytes())
+    names = [op_name(model, op) for graph in model.subgraphs for op in graph.operators]
     return tuple(name for name in names if name != _CUSTOM)
 
 

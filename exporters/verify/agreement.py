@@ -12,7 +12,7 @@ from lightning_edge.comparison import Comparison
 from lightning_edge.errors import AgreementError
 from lightning_edge.exporters.artifact import Artifact
 from lightning_edge.exporters.run.calls import stack
-from lightning_edge.exporters.verify import contents as checks
+from lightning_edge.exporters.verify.contents import warn_if
 from lightning_edge.exporters.verify.divergence import explanation
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.measure import Agreement, Tolerance
@@ -126,7 +126,7 @@ def check_agreement(
     """
     violations, own = violations_of(network, agreement, tolerance, rounding)
     if own is not None and not violations:
-        checks.warn_if(
+        warn_if(
             artifact.target,
             f"{artifact.path.name} lies {agreement.max_steps:.4g} quantization steps off at most, with 99.9 % of the "
             f"values {agreement.most_steps:.4g}. The network's own rounding moves it as far: between float32 and "

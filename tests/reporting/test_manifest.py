@@ -255,6 +255,15 @@ def test_the_manifest_tells_inputs_and_outputs_as_each_file_has_them(made: Path)
         assert file.placements.macs == 2 * 6 * 4
 
 
+@pytest.mark.parametrize("value", [70, None])
+def test_a_manifest_of_an_earlier_version_with_the_field_floor_bytes_is_read(value: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(entry(floor_bytes=value)))
+    path_now = tmp_path / "now.json"
+    path_now.write_text(MANIFEST.to_json())
+    assert Manifest.read(path) == Manifest.read(path_now)
+
+
 def test_a_tampered_byte_is_found_and_the_file_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise AssertionError(f"{path} was run")

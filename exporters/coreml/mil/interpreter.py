@@ -4,7 +4,7 @@ For machines without Core ML. It reuses torch's kernels, so it tests what was wr
 kernels. Where the program says ``fp16`` every operation computes in float32 and its result is rounded to half.
 A program with 8-bit activations computes in float64 instead: int8 kernels sum integers, and sums in float32 depend on
 their order, which tips values that lie between two integers (see `exact`, which an int8 file is held against).
-Knows nothing of coremltools: `mlpackage.read` makes the `Program`.
+Knows nothing of coremltools: `package.read` makes the `Program`.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Interpreter:
     Everything that depends on constants alone is computed here, once.
 
     Args:
-        program: The program; see `mlpackage.read`.
+        program: The program; see `package.read`.
 
     Raises:
         RunnerError: If the program holds an operation that is not in `SUPPORTED_OPS`.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_edge.exporters.coreml.mil import layers as mil_layers
+from lightning_edge.exporters.coreml.mil import layers
 from lightning_edge.exporters.coreml.mil.values import DTYPES, WEIGHTS, along, dequantize, quantize, tensor
 
 
@@ -208,7 +208,7 @@ def _prelu(x: Tensor, alpha: Any) -> Tensor:
 
 
 OPS: Mapping[str, Callable[..., Any]] = {
-    **mil_layers.LAYERS,
+    **layers.LAYERS,
     **WEIGHTS,
     # constants and 8-bit integers
     "constexpr_cast": lambda source_val, output_dtype: _cast(source_val, output_dtype),
