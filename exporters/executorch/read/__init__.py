@@ -1,1 +1,1 @@
-"""What an ExecuTorch file holds."""
+"""Readers of ``.pte`` files."""

@@ -1,4 +1,4 @@
-"""Read the model packages that an ExecuTorch file hands to its Core ML delegate."""
+"""Read the Core ML packages in a ``.pte`` file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PACKAGE = "model.mlpackage"
 
 
 def archives() -> Any:
-    """Import what packs a folder into a file for the delegate, and unpacks it.
+    """Import ExecuTorch's archiver of Core ML models.
 
     Raises:
-        ExportError: If this build of ExecuTorch is without it.
+        ExportError: If this build of ExecuTorch lacks it.
     """
     try:
         return require("executorch.backends.apple.coreml.executorchcoreml", "executorch")
@@ -29,17 +29,17 @@ def archives() -> Any:
 
 
 def count(payload: bytes, name: str, tally: Tally) -> None:
-    """Count the operations and weights of one package, as those of a Core ML package by itself.
+    """Count the operations and weights of one package, like those of a Core ML package by itself.
 
-    Which of its units Core ML runs them on is decided on the device, so that all of them count as handed over.
+    Core ML chooses CPU, GPU or Neural Engine on the device, so all operations count as delegated.
 
     Args:
-        payload: The package and what is said of it, packed.
-        name: Name of the graph, for what it alone holds.
-        tally: What is added to.
+        payload: The archive of the package and its metadata.
+        name: Name of the graph, which its weights are counted under.
+        tally: The sums to add to.
 
     Raises:
-        RunnerError: If there is no Core ML package in it.
+        RunnerError: If the archive holds no Core ML package.
         ValueError: If it cannot be unpacked.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def count(payload: bytes, name: str, tally: Tally) -> None:
     for entry in contents.placements.ops:
         tally.ops[entry.op] += entry.count
         tally.delegated += entry.count
-        # Summed up by kind there and here: all of a kind's count with the first.
+        # The package's contents sum MACs by kind of operation: they go to the first of each kind.
         for position in range(entry.count):
             tally.places.append((entry.op, "delegate", 0 if position else entry.macs))
     tally.float_compute += contents.float_compute_ops

@@ -1,4 +1,4 @@
-"""Read what an ExecuTorch file holds: its plan, and the graphs it hands to delegates, those of XNNPACK here."""
+"""Read a ``.pte`` file: its execution plan, and the graphs of its XNNPACK delegates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHOD = "forward"
 # Names of delegates in files and runtimes.
 XNNPACK, CORE_ML, VULKAN = "XnnpackBackend", "CoreMLBackend", "VulkanBackend"
 _NODE = "XNN"
-# XNNPACK's nodes that multiply by weights or matrices, with the fields of their two factors.
+# XNNPACK nodes that multiply by weights or matrices, with the fields of their two factors.
 _PRODUCTS = {
     "Conv2d": ("input1_id", "filter_id"),
     "DepthwiseConv2d": ("input1_id", "filter_id"),
@@ -31,12 +31,12 @@ _PRODUCTS = {
     "BatchMatrixMultiply": ("input1_id", "input2_id"),
     "ScaledDotProductAttention": ("query_id", "key_id"),
 }
-# Nodes that only move or convert values: not computation, whatever type the values have.
+# Nodes that only move or convert values. They are no computation, whatever the dtype.
 _MOVES = frozenset({"Convert", "Copy", "StaticTranspose", "StaticReshape", "StaticSlice", "StaticConstantPad"})
 _FLOATS = frozenset({"fp32", "fp16", "bf16", "pfp32"})
 _INT8 = frozenset({"qint8", "quint8", "qcint8"})
 _INT4 = frozenset({"qcint4", "qbint4"})
-# ExecuTorch's names of types where PyTorch has others.
+# ExecuTorch's names of dtypes that PyTorch names differently.
 _DTYPES = {
     "BYTE": "uint8",
     "CHAR": "int8",
@@ -48,7 +48,7 @@ _DTYPES = {
     "DOUBLE": "float64",
 }
 _KERNEL_PRODUCTS = re.compile(r"aten::(convolution|linear|addmm|mm|bmm|baddbmm|matmul)\b")
-# A linear layer's weights are turned by a kernel of their own before the product.
+# The weights of a linear layer are transposed by a kernel of their own before the product.
 _KERNEL_TURNS = re.compile(r"aten::(permute|transpose|t)_copy\b")
 
 
@@ -59,7 +59,7 @@ def read(path: Path) -> Contents:
         path: The file.
 
     Raises:
-        ValueError: If the file is cut short, is not an ExecuTorch program, or holds a delegate that is not read here.
+        ValueError: If the file is cut short, is no ExecuTorch program, or has a delegate that is not read here.
     """
     program = _program(path.read_bytes())
     interface = Interface.of_notes(_notes(program))
@@ -99,7 +99,7 @@ def read(path: Path) -> Contents:
 
 
 def _notes(program: Any) -> dict[str, str]:
-    """The texts that methods without operations give, by the method's name: how ExecuTorch keeps settings."""
+    """Return the constant strings of the program by method name; ExecuTorch stores metadata as such methods."""
     values = {plan.name: [plan.values[index].val for index in plan.outputs] for plan in program.execution_plan}
     return {
         name: found[0].string_val
@@ -109,14 +109,14 @@ def _notes(program: Any) -> dict[str, str]:
 
 
 def _named(endpoints: tuple[Endpoint, ...], names: tuple[str, ...]) -> tuple[Endpoint, ...]:
-    """Give them names: a program has none of its own."""
+    """Name the endpoints after the interface; a program has no names of its own."""
     if len(names) != len(endpoints):
         return endpoints
     return tuple(replace(end, name=name) for end, name in zip(endpoints, names, strict=True))
 
 
 def _endpoints(plan: Any, side: str) -> tuple[Endpoint, ...]:
-    """What the first method takes or gives: in float as written here, since XNNPACK quantizes inside its graphs."""
+    """Return the inputs or outputs of a method. They are float: XNNPACK quantizes inside its graphs."""
     tensors = [plan.values[index].val for index in getattr(plan, side)]
     return tuple(
         Endpoint(None, _sizes(tensor), _DTYPES.get(tensor.scalar_type.name, tensor.scalar_type.name.lower()))
@@ -144,7 +144,7 @@ def _program(data: bytes) -> Any:
 
 
 def _graph(payload: bytes) -> dict[str, Any]:
-    """Decode one XNNPACK payload: a header, a flatbuffer, and what constants are not kept by name elsewhere."""
+    """Decode one XNNPACK payload: a header, a flatbuffer, and the constants that are not stored by name."""
     xnnpack = require("executorch.backends.xnnpack.serialization.xnnpack_graph_serialize", "executorch")
     header = xnnpack.XNNHeader.from_bytes(payload[: xnnpack.XNNHeader.EXPECTED_LENGTH])
     start = header.flatbuffer_offset
@@ -214,7 +214,7 @@ def _tensors(plan: Any, index: int) -> Iterator[Any]:
 
 
 def _node_macs(kind: str, fields: dict[str, Any], shapes: dict[int, list[int]]) -> int:
-    """Multiply-accumulates of one of XNNPACK's nodes."""
+    """Return the multiply-accumulates of an XNNPACK node."""
     if kind not in _PRODUCTS:
         return 0
     left, right = (shapes[fields[name]] for name in _PRODUCTS[kind])
@@ -232,7 +232,7 @@ def _node_macs(kind: str, fields: dict[str, Any], shapes: dict[int, list[int]]) 
 
 
 def _kernel_macs(name: str, plan: Any, arguments: Any) -> int:
-    """Multiply-accumulates of one call of ExecuTorch's own kernels; the last argument is the output."""
+    """Return the multiply-accumulates of a call of a portable kernel; its last argument is the output."""
     if not (found := _KERNEL_PRODUCTS.match(name)):
         return 0
     values = [plan.values[index].val for index in arguments]

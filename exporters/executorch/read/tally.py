@@ -1,4 +1,4 @@
-"""What is counted of an ExecuTorch file while its graphs are read, whoever they are handed to."""
+"""Sums over the graphs of a ``.pte`` file, for every delegate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from lightning_edge.contents import Place
 from lightning_edge.errors import require
 
-# Operations that only move or convert values: not computation, whatever type the values have.
+# Operations that only move or convert values. They are no computation, whatever the dtype.
 MOVES = re.compile(
     r"aten::(view|permute|transpose|t|clone|copy|slice|select|cat|expand|squeeze|unsqueeze|_to_copy|to|split|unbind|stack|"
     r"alias|as_strided|full|full_like|arange|constant_pad_nd|detach|empty)(_copy)?\b"
@@ -23,18 +23,18 @@ MOVES = re.compile(
 
 @dataclass
 class Tally:
-    """Sums over the graphs of one file; weights by the constant's own name, since two graphs may share one.
+    """Sums over the graphs of one file. Weights are counted by the name of their constant, since graphs may share one.
 
     Attributes:
         ops: Operations by kind.
         int8_weights: Bytes of weights stored as 8-bit integers, by name.
         int4_weights: As 4-bit ones.
-        half_weights: In a 16-bit float type; they are among the float ones too.
+        half_weights: In a 16-bit float type; also counted in ``float_weights``.
         float_weights: In any float type.
         float_compute: Convolution, linear and matmul operations that compute in float.
-        float_other: The other operations that do.
-        delegated: How many operations are handed to a delegate.
-        undelegated: Names of those left to ExecuTorch's portable kernels.
+        float_other: Other operations that compute in float.
+        delegated: Number of operations in delegates.
+        undelegated: Names of the operations that ExecuTorch's portable kernels run.
         places: Kind, place and multiply-accumulates of each operation.
     """
 
@@ -51,7 +51,7 @@ class Tally:
 
 
 def decode(schema: bytes, binary: bytes) -> dict[str, Any]:
-    """Read a flatbuffer by its schema, with the compiler that ExecuTorch brings."""
+    """Decode a flatbuffer by its schema, with the flatc that ExecuTorch ships."""
     flatbuffer = require("executorch.exir._serialize._flatbuffer", "executorch")
     with tempfile.TemporaryDirectory() as folder:
         written, data = Path(folder, "schema.fbs"), Path(folder, "graph.bin")
@@ -59,7 +59,7 @@ def decode(schema: bytes, binary: bytes) -> dict[str, Any]:
         data.write_bytes(binary)
         flatbuffer._flatc_decompile(folder, str(written), str(data), ["--raw-binary"])
         text = Path(folder, "graph.json").read_text(encoding="utf-8", errors="replace")
-    # flatc writes infinities and not-a-number as C does, Python's json reads them as JavaScript does.
+    # flatc writes inf and nan; Python's json reads Infinity and NaN.
     text = re.sub(r"(:|\[|,)(\s*)(-?)inf\b", r"\1\2\3Infinity", text)
     graph = json.loads(re.sub(r"(:|\[|,)(\s*)-?nan\b", r"\1\2NaN", text))
     assert isinstance(graph, dict)

@@ -1,4 +1,4 @@
-"""Read the graphs that an ExecuTorch file hands to its Vulkan delegate, which runs all of them on the GPU."""
+"""Read the Vulkan graphs in a ``.pte`` file; all their operations run on the GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_edge import macs
 from lightning_edge.errors import require
 from lightning_edge.exporters.executorch.read.tally import MOVES, Tally, decode
 
-# Not imported as a package: importing anything of ExecuTorch's Vulkan backend makes the root logger talkative.
+# Not imported as a package: importing ExecuTorch's Vulkan backend sets the root logger to INFO.
 _SCHEMA = Path("backends", "vulkan", "serialization", "schema.fbs")
 _MAGIC = b"VH00"
 _FLOATS = frozenset({"FLOAT16", "FLOAT32", "FLOAT64"})
@@ -38,7 +38,7 @@ _INT8 = ("et_vk.q8ta_", "et_vk.linear_q8ta_")
 # Positions among the arguments of an int8 convolution.
 _KERNEL, _GROUPS, _GROUPS_TRANSPOSED = 9, 13, 14
 _TRANSPOSED = 6
-# Puts a constant where the GPU reads it: nothing that is computed.
+# Copies a constant to GPU memory; no computation.
 _PREPACK = "et_vk.prepack"
 
 
@@ -46,11 +46,11 @@ def count(payload: bytes, tally: Tally) -> None:
     """Count the operations and weights of one graph.
 
     Args:
-        payload: What the file holds for the delegate: a header, a flatbuffer, and constants.
-        tally: What is added to.
+        payload: The data of the delegate: a header, a flatbuffer, and constants.
+        tally: The sums to add to.
 
     Raises:
-        ValueError: If it is no graph of the Vulkan delegate.
+        ValueError: If the payload is not a Vulkan graph.
     """
     root = Path(str(require("executorch.exir", "executorch").__file__)).parents[1]
     _Graph(decode((root / _SCHEMA).read_bytes(), _flatbuffer(payload))).count(tally)
@@ -64,7 +64,7 @@ def _flatbuffer(payload: bytes) -> bytes:
 
 
 class _Graph:
-    """One graph: its values by number, and what makes each of them."""
+    """One graph: its values by index, and the operation that produces each."""
 
     def __init__(self, graph: dict[str, Any]) -> None:
         self._calls = [(_plain(call["name"]), call["args"]) for call in graph["chain"]]
@@ -87,7 +87,7 @@ class _Graph:
                 tally.float_other.append(name)
 
     def _count_weight(self, index: int, tally: Tally) -> None:
-        """Follow a weight back through what only unpacks and turns it."""
+        """Follow a weight back to its constant, through operations that only move or convert it."""
         while (constant := self._values[index].get("constant_id", -1)) < 0:
             name, arguments = self._makers.get(index, ("", [index]))
             if name != _PREPACK and not MOVES.match(name.replace(".", "::", 1)):
@@ -117,7 +117,7 @@ class _Graph:
                 return macs.transposed_convolution(left, right, right[0])
             return macs.convolution(output, right, right[0])
         if "conv2d" in name:
-            # Its weights are padded, and their shape is not that of the filters.
+            # The weights are padded, so their shape is not that of the filters.
             transposed = name.endswith("_transposed")
             groups = int(self._values[arguments[_GROUPS_TRANSPOSED if transposed else _GROUPS]]["int_val"])
             kernel: int = prod(self._values[arguments[_KERNEL]]["items"])
@@ -127,5 +127,5 @@ class _Graph:
 
 
 def _plain(name: str) -> str:
-    """The name of an operation without its overload."""
+    """Return the name of an operation without its overload."""
     return ".".join(name.split(".")[:2])
