@@ -1,44 +1,32 @@
-"""Whom ExecuTorch hands a network to: the partitioner of each backend, and what its lowering needs around it."""
+"""ExecuTorch backends: partitioner, passes and lowering options of each."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters.coreml import package as mlpackage
-from lightning_edge.exporters.executorch.passes import VULKAN_PASSES, XNNPACK_PASSES
-from lightning_edge.exporters.executorch.passes import constants as pte_constants
+from lightning_edge.exporters.executorch import patches
+from lightning_edge.exporters.executorch.passes import PASSES, VULKAN_PASSES
+from lightning_edge.exporters.executorch.passes.fold_constants import fold_constants
 from lightning_edge.exporters.executorch.read import coreml as pte_coreml
-from lightning_edge.exporters.passes.base import Pass, apply_passes, run_passes
+from lightning_edge.exporters.passes.base import apply_passes, run_passes
 from lightning_edge.exporters.passes.float_barriers import separate_float_paddings
-from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 
 Backend = Literal["xnnpack", "portable", "coreml", "vulkan"]
 
-_PASSES: dict[Backend, tuple[Pass, ...]] = {
-    "xnnpack": XNNPACK_PASSES,
-    "vulkan": VULKAN_PASSES,
-    "portable": (),
-    "coreml": (),
-}
-
 _EXTRA = "executorch"
 _MINIMUM_IOS = 17
-# XNNPACK pads integers, and has activations of 8 bits as tables. Its leaky ReLU of integers rounds otherwise, and its
-# maximum of integers is slower than that of floats (executorch 1.4).
+# XNNPACK pads int8 tensors and computes these activations by tables. Not leaky ReLU, which rounds differently in int8,
+# and not maximum, which is slower in int8 than in float (executorch 1.4).
 _ALSO_INT8 = {"constant_pad_nd.default", "gelu.default", "sigmoid.default", "tanh.default"}
 
 
 def check(network: Deployable, backend: Backend, scheme: str | None) -> None:
-    """Refuse what a backend cannot take, before anything is lowered.
+    """Refuse what a backend does not support, before lowering.
 
     Raises:
         ExportError: If the network is int8 and the backend has no int8 kernels.
@@ -57,19 +45,22 @@ def check(network: Deployable, backend: Backend, scheme: str | None) -> None:
 
 
 def program_of(network: Deployable, backend: Backend) -> Any:
-    """Export a network in the form that a backend hands most of to its delegate."""
+    """Export a network and run the passes of the backend on it."""
     if backend == "xnnpack":
         network.graph = run_passes(network.graph, (separate_float_paddings,))
-    program = pte_constants.computed_before(network.program())
+    program = fold_constants(network.program())
+    passes = {"xnnpack": PASSES, "vulkan": VULKAN_PASSES}.get(backend)
+    if passes is None:
+        return program
     graph = program.module(check_guards=False)
-    return network.with_graph(graph).program() if apply_passes(graph, _PASSES[backend]) else program
+    return network.with_graph(graph).program() if apply_passes(graph, passes) else program
 
 
-def passes(backend: Backend) -> list[Any] | None:
-    """What to do to a network's operations before a backend is chosen for each, if anything.
+def lowering_passes(backend: Backend) -> list[Any] | None:
+    """Return ExecuTorch's own passes for a backend, run before partitioning; ``None`` if it has none.
 
-    ExecuTorch's products of matrices come with expansions to the shape they have, which XNNPACK does not take: each
-    would be a copy outside the delegate, and cut that in two.
+    They drop no-op expansions around matrix products. XNNPACK does not support expansions: each would be a copy outside
+    the delegate that splits its graph in two.
     """
     if backend != "xnnpack":
         return None
@@ -79,7 +70,7 @@ def passes(backend: Backend) -> list[Any] | None:
 
 @contextmanager
 def lowering(backend: Backend) -> Iterator[list[Any]]:
-    """Give the partitioners of a backend, and have its lowering be quiet and its files small while the context lasts.
+    """Return the partitioners of a backend; within this context its lowering is quiet.
 
     Raises:
         ExportError: If this build of ExecuTorch lacks something of the backend.
@@ -87,12 +78,12 @@ def lowering(backend: Backend) -> Iterator[list[Any]]:
     """
     with ExitStack() as stack:
         if backend in ("coreml", "vulkan"):
-            stack.enter_context(_quiet_logs())
+            stack.enter_context(patches.quiet_logs())
         if backend == "coreml":
             stack.enter_context(mlpackage.quiet())
         partitioners = _partitioners(backend)
         if backend == "coreml":
-            stack.enter_context(_compact_packages())
+            stack.enter_context(patches.compact_packages())
         yield partitioners
 
 
@@ -118,9 +109,9 @@ def _partitioners(backend: Backend) -> list[Any]:
 
 
 def _xnnpack_configurations() -> list[Any]:
-    """What XNNPACK is handed: all that ExecuTorch hands it, and in int8 what XNNPACK has in int8 besides.
+    """Return ExecuTorch's configurations, with int8 added for the operations in `_ALSO_INT8`.
 
-    ExecuTorch would have it dequantized, computed in float and quantized again; the values are the same.
+    ExecuTorch would dequantize, compute in float and quantize again. The values are the same.
     """
     partition = "executorch.backends.xnnpack.partition.config"
     precisions = require(f"{partition}.xnnpack_config", _EXTRA).ConfigPrecisionType
@@ -131,53 +122,3 @@ def _xnnpack_configurations() -> list[Any]:
 
     known = require(partition, _EXTRA).ALL_PARTITIONER_CONFIGS
     return [in_int8_too(each) if each.target_name in _ALSO_INT8 else each for each in known]
-
-
-@contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Keep a lowering from logging every operation: the Vulkan backend sets the root logger to INFO when imported."""
-    root = logging.getLogger()
-    level, disabled = root.level, root.manager.disable
-    try:
-        logging.disable(logging.WARNING)
-        yield
-    finally:
-        logging.disable(disabled)
-        root.setLevel(level)
-
-
-@final
-class _CompactArchives:
-    """What the lowering packs a model's folder with, which makes the folder small and the same each time first."""
-
-    def __init__(self, archives: Any) -> None:
-        self._archives = archives
-
-    def flatten_directory_contents(self, path: str) -> Any:
-        """Pack a folder without its maps for debuggers and with names that do not change."""
-        folder = Path(path)
-        (folder / "debug_info.json").unlink(missing_ok=True)
-        described = folder / "metadata.json"
-        metadata = json.loads(described.read_text())
-        package = folder / pte_coreml.PACKAGE
-        mlpackage.compact(package, metadata["outputNames"], Interface())
-        program = mlpackage.read(package)
-        metadata["inputNames"] = [value.name for value in program.inputs]
-        metadata["outputNames"] = [getattr(value, "name", "") for value in program.outputs]
-        # Devices keep compiled models by this name: it is that of the contents.
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(package.rglob("*")) if file.is_file()))
-        metadata["identifier"] = f"executorch_{uuid.UUID(bytes=digest.digest()[:16])}"
-        described.write_text(json.dumps(metadata))
-        return self._archives.flatten_directory_contents(path)
-
-
-@contextmanager
-def _compact_packages() -> Iterator[None]:
-    """Have Core ML packages packed small: the debuggers' maps are 70 % of an int8 network of three layers."""
-    compiler: Any = require("executorch.backends.apple.coreml.compiler.coreml_preprocess", _EXTRA)
-    before = compiler.executorchcoreml
-    compiler.executorchcoreml = _CompactArchives(before)
-    try:
-        yield
-    finally:
-        compiler.executorchcoreml = before

@@ -21,7 +21,7 @@ from lightning_edge.exporters.onnx import graph as onnx_graph
 from lightning_edge.exporters.onnx import intermediates as onnx_inside
 from lightning_edge.exporters.onnx import read as onnx_file
 from lightning_edge.exporters.onnx import schemes as onnx_schemes
-from lightning_edge.exporters.onnx.passes import qdq as onnx_int8
+from lightning_edge.exporters.onnx.passes import rewrite
 from lightning_edge.exporters.onnx.passes import runtime_bugs as onnx_equivalents
 from lightning_edge.exporters.passes.base import run_passes
 from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
@@ -68,7 +68,7 @@ class ONNX(Target):
             model = _convert(_in_half(network) if scheme == "fp16" else network)
             onnx_graph.name_outputs(model, network.output_names(), network.interface.inputs)
             if network.precision == "int8":
-                onnx_int8.rewrite(model)
+                rewrite(model)
             elif scheme is not None and scheme != "fp16":
                 onnx_schemes.rewrite(model, scheme)
             onnx_equivalents.padded_maxima(onnx_graph.Graph(model))

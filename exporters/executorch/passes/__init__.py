@@ -23,7 +23,8 @@ from lightning_edge.exporters.executorch.passes.shapes import (
     view_squeezes,
 )
 
-XNNPACK_PASSES = (
+# For XNNPACK.
+PASSES = (
     write_out_layer_norm,  # first: gives means
     write_out_attention,  # gives a softmax
     keep_dimensions_of_means,  # XNNPACK's mean keeps its dimensions

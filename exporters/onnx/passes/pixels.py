@@ -12,7 +12,6 @@ from typing import Any
 import numpy
 
 from lightning_edge.exporters.onnx.graph import Array, Graph, attribute, set_attribute
-from lightning_edge.exporters.onnx.passes.channels import weight_of
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 # At most so many channels, what a kernel reads at a time; and so many pixels, to make as many as it makes at a time.
@@ -48,7 +47,7 @@ def together(graph: Graph) -> None:
     As a depthwise one it takes as long as a small network behind it. The weights of zero add nothing.
     """
     for node in graph.nodes:
-        weight = weight_of(graph, node)
+        weight = _weight_of(graph, node)
         if weight is None or weight.shape[1:] != (1, 1, 1) or not 1 < len(weight) <= _FEW:
             continue
         if attribute(node, "group", 1) == len(weight):
@@ -66,7 +65,7 @@ def several(graph: Graph) -> None:
         if node.output[0] in placed:
             continue
         nodes.append(node)
-        weight, data = weight_of(graph, node), graph.maker(node.input[0], _DEQUANTIZE)
+        weight, data = _weight_of(graph, node), graph.maker(node.input[0], _DEQUANTIZE)
         quantize = graph.only_reader(node.output[0], _QUANTIZE)
         if weight is None or data is None or quantize is None or not _is_pixelwise(node, weight):
             continue
@@ -108,3 +107,23 @@ def _viewed(graph: Graph, source: str, shape: list[int]) -> list[Any]:
     last = graph.make("Transpose", [source], perm=_INNERMOST)
     view = graph.make("Reshape", [last.output[0], graph.add_constant(numpy.array(shape))])
     return [last, view, graph.make("Transpose", [view.output[0]], perm=_OUTERMOST)]
+
+
+def _weight_of(graph: Graph, node: Any) -> Array | None:
+    """The integers of a convolution over images, if it alone reads them and they and its bias can be made more."""
+    if node.op_type != "Conv":
+        return None
+    for name in node.input[1:]:
+        up = graph.maker(name, _DEQUANTIZE)
+        if up is None or graph.only_reader(name) is None or graph.only_reader(up.input[0]) is None:
+            return None
+        if any(graph.constant(other) is None for other in up.input):
+            return None
+    weight = _stored(graph, node.input[1])
+    return weight if weight is not None and weight.ndim == 4 else None
+
+
+def _stored(graph: Graph, name: str) -> Array | None:
+    """The constant that an operand is or is dequantized from."""
+    up = graph.maker(name, _DEQUANTIZE)
+    return graph.constant(name if up is None else up.input[0])

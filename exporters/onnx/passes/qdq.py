@@ -12,25 +12,10 @@ from typing import Any
 import numpy
 
 from lightning_edge.exporters.onnx.graph import Array, Graph, attribute, requantized, same_quantization, set_attribute
-from lightning_edge.exporters.onnx.passes import channels as onnx_channels
-from lightning_edge.exporters.onnx.passes import linears as onnx_linears
-from lightning_edge.exporters.onnx.passes import pixels as onnx_pixels
-from lightning_edge.exporters.onnx.passes.runtime_bugs import lone_softmaxes, subtractions
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _PRODUCTS = frozenset({*_LAYERS, "MatMul"})
-
-
-def rewrite(model: Any) -> None:
-    """Apply every function of this module, and those of `onnx_equivalents`, channels and linears, in place."""
-    graph = Graph(model)
-    steps = (repeats, averages, paddings, activations, linears, integer_biases, unsigned, lone_softmaxes, subtractions)
-    rows = (onnx_linears.averages_of_rows, onnx_linears.as_convolutions, onnx_linears.flattened_pixels)
-    of_pixels = (onnx_pixels.as_they_are, onnx_pixels.together)
-    for step in (*steps, *of_pixels, onnx_channels.align, onnx_pixels.several, *rows, zero_points):
-        step(graph)
-        graph.settle()
 
 
 def paddings(graph: Graph) -> None:

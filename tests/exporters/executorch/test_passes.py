@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_edge.exporters.executorch.passes import XNNPACK_PASSES
+from lightning_edge.exporters.executorch.passes import PASSES
 from lightning_edge.exporters.passes.base import apply_passes
 from lightning_edge.exporters.passes.graph import operation
 
@@ -54,14 +54,14 @@ def test_what_xnnpack_lacks_is_written_in_what_it_has() -> None:
     lacking = {"layer_norm", "roll", "scaled_dot_product_attention", "select", "chunk", "softplus", "clamp", "pow"}
     lacking |= {"upsample_nearest2d"}
     assert lacking <= operations(graph)
-    assert apply_passes(graph, XNNPACK_PASSES)
+    assert apply_passes(graph, PASSES)
     assert not operations(graph) & lacking
     torch.testing.assert_close(graph(images), network(images), rtol=1e-4, atol=1e-5)
 
 
 def test_each_pass_has_nothing_left_to_do() -> None:
     graph = exported(Everything(), torch.randn(2, 2, 4, 4))
-    apply_passes(graph, XNNPACK_PASSES)
+    apply_passes(graph, PASSES)
     # Means and extremes that keep their dimensions are what the passes look for, so these have their own tests.
-    repeatable = [each for each in XNNPACK_PASSES if "keep_dimensions" not in each.__name__]
+    repeatable = [each for each in PASSES if "keep_dimensions" not in each.__name__]
     assert [each.__name__ for each in repeatable if apply_passes(graph, (each,))] == []

@@ -105,13 +105,13 @@ def test_attention_to_nothing_stays_what_it_is(tmp_path: Path) -> None:
 
 
 def test_random_numbers_are_drawn_at_every_call() -> None:
-    from lightning_edge.exporters.executorch.passes.constants import computed_before
+    from lightning_edge.exporters.executorch.passes.fold_constants import fold_constants
 
     class Noisy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.rand(3) * torch.arange(3).add(1)
 
-    program = computed_before(torch.export.export(Noisy(), (torch.randn(2, 3),), strict=False))
+    program = fold_constants(torch.export.export(Noisy(), (torch.randn(2, 3),), strict=False))
     assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == [
         "aten.rand.default",
         "aten.mul.Tensor",
