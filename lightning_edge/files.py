@@ -101,6 +101,22 @@ class StagedPath:
                 self._made.pop().rmdir()
 
 
+def replace_text(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all, with the folders it needs, and return its path.
+
+    Raises:
+        ExportError: If it cannot be written; what was at ``path`` is then as it was.
+    """
+    place = StagedPath(path)
+    try:
+        with writing(path):
+            place.staged.write_text(text, encoding="utf-8")
+        place.accept()
+    finally:
+        place.discard()
+    return path
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an error of the file system into one message that says what to do.

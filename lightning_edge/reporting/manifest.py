@@ -16,10 +16,11 @@ from typing import Any
 
 from lightning_edge.contents import Endpoint, Placement, Placements
 from lightning_edge.errors import ManifestError
+from lightning_edge.files import replace_text
 from lightning_edge.interface import Interface
 from lightning_edge.reporting.budget import Excess, Verdict
 from lightning_edge.reporting.provenance import Commit
-from lightning_edge.reporting.report import Report, Row, replace_text, without_infinities
+from lightning_edge.reporting.report import Report, Row, without_infinities
 
 NAME = "manifest.json"
 SCHEMA = 1

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_edge.contents import Endpoint, Placements
-from lightning_edge.errors import EdgeError
+from lightning_edge.files import replace_text
 from lightning_edge.interface import Interface
 from lightning_edge.reporting import rendering
 from lightning_edge.reporting.budget import Verdict
@@ -275,36 +274,6 @@ def without_infinities(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_infinities(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_text(path: Path, text: str) -> Path:
-    """Write a text file whole or not at all, with the folders it needs.
-
-    Raises:
-        EdgeError: If it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
-    except OSError as error:
-        raise EdgeError(
-            f"cannot write {path}: {error}. Give a folder that can be written to, with room on its disk"
-        ) from error
-    return path
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(staged, 0o666 & ~umask)
-        os.replace(staged, path)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
 
 
 def installed_versions() -> dict[str, str]:

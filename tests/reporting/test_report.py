@@ -238,15 +238,15 @@ def test_old_report_stays_when_the_disk_is_full(tmp_path: Path, monkeypatch: pyt
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lightning_edge.reporting.report.os.replace", full)
-    with pytest.raises(EdgeError, match=r"cannot write .*report.json.*No space left"):
+    monkeypatch.setattr("lightning_edge.files.os.replace", full)
+    with pytest.raises(EdgeError, match=r"cannot write .*report.json: the disk is full.*The old report.json is as"):
         REPORT.write(tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.json", "old")]
 
 
 def test_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(EdgeError, match="Give a folder that can be written to"):
+    with pytest.raises(EdgeError, match="a part of its path is a file; choose another folder"):
         REPORT.write(tmp_path / "file")
 
 
