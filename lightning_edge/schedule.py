@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 Moment = int | float
 
@@ -100,9 +100,18 @@ class Phase(ABC):
     A change is planned from the settings, the clock and the batch at hand, and performed from the plan alone. So the
     same change can be performed again: on the other processes, on an averaged copy, on a fresh network before a
     checkpoint's weights load.
+
+    Attributes:
+        name: Name in records and checkpoints.
+        waits_for: Names of phases that have to be finished before this one plans anything, where they take part.
+        cuts_parameters: Whether its changes replace or shorten parameters, which optimizers have to follow.
+        holds_zeros: Whether it keeps weights at zero by masks, which fit the weights as they are.
     """
 
     name: str
+    waits_for: ClassVar[tuple[str, ...]] = ()
+    cuts_parameters: ClassVar[bool] = False
+    holds_zeros: ClassVar[bool] = False
 
     @abstractmethod
     def first_moment(self) -> Moment:
@@ -151,6 +160,10 @@ class Phase(ABC):
 
         Asked in reverse order, before the weights of an earlier checkpoint load.
         """
+
+    def ends_float_training(self, network: Any) -> bool:
+        """Say whether the next change is the last sight of the float network, whose weights are then kept."""
+        return False
 
     def prime(self, network: Any, change: Change, batch: Batch) -> None:
         """Set what a change added from the batch at hand; asked once, not when the change is repeated."""

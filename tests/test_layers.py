@@ -140,14 +140,15 @@ def violations(module: str, source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_module_keeps_the_rules(module: str) -> None:
-    assert violations(module, modules()[module].read_text()) == []
+def test_modules_keep_the_rules() -> None:
+    found = {module: violations(module, path.read_text()) for module, path in modules().items()}
+    assert len(found) > 150
+    assert {module: broken for module, broken in found.items() if broken} == {}
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_module_is_short(module: str) -> None:
-    assert len(modules()[module].read_text().splitlines()) <= 400
+def test_modules_are_short() -> None:
+    lines = {module: len(path.read_text().splitlines()) for module, path in modules().items()}
+    assert {module: count for module, count in lines.items() if count > 400} == {}
 
 
 @pytest.mark.parametrize(

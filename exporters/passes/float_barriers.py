@@ -82,7 +82,9 @@ def _float_inputs_and_width_changes(graph: fx.GraphModule) -> _Places:
 
 def _is_barrier(node: Any) -> bool:
     """Whether a value comes from `sign_times_size`."""
-    return node.target is _ATEN.mul.Tensor and operation(node.args[0]) == "sign" and operation(node.args[1]) == "abs"
+    if node.target is not _ATEN.mul.Tensor or not all(isinstance(part, fx.Node) for part in node.args):
+        return False
+    return [operation(part) for part in node.args] == ["sign", "abs"]
 
 
 def _float_paddings(graph: fx.GraphModule) -> _Places:

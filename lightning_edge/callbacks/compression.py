@@ -17,9 +17,7 @@ from lightning_edge.callbacks.batch import BatchAtHand
 from lightning_edge.callbacks.distillation import DistillationWiring
 from lightning_edge.distillation.phase import Distill
 from lightning_edge.errors import CompressionError
-from lightning_edge.factorization import Factorize
-from lightning_edge.pruning import Prune
-from lightning_edge.quantization import Quantize, float_copy, is_quantized, quantized_forward
+from lightning_edge.quantization import float_copy, is_quantized, quantized_forward
 from lightning_edge.schedule import ORDER, Change, Clock, Phase, check_phases, ranked
 from lightning_edge.sparsity import Sparsify
 from lightning_edge.succession import check_optimizer, follow_all
@@ -111,7 +109,7 @@ class EdgeCompressionCallback(Callback):
         self._ours = weakref.ref(network)
         self._hold_earlier_zeros()
         self._check_schedule(trainer)
-        if any(isinstance(phase, Prune | Factorize) for phase in self.phases):
+        if any(phase.cuts_parameters for phase in self.phases):
             for optimizer in trainer.optimizers:
                 check_optimizer(optimizer)
         self._handles = [
@@ -129,8 +127,8 @@ class EdgeCompressionCallback(Callback):
         clock = _clock(trainer, batch_idx)
         self._batch, self._stepped = BatchAtHand(trainer, pl_module, self._found, batch, batch_idx), False
         for phase in (*ranked(self.phases), *(phase for phase in self.phases if phase.name not in ORDER)):
-            if isinstance(phase, Prune) and self._is_to_factorize():
-                continue  # nothing is tried of layers that will be others
+            if self._waits(phase):
+                continue
             while (change := phase.plan(self._found, clock, self._done(phase), self._batch)) is not None:
                 self._perform(trainer, pl_module, phase, change)
         if self._distillation is not None:
@@ -195,8 +193,8 @@ class EdgeCompressionCallback(Callback):
         processes.synchronize_buffers(trainer)
         before = processes.shapes(pl_module)
         change = {"phase": phase.name, **trainer.strategy.broadcast(change)}
-        begins_int8 = isinstance(phase, Quantize) and not is_quantized(network)
-        if begins_int8:  # the last sight of the float network
+        begins_int8 = phase.ends_float_training(network)
+        if begins_int8:
             self._float_state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
         succession = record.perform(network, change)
         follow_all(trainer.optimizers, succession)
@@ -215,13 +213,13 @@ class EdgeCompressionCallback(Callback):
 
     def _hold_earlier_zeros(self) -> None:
         """Keep the zeros of an earlier fit's masks where no phase of this one has masks of its own."""
-        self._earlier_masks = [change for change in self._inherited if change["phase"] == Sparsify.name]
-        if self._earlier_masks and any(isinstance(phase, Prune | Factorize) for phase in self.phases):
+        self._earlier_masks = [change for change in self._inherited if record.PHASES[change["phase"]].holds_zeros]
+        if self._earlier_masks and any(phase.cuts_parameters for phase in self.phases):
             raise CompressionError(
                 "the network has masks of an earlier Sparsify, which fit its weights as they are now: it cannot be "
                 "pruned or factorized any more. Prune and factorize first, then sparsify."
             )
-        if any(isinstance(phase, Sparsify) for phase in self.phases):
+        if any(phase.holds_zeros for phase in self.phases):
             self._earlier_masks = []
 
     def _after_step(self) -> None:
@@ -232,8 +230,10 @@ class EdgeCompressionCallback(Callback):
         for phase in self.phases:
             phase.after_step(self._found, self._done(phase))
 
-    def _is_to_factorize(self) -> bool:
-        return any(isinstance(phase, Factorize) and not phase.finished(self._done(phase)) for phase in self.phases)
+    def _waits(self, phase: Phase) -> bool:
+        """Whether a phase that this one waits for takes part and is not finished."""
+        others = (other for other in self.phases if other.name in phase.waits_for)
+        return any(not other.finished(self._done(other)) for other in others)
 
     def _done(self, phase: Phase) -> list[Change]:
         """What this phase has done in this training."""

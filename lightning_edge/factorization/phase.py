@@ -39,6 +39,7 @@ class Factorize(Phase):
     """
 
     name = "factorize"
+    cuts_parameters = True
 
     def __init__(
         self,

@@ -59,6 +59,9 @@ class Prune(Phase):
     """
 
     name = "prune"
+    # Nothing is tried of layers that will be others.
+    waits_for = ("factorize",)
+    cuts_parameters = True
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_edge.network import Inputs
-from lightning_edge.quantization.network import attach, detach, quantized_forward
+from lightning_edge.quantization.network import attach, detach, is_quantized, quantized_forward
 from lightning_edge.quantization.plan import LinearWeights, check_linear_weights, check_patterns, check_plan
 from lightning_edge.quantization.post_training import calibrate
 from lightning_edge.schedule import Batch, Change, Clock, Moment, Phase, check_moment, check_order
@@ -130,6 +130,10 @@ class Quantize(Phase):
     def undo(cls, network: nn.Module, change: Change) -> None:
         """Give the float network back, whichever of the changes is undone."""
         detach(network)
+
+    def ends_float_training(self, network: nn.Module) -> bool:
+        """Say whether quantization begins with the next change."""
+        return not is_quantized(network)
 
     def prime(self, network: nn.Module, change: Change, batch: Batch) -> None:
         """Let the batch at hand give the first ranges."""

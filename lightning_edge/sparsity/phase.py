@@ -48,6 +48,7 @@ class Sparsify(Phase):
     """
 
     name = "sparsify"
+    holds_zeros = True
 
     def __init__(
         self,

@@ -32,9 +32,9 @@ PASSES: tuple[GraphPass, ...] = (
     unsigned,  # kernels take uint8 activations
     lone_softmaxes,  # ONNX Runtime computes these wrongly in int8
     subtractions,  # there is no int8 kernel for a difference
-    pixels.as_they_are,  # uint8 pixels are the integers already
-    pixels.together,  # a depthwise convolution of three channels is slow
-    pixels.several,  # so is one of few channels on single pixels
+    pixels.keep_integers,  # uint8 pixels are the integers already
+    pixels.join_colors,  # a depthwise convolution of three channels is slow
+    pixels.join_pixels,  # so is one of few channels on single pixels
     averages_of_rows,  # means over tokens
     zero_points,  # last: says what is 0 in the fewest bytes
 )

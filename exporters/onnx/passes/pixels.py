@@ -19,7 +19,7 @@ _FEW, _SEVERAL = 4, 4
 _INNERMOST, _OUTERMOST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
-def as_they_are(graph: Graph) -> None:
+def keep_integers(graph: Graph) -> None:
     """Dequantize pixels as they are: uint8 made float and quantized again in steps of 1 from 0 is the same integer."""
     types = graph.types()
     for node in graph.nodes:
@@ -41,7 +41,7 @@ def as_they_are(graph: Graph) -> None:
             reader.input[:] = [same if name == node.output[0] else name for name in reader.input]
 
 
-def together(graph: Graph) -> None:
+def join_colors(graph: Graph) -> None:
     """Write a factor for each of a few channels, as pixels are normalized, as a convolution over all of them.
 
     As a depthwise one it takes as long as a small network behind it. The weights of zero add nothing.
@@ -58,7 +58,7 @@ def together(graph: Graph) -> None:
     graph.settle()
 
 
-def several(graph: Graph) -> None:
+def join_pixels(graph: Graph) -> None:
     """Take several pixels as one with all their channels, where a convolution makes few of few for each by itself."""
     shapes, nodes, placed = graph.shapes(), [], set()
     for node in graph.nodes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_edge.errors import ExportError, RunnerError
 from lightning_edge.exporters import Artifact, deployable, export, load
-from lightning_edge.exporters.executorch.read import program as pte
 from lightning_edge.exporters.verify.agreement import agreement_of, reference_outputs
 from lightning_edge.network import Precision
 from lightning_edge.quantization import quantize
@@ -168,14 +166,3 @@ def test_layers_named_by_numbers_are_taken(folder: Path) -> None:
     # ExecuTorch cannot fold the BatchNorm of a parameter named "0.weight", as those of a bare nn.Sequential are.
     assert any(name.startswith("0.") for name, _ in module("digits").named_parameters())
     assert written(folder, "digits", "fp32")[0].contents.ops["Conv2d"] > 0
-
-
-def test_names_of_constants_are_short_and_the_lowering_is_left_as_it_was(folder: Path) -> None:
-    from executorch.backends.xnnpack.operators import node_visitor
-
-    program = pte._program(written(folder, "difference", "int8")[0].path.read_bytes())
-    (payload,) = [bytes(data.data) for data in program.backend_delegate_data]
-    keys = [entry["named_key"].removeprefix("scale_") for entry in pte._graph(payload)["constant_data"]]
-    assert {len(key) for key in keys if key} == {16}
-    assert len({*keys}) > 4
-    assert node_visitor.hashlib is hashlib

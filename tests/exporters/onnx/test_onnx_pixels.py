@@ -58,7 +58,7 @@ def test_pixels_are_normalized_several_at_a_time(
     fast = of_pixels(images, tmp_path / "fast.onnx", layout)
     assert weights(fast)[0] == weight
     assert not {"Cast", "Pad"} & set(kinds(fast))
-    left_out = (onnx_pixels.together, onnx_pixels.several)
+    left_out = (onnx_pixels.join_colors, onnx_pixels.join_pixels)
     monkeypatch.setattr(passes, "PASSES", tuple(each for each in passes.PASSES if each not in left_out))
     plain = of_pixels(images, tmp_path / "plain.onnx", layout)
     assert weights(plain)[0] == (colors, 1, 1, 1)
