@@ -29,6 +29,10 @@ class _Lost(BaseException):
         self.loss = loss
 
 
+class SkippedBatchError(Exception):
+    """``training_step`` skips this batch: it returns ``None`` and does not call the network."""
+
+
 class BatchAtHand:
     """One batch of a training, before its step: a `Batch` for phases.
 
@@ -55,15 +59,20 @@ class BatchAtHand:
 
         Raises:
             CompressionError: If it does not call the network as a whole.
+            SkippedBatchError: If it skips this batch.
         """
         if self._inputs is None:
             self._inputs = self._captured()
         return self._inputs
 
     def _captured(self) -> Inputs:
-        step = self._step(self.batch)
+        step, outputs = self._step(self.batch), []
         with isolate_rng(), _silent(self.pl_module), _training_nothing(self.trainer, self.pl_module, _nothing):
-            inputs = capture_inputs(self.network, step)
+            inputs = capture_inputs(self.network, lambda: outputs.append(step()))
+        # With manual optimization, and on several processes, None says nothing of skipping.
+        may_skip = self.pl_module.automatic_optimization and self.trainer.world_size == 1
+        if inputs is None and outputs == [None] and may_skip:
+            raise SkippedBatchError
         if inputs is None:
             names = ", ".join(repr(name) for name in candidates(self.pl_module))
             raise CompressionError(

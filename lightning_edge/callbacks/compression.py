@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from lightning_edge import record
 from lightning_edge.callbacks import checkpoints, processes
-from lightning_edge.callbacks.batch import BatchAtHand
+from lightning_edge.callbacks.batch import BatchAtHand, SkippedBatchError
 from lightning_edge.callbacks.distillation import DistillationWiring
 from lightning_edge.distillation.phase import Distill
 from lightning_edge.errors import CompressionError
@@ -51,6 +52,7 @@ class EdgeCompressionCallback(Callback):
         self._found: nn.Module | None = None
         self._batch: BatchAtHand | None = None
         self._stepped = False
+        self._trained = False
         self._handles: list[Any] = []
         # Changes that were made in an earlier fit, by another callback: they are in the record, and not of our phases.
         self._inherited: list[Change] = []
@@ -96,6 +98,7 @@ class EdgeCompressionCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the network, and refuse a schedule that cannot begin."""
         network = self._found = self._network(pl_module)
+        self._trained = False
         if not is_quantized(network):
             self._float_state = None
         if self._ours is None or self._ours() is not network:
@@ -129,8 +132,9 @@ class EdgeCompressionCallback(Callback):
         for phase in (*ranked(self.phases), *(phase for phase in self.phases if phase.name not in ORDER)):
             if self._waits(phase):
                 continue
-            while (change := phase.plan(self._found, clock, self._done(phase), self._batch)) is not None:
-                self._perform(trainer, pl_module, phase, change)
+            with contextlib.suppress(SkippedBatchError):  # what is due is done with the next batch
+                while (change := phase.plan(self._found, clock, self._done(phase), self._batch)) is not None:
+                    self._perform(trainer, pl_module, phase, change)
         if self._distillation is not None:
             self._distillation.begin_step(clock)
 
@@ -169,6 +173,7 @@ class EdgeCompressionCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell of a phase that never began, or that did not come to its end."""
+        self._trained = True
         for phase in self.phases:
             done = self._done(phase)
             name, begin = type(phase).__name__, phase.first_moment()
@@ -180,6 +185,15 @@ class EdgeCompressionCallback(Callback):
                     f"{name} did not finish: {ended}, before its last change at {phase.last_moment()!r}. "
                     f"So far: {phase.describe(done[-1])}. Let it end earlier."
                 )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of phases that never began where the Trainer was given nothing to train."""
+        idle = [type(phase).__name__ for phase in self.phases if not phase.began(self._done(phase))]
+        if idle and not self._trained:
+            rank_zero_warn(
+                f"{', '.join(idle)} never began: no batch was trained (max_epochs={trainer.max_epochs}, "
+                f"max_steps={trainer.max_steps}, limit_train_batches={trainer.limit_train_batches})."
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the record into checkpoints that are saved after training, when our hooks are gone."""

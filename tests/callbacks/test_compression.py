@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_edge import record
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.errors import CompressionError, RecordError
 from lightning_edge.quantization import Quantize, convert, is_quantized, quantized_forward
@@ -397,6 +398,28 @@ def test_a_fast_dev_run_goes_through_every_phase() -> None:
     user = new()
     fit(user, edge(start=99, freeze_observers=100), fast_dev_run=True)
     assert quantized_forward(user)[1].frozen
+
+
+class Skipping(Task):
+    """Its first batches of the second epoch are skipped."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.current_epoch == 1 and batch_idx < 2:
+            return None
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_phase_begins_with_the_first_batch_that_is_not_skipped() -> None:
+    task = new(Skipping)
+    fit(task, edge(start=1), epochs=3)
+    (change,) = [change for change in record.changes_of(task.net) if change["kind"] == "attach"]
+    assert change["epoch"] == 1
+
+
+@pytest.mark.parametrize("nothing", [{"limit_train_batches": 0}, {"max_steps": 0}], ids=str)
+def test_a_training_of_nothing_is_told(nothing: dict[str, int]) -> None:
+    with pytest.warns(UserWarning, match="Quantize never began: no batch was trained"):
+        fit(new(), edge(start=0.5), epochs=1, **nothing)
 
 
 def test_a_phase_that_never_began_is_told() -> None:
