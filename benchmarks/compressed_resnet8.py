@@ -23,6 +23,7 @@ from rich.console import Console
 
 from lightning_edge import Distill, EdgeCompressionCallback, Prune, Quantize, exporters, quantize
 from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, torch_threads
+from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation, calibration_inputs
 from lightning_edge.measure import Timing, interleaved_latency
 from lightning_edge.zoo.cifar10 import CIFAR10DataModule
@@ -118,12 +119,9 @@ def main() -> None:
     with torch_threads(1):
         report = evaluate_module(
             Validation.of_datamodule(module, data, split="test"),
-            TARGETS,
-            options.output,
+            EvaluationSettings(TARGETS, options.output, timing=Timing(repeats=options.repeats), name="resnet8"),
             calibration=lambda: calibration,
             baseline=compression.baseline(module),
-            timing=Timing(repeats=options.repeats),
-            name="resnet8",
         )
         Console().print(report.table())
         raise_failures(report)

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from lightning_edge import EdgeCompressionCallback, Quantize, exporters
 from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, torch_threads
+from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation, calibration_inputs
 from lightning_edge.measure import Timing, interleaved_latency
 from lightning_edge.network import Inputs
@@ -93,12 +94,14 @@ def main() -> None:
     with torch_threads(1):
         report = evaluate_module(
             validation,
-            ["executorch", "coreml", "tflite"],
-            options.output,
+            EvaluationSettings(
+                ["executorch", "coreml", "tflite"],
+                options.output,
+                timing=Timing(repeats=options.repeats),
+                name="resnet8",
+            ),
             calibration=lambda: calibration,
             baseline=compression.baseline(module),
-            timing=Timing(repeats=options.repeats),
-            name="resnet8",
         )
         Console().print(report.table())
         raise_failures(report)

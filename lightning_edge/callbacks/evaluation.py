@@ -1,9 +1,10 @@
-"""DeviceEvaluationCallback: after a fit, every target's file, validated and timed, in one report."""
+"""DeviceEvaluationCallback: exports to every target after a fit; validates and times each file; writes one report."""
 
 from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -16,10 +17,10 @@ from torchmetrics import Metric
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.callbacks.tracking import log_report
 from lightning_edge.errors import EdgeError, MissingExtraError
-from lightning_edge.evaluation.evaluate import check_targets, evaluate_module, raise_failures
+from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures
+from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs, check_data, check_split
 from lightning_edge.exporters import check_target_installed
-from lightning_edge.exporters.verify.contents import check_share
 from lightning_edge.interface import Interface
 from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.network import Inputs
@@ -64,6 +65,7 @@ class DeviceEvaluationCallback(Callback):
         interface: How the files are called: names, layout, pixels, labels.
 
     Attributes:
+        settings: The arguments that say which files are made, and how they are tested, timed and judged.
         report: The report of the last fit; ``None`` before, and on all processes but the first.
 
     Raises:
@@ -89,26 +91,26 @@ class DeviceEvaluationCallback(Callback):
         max_fallback: float | None = None,
         interface: Interface | None = None,
     ) -> None:
-        check_targets(targets, options)
         check_split(split)
-        check_share(max_fallback)
         if calibration_batches < 0:
             raise ValueError(f"calibration_batches={calibration_batches} is not allowed; give 0 or more")
-        self.targets = targets
-        self.dirpath = dirpath
+        self.settings = EvaluationSettings(
+            targets=targets,
+            dirpath=dirpath,
+            options=options or {},
+            tolerance=tolerance or Tolerance(),
+            timing=timing or Timing(),
+            fp32_files=fp32_files,
+            monitor=_monitor(metric, mode),
+            budget=budget,
+            max_fallback=max_fallback,
+            interface=interface,
+        )
         self.module = module
         self.split = split
-        self.tolerance = tolerance or Tolerance()
-        self.options = options or {}
-        self.timing = timing or Timing()
         self.calibration_batches = calibration_batches
-        self.fp32_files = fp32_files
-        self.monitor = _monitor(metric, mode)
         self.metrics = metrics
         self.strict = strict
-        self.budget = budget
-        self.max_fallback = max_fallback
-        self.interface = interface
         self.report: Report | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,23 +127,23 @@ class DeviceEvaluationCallback(Callback):
         find_network(pl_module, self._module(trainer))
         self._check_installed()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            dirpath = self.settings.dirpath
             try:
-                Path(self.dirpath).mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=self.dirpath):
+                Path(dirpath).mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=dirpath):
                     pass
             except OSError as error:
-                cause = "it is a file" if Path(self.dirpath).is_file() else error
-                raise EdgeError(
-                    f"dirpath={self.dirpath!r} cannot be written to: {cause}. Give another folder"
-                ) from error
+                cause = "it is a file" if Path(dirpath).is_file() else error
+                raise EdgeError(f"dirpath={dirpath!r} cannot be written to: {cause}. Give another folder") from error
 
     def _check_installed(self) -> None:
-        for name in self.targets:
+        for name in self.settings.targets:
             try:
                 check_target_installed(name)
             except MissingExtraError as error:
                 if self.strict:
-                    raise MissingExtraError(f"targets={self.targets}: {error}, or leave {name!r} out") from error
+                    given = list(self.settings.targets)
+                    raise MissingExtraError(f"targets={given}: {error}, or leave {name!r} out") from error
                 rank_zero_warn(f"There will be no file for {name!r}: {error}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,7 +155,7 @@ class DeviceEvaluationCallback(Callback):
         if not trainer.is_global_zero:
             return
         with ExitStack() as stack:
-            folder = Path(self.dirpath)
+            folder = Path(self.settings.dirpath)
             if trainer.fast_dev_run:  # type: ignore[attr-defined]
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 rank_zero_info("fast_dev_run: the evaluation keeps no file")
@@ -174,21 +176,12 @@ class DeviceEvaluationCallback(Callback):
         trained = compression is not None and is_quantized(find_network(pl_module, name))
         return evaluate_module(
             Validation.after_fit(trainer, pl_module, name, self.split, self.metrics),
-            self.targets,
-            folder,
+            replace(self.settings, dirpath=folder),
             calibration=(lambda: self._calibration(trainer, pl_module)) if self.calibration_batches else None,
             baseline=compression.baseline(pl_module) if compression is not None and trained else None,
-            tolerance=self.tolerance,
-            options=self.options,
-            timing=self.timing,
-            fp32_files=self.fp32_files,
-            monitor=self.monitor,
             watched=_watched(trainer),
-            tell=rank_zero_info,
-            budget=self.budget,
-            max_fallback=self.max_fallback,
             recipe=recipe_of(trainer),
-            interface=self.interface,
+            tell=rank_zero_info,
         )
 
     def _calibration(self, trainer: Trainer, pl_module: LightningModule) -> list[Inputs]:

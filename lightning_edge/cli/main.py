@@ -8,6 +8,7 @@ import sys
 import zipfile
 from argparse import ArgumentError
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,7 +29,8 @@ from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback, recipe
 from lightning_edge.cli import commands
 from lightning_edge.cli.config_errors import cause, explain
 from lightning_edge.errors import EdgeError, first_line
-from lightning_edge.evaluation.evaluate import check_targets, evaluate_module, raise_failures, raise_over_budget
+from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, raise_over_budget
+from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs
 from lightning_edge.exporters import Artifact, deployable
 from lightning_edge.interface import Interface
@@ -122,12 +124,13 @@ class EdgeTrainer(Trainer):
             EdgeError: If the checkpoint does not load or a file cannot be made.
             ValueError: If a target is unknown.
         """
-        settings = self._settings(targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface)
+        callback = self._callback(targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface)
+        settings = callback.settings
         if batches < 1:
             raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
-        network = find_network(self._load(model, ckpt_path, settings.module, "validate", datamodule), settings.module)
+        network = find_network(self._load(model, ckpt_path, callback.module, "validate", datamodule), callback.module)
         loaders = _loader(datamodule or model, "val_dataloader")
-        inputs = calibration_inputs(model, loaders, batches, settings.module, datamodule)
+        inputs = calibration_inputs(model, loaders, batches, callback.module, datamodule)
         finished = deployable(network, None if is_quantized(network) else inputs[0])
         artifacts, rows = [], []
         for target in settings.targets:
@@ -170,35 +173,27 @@ class EdgeTrainer(Trainer):
             EdgeError: If the checkpoint does not load, a file cannot be made or is over its budget; the report has all.
             ValueError: If a target is unknown.
         """
-        settings = self._settings(targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface)
-        split = split or settings.split
-        self._load(model, ckpt_path, settings.module, split, datamodule)
+        callback = self._callback(targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface)
+        settings = callback.settings
+        split = split or callback.split
+        self._load(model, ckpt_path, callback.module, split, datamodule)
         loaders = _loader(datamodule or model, "val_dataloader" if split == "validate" else "test_dataloader")
         limit = self.limit_val_batches if split == "validate" else self.limit_test_batches
-        validation = Validation(model, loaders, settings.module, split, limit, datamodule, settings.metrics)
+        validation = Validation(model, loaders, callback.module, split, limit, datamodule, callback.metrics)
 
         def calibration() -> list[Inputs]:
             if datamodule is not None:
                 datamodule.setup("fit")
             loader = _loader(datamodule or model, "train_dataloader")
-            return calibration_inputs(model, loader, settings.calibration_batches, settings.module, datamodule)
+            return calibration_inputs(model, loader, callback.calibration_batches, callback.module, datamodule)
 
         report = evaluate_module(
             validation,
-            settings.targets,
-            settings.dirpath,
-            calibration=calibration if settings.calibration_batches else None,
-            baseline=_float_network(ckpt_path, find_network(model, settings.module)),
-            tolerance=settings.tolerance,
-            options=settings.options,
-            timing=settings.timing,
-            fp32_files=settings.fp32_files,
-            monitor=settings.monitor,
-            tell=print,
-            budget=settings.budget,
-            max_fallback=settings.max_fallback,
+            settings,
+            calibration=calibration if callback.calibration_batches else None,
+            baseline=_float_network(ckpt_path, find_network(model, callback.module)),
             recipe=recipe_of(self),
-            interface=settings.interface,
+            tell=print,
         )
         Console().print(report.table())
         raise_failures(report)
@@ -225,20 +220,17 @@ class EdgeTrainer(Trainer):
         model.configure_model()
         return load_compressed(ckpt_path, model, name)
 
-    def _settings(self, targets: list[str] | None, **others: Any) -> DeviceEvaluationCallback:
-        """The configuration's callback with what was given in place of its own, or one of its own."""
-        settings = _first(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
-        settings = copy.copy(settings)
-        if targets is not None:
-            settings.targets = targets
-            settings.options = {name: value for name, value in settings.options.items() if name in targets}
-            check_targets(targets, settings.options)
+    def _callback(self, targets: list[str] | None, **others: Any) -> DeviceEvaluationCallback:
+        """The configuration's callback, or a default one, with the settings that were given in place of its own."""
+        found = _first(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
+        callback = copy.copy(found)
+        settings = callback.settings if targets is None else callback.settings.for_targets(targets)
+        given = {name: value for name, value in others.items() if value is not None}
+        callback.settings = replace(settings, **given)
         compression = _first(self.callbacks, EdgeCompressionCallback)
         if compression is not None and compression.module is not None:
-            settings.module = compression.module
-        for name, value in others.items():
-            setattr(settings, name, getattr(settings, name) if value is None else value)
-        return settings
+            callback.module = compression.module
+        return callback
 
 
 class _SaveConfig(SaveConfigCallback):

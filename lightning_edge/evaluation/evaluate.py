@@ -1,15 +1,15 @@
-"""Every form of a trained network, each on the user's own validation: in torch, quantized, and as files."""
+"""Evaluate a trained network on the user's own validation: in torch, quantized, and as each target's file."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import nn
@@ -18,19 +18,17 @@ from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
 from lightning_edge.errors import BudgetError, EdgeError, ExportError
 from lightning_edge.evaluation.reference import Reference
+from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
-from lightning_edge.exporters import TARGETS, check_options, deployable, options_of, stage
+from lightning_edge.exporters import Artifact, deployable, options_of, stage
 from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.program import check_numbers
-from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.agreement import check_agreement
 from lightning_edge.exporters.verify.exact import exact
-from lightning_edge.interface import Interface
-from lightning_edge.measure import Timing, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
+from lightning_edge.measure import Agreement, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
 from lightning_edge.network import Deployable, Inputs, sort_keywords
 from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
 from lightning_edge.quantization.calibration_check import in_words
-from lightning_edge.reporting.budget import Budget
 from lightning_edge.reporting.monitor import Monitor, choose
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
 from lightning_edge.reporting.rows import compared, described, judged, over_budget, recorded, timed, without_gain, write
@@ -44,23 +42,13 @@ _log = logging.getLogger(__name__)
 
 def evaluate_module(
     validation: Validation,
-    targets: Sequence[str],
-    dirpath: str | Path,
+    settings: EvaluationSettings,
     *,
     calibration: Callable[[], Sequence[Inputs]] | None = None,
     baseline: nn.Module | None = None,
-    tolerance: Tolerance | None = None,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    timing: Timing | None = None,
-    fp32_files: bool = True,
-    monitor: Monitor | None = None,
     watched: Sequence[Monitor] = (),
-    tell: Callable[[str], None] = _log.info,
-    name: str = "model",
-    budget: Budget | None = None,
-    max_fallback: float | None = None,
     recipe: str | None = None,
-    interface: Interface | None = None,
+    tell: Callable[[str], None] = _log.info,
 ) -> Report:
     """Export a trained network to every target, validate and time each file, and write report and manifest beside them.
 
@@ -70,54 +58,19 @@ def evaluate_module(
 
     Args:
         validation: The user's module and the loop that gives its metrics.
-        targets: Keys of `exporters.TARGETS`.
-        dirpath: Folder for ``<name>-<precision><suffix>``, ``report.json`` and ``report.md``.
+        settings: Which files are made, and how they are tested, timed and judged.
         calibration: Gives the inputs for post-training quantization; without it there is none.
         baseline: The float network that quantization-aware training began with; the present weights if not given.
-        tolerance: How far each file may lie from the network it came from over the whole split.
-        options: Options of targets, by target.
-        timing: Warm-up, repeats and threads of the latency measurement.
-        fp32_files: Whether to export the float network as well.
-        monitor: The metric that decides between post-training and trained quantization; found by itself if not given.
-        watched: What the training watched, the first choice where ``monitor`` is not given.
-        tell: Is told what is done next.
-        name: How the files are named.
-        budget: What each file may cost; see `raise_over_budget`.
-        max_fallback: Largest share of the multiply-accumulates that a file may leave to its runtime's own CPU kernels.
+        watched: What the training watched, the first choice where ``settings`` names no monitor.
         recipe: Text of the configuration, for the manifest.
-        interface: How the files are called.
+        tell: Is called with a line before each step.
 
     Raises:
-        ValueError: If a target is unknown.
         EdgeError: If the network is not found, holds values that are no numbers or is not called by the loop, or the
             report cannot be written.
     """
-    check_targets(targets, options)
-    writing: dict[str, Any] = {"max_fallback": max_fallback, "interface": interface}
-    report = _Evaluation(
-        validation, Path(dirpath), tolerance or Tolerance(), options or {}, timing or Timing(), tell, name, writing
-    ).run(targets, calibration, baseline, fp32_files, monitor, watched, budget)
-    return write(report, Path(dirpath), recipe)
-
-
-def check_targets(targets: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None) -> None:
-    """Refuse targets that there are not, twice the same, and options for a target that is not asked for.
-
-    Raises:
-        ValueError: Naming what was given and what is allowed.
-    """
-    allowed = ", ".join(map(repr, TARGETS))
-    if isinstance(targets, str) or not targets:
-        raise ValueError(f"targets={targets!r}: give a list of one or more of {allowed}")
-    for name in targets:
-        if name not in TARGETS:
-            raise ValueError(f"targets={list(targets)}: {name!r} is not one of {allowed}")
-    if len(set(targets)) < len(targets):
-        raise ValueError(f"targets={list(targets)} names a target twice")
-    for name, chosen in (options or {}).items():
-        if name not in targets:
-            raise ValueError(f"options are given for {name!r}, which is not one of targets={list(targets)}")
-        check_options(name, chosen)
+    report = _Evaluation(validation, settings, tell).run(calibration, baseline, watched)
+    return write(report, Path(settings.dirpath), recipe)
 
 
 def raise_failures(report: Report) -> None:
@@ -141,29 +94,23 @@ def raise_over_budget(report: Report) -> None:
         raise BudgetError("\n".join([*told, "Make the network smaller, or state another budget"]))
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A network that files are made of, where its weights come from, and its outputs over the split."""
+
+    network: Deployable
+    source: Source
+    reference: Reference
+
+
 @final
 class _Evaluation:
-    """One evaluation: the rows so far and what each of them is timed by."""
+    """One evaluation: the rows so far, and the call by which each of them is timed."""
 
-    def __init__(
-        self,
-        validation: Validation,
-        dirpath: Path,
-        tolerance: Tolerance,
-        options: Mapping[str, Mapping[str, Any]],
-        timing: Timing,
-        tell: Callable[[str], None],
-        name: str,
-        writing: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, validation: Validation, settings: EvaluationSettings, tell: Callable[[str], None]) -> None:
         self._validation = validation
-        self._dirpath = dirpath
-        self._tolerance = tolerance
-        self._options = options
-        self._timing = timing
+        self._settings = settings
         self._tell = tell
-        self._name = name
-        self._writing = writing
         self._rows: list[Row] = []
         self._timed: dict[int, Callable[[], int]] = {}
         self._warnings: list[str] = []
@@ -171,14 +118,11 @@ class _Evaluation:
 
     def run(
         self,
-        targets: Sequence[str],
         calibration: Callable[[], Sequence[Inputs]] | None,
         baseline: nn.Module | None,
-        fp32_files: bool,
-        monitor: Monitor | None,
         watched: Sequence[Monitor],
-        budget: Budget | None,
     ) -> Report:
+        settings = self._settings
         trained = find_network(self._validation.pl_module, self._validation.module)
         check_numbers(trained)
         float_network = (float_copy(trained) if baseline is None else baseline).cpu().float().eval()
@@ -191,29 +135,29 @@ class _Evaluation:
 
         float_reference = Reference(float_network)
         self._torch_row("fp32", "float", float_reference, float_network)
-        assert float_reference.sample is not None
-        networks: list[tuple[Deployable, Source, Reference]] = []
-        if fp32_files:
-            networks.append((deployable(float_network, float_reference.sample), "float", float_reference))
-        calibration_batches, int8 = self._int8_networks(trained, float_network, calibration, float_reference.calls)
-        networks += int8[-1:]
+        sample = float_reference.call
+        candidates: list[_Candidate] = []
+        if settings.fp32_files:
+            candidates.append(_Candidate(deployable(float_network, sample), "float", float_reference))
+        calibration_batches, int8 = self._int8_candidates(trained, float_network, calibration, float_reference.calls)
+        candidates += int8[-1:]
 
-        for target in targets:
-            for network, source, reference in networks:
-                self._file_row(target, network, source, reference)
-        self._time(float_reference.sample)
+        for target in settings.targets:
+            for candidate in candidates:
+                self._file_row(target, candidate)
+        self._time()
         self._notes += without_gain(self._rows)
-        monitor = self._compare_quantizations(monitor, watched)
+        monitor = self._compare_quantizations(watched)
         seed = os.environ.get("PL_GLOBAL_SEED")
         return Report(
             model=type(self._validation.pl_module).__name__,
             split=self._validation.split,
-            rows=tuple(judged(self._rows, budget, monitor)),
+            rows=tuple(judged(self._rows, settings.budget, monitor)),
             parameters=parameter_count(float_network),
             monitor=monitor.metric if monitor else None,
-            warmup=self._timing.warmup,
-            repeats=self._timing.repeats,
-            threads=self._timing.threads,
+            warmup=settings.timing.warmup,
+            repeats=settings.timing.repeats,
+            threads=settings.timing.threads,
             calibration_batches=calibration_batches,
             seed=int(seed) if seed else None,
             warnings=tuple(self._warnings),
@@ -232,15 +176,15 @@ class _Evaluation:
                 "was not given."
             )
 
-    def _int8_networks(
+    def _int8_candidates(
         self,
         trained: nn.Module,
         float_network: nn.Module,
         calibration: Callable[[], Sequence[Inputs]] | None,
         validation: Sequence[Inputs],
-    ) -> tuple[int, list[tuple[Deployable, Source, Reference]]]:
-        """Give the post-training and the trained int8 network, where there are such, the one to ship last."""
-        found: list[tuple[Deployable, Source, Reference]] = []
+    ) -> tuple[int, list[_Candidate]]:
+        """Give the number of calibration batches, and the int8 networks there are, the one to ship last."""
+        found: list[_Candidate] = []
         batches = 0
         if calibration is not None:
             self._tell("Quantizing after training")
@@ -250,7 +194,7 @@ class _Evaluation:
                 quantized = quantize(float_network, inputs)
                 if findings := check_calibration(quantized, validation, max_clipped=_CLIPPED):
                     self._warnings.append(in_words(findings))
-                found.append(self._int8(convert(quantized), "post-training"))
+                found.append(self._int8_candidate(convert(quantized), "post-training"))
             except EdgeError as error:
                 if is_quantized(trained):
                     self._warn(f"There is no post-training baseline to compare with: {error}")
@@ -259,13 +203,13 @@ class _Evaluation:
         elif not is_quantized(trained):
             self._notes.append("There is no int8 network: none was trained, and no calibration data was given.")
         if is_quantized(trained):
-            found.append(self._int8(convert(trained), "trained"))
+            found.append(self._int8_candidate(convert(trained), "trained"))
         return batches, found
 
-    def _int8(self, network: Deployable, source: Source) -> tuple[Deployable, Source, Reference]:
+    def _int8_candidate(self, network: Deployable, source: Source) -> _Candidate:
         reference = Reference(exact(network))
         self._torch_row("int8", source, reference, network.graph)
-        return network, source, reference
+        return _Candidate(network, source, reference)
 
     def _torch_row(self, precision: Precision, source: Source, reference: Reference, held: nn.Module) -> None:
         row = Row("torch", precision, source, runtime=f"PyTorch {torch.__version__}", size_bytes=module_bytes(held))
@@ -277,67 +221,79 @@ class _Evaluation:
             call = reference.call
             self._timed[len(self._rows) - 1] = stopwatch(lambda: reference.network(*call.args, **call.kwargs))
 
-    def _file_row(self, target: str, network: Deployable, source: Source, reference: Reference) -> None:
-        row = Row(target, network.precision, source)
-        path = self._dirpath / f"{self._name}-{network.precision}{target_module(target).suffix}"
+    def _file_row(self, target: str, candidate: _Candidate) -> None:
+        """Add the row of one file; whatever goes wrong with the file is the row's error."""
+        row = Row(target, candidate.network.precision, candidate.source)
         self._tell(f"Exporting and validating {row.label}")
+        self._rows.append(row)
         try:
-            with ExitStack() as stack:
-                with recorded() as caught:
-                    options = options_of(target, network.precision, self._options)
-                    row = replace(row, scheme=options.get("scheme"))
-                    running: dict[str, Any] = {
-                        "threads": self._timing.threads,
-                        "time_limit_s": self._timing.time_limit_s,
-                        **self._writing,
-                    }
-                    staged = stack.enter_context(stage(network, target, path, **running, **options))
-                self._warnings += [f"{row.label}: {warning}" for warning in caught]
-                row = described(row, staged.artifact)
-                if staged.artifact.not_run is not None:
-                    # Its contents are all that can be told; the warning of it is among the report's.
-                    artifact = staged.accept()
-                    self._rows.append(replace(row, path=artifact.path.name, sha256=digest(artifact.path)))
-                    return
-                scales = network.output_scales if network.precision == "int8" else ()
-                comparison = Comparison(scales, class_scores=not reference.reconstructs)
-                metrics = self._validation.run(reference.answers(staged.artifact, comparison, staged.artifact.sees))
-                agreement = comparison.result()
-                memory = staged.artifact.runner.peak_memory_bytes()
-                row = compared(replace(row, metrics=metrics, peak_memory_bytes=memory), agreement)
-                with recorded() as caught:
-                    check_agreement(
-                        network,
-                        staged.artifact,
-                        agreement,
-                        self._tolerance_of(options),
-                        lambda: reference.rounding(network, self._validation.run, staged.artifact.sees),
-                    )
-                self._warnings += [f"{row.label}: {warning}" for warning in caught]
-                artifact = staged.accept()
-            row = replace(row, path=artifact.path.name, sha256=digest(artifact.path))
-            if not artifact.runner.is_reference:
-                self._timed[len(self._rows)] = artifact.timed_call(sort_keywords(reference.call).tensors)
+            self._fill_last_row(target, candidate)
         except EdgeError as error:
-            row = replace(row, error=str(error))
+            self._rows[-1] = replace(self._rows[-1], error=str(error))
         except Exception as error:
             # Not one of ours: still no reason to lose the other targets after a long training.
-            _log.error("%s failed", row.label, exc_info=True)
-            row = replace(row, error=f"{type(error).__name__}: {error}")
-        self._rows.append(row)
+            _log.error("%s failed", self._rows[-1].label, exc_info=True)
+            self._rows[-1] = replace(self._rows[-1], error=f"{type(error).__name__}: {error}")
 
-    def _tolerance_of(self, options: Mapping[str, Any]) -> Tolerance:
-        """The user's tolerance, or that of the scheme that the file has."""
-        if self._tolerance == Tolerance() and options.get("scheme") is not None:
-            return schemes.tolerance(options["scheme"])
-        return self._tolerance
+    def _fill_last_row(self, target: str, candidate: _Candidate) -> None:
+        """Export, validate and accept one file; the last row keeps what was found, should a later step fail."""
+        settings, network, reference = self._settings, candidate.network, candidate.reference
+        path = Path(settings.dirpath) / f"{settings.name}-{network.precision}{target_module(target).suffix}"
+        with ExitStack() as stack:
+            with self._recorded():
+                options = options_of(target, network.precision, settings.options)
+                self._rows[-1] = replace(self._rows[-1], scheme=options.get("scheme"))
+                staging = stage(
+                    network,
+                    target,
+                    path,
+                    threads=settings.timing.threads,
+                    time_limit_s=settings.timing.time_limit_s,
+                    max_fallback=settings.max_fallback,
+                    interface=settings.interface,
+                    **options,
+                )
+                staged = stack.enter_context(staging)
+            self._rows[-1] = described(self._rows[-1], staged.artifact)
+            # Where a file cannot run here, its contents are all that can be told; the warnings say so.
+            runs = staged.artifact.not_run is None
+            if runs:
+                self._validate_last_row(staged.artifact, candidate, settings.tolerance_for(options.get("scheme")))
+            artifact = staged.accept()
+        self._rows[-1] = replace(self._rows[-1], path=artifact.path.name, sha256=digest(artifact.path))
+        if runs and not artifact.runner.is_reference:
+            self._timed[len(self._rows) - 1] = artifact.timed_call(sort_keywords(reference.call).tensors)
 
-    def _time(self, sample: Inputs) -> None:
+    def _validate_last_row(self, artifact: Artifact, candidate: _Candidate, tolerance: Tolerance) -> None:
+        """Validate a file in its network's place, and refuse one that lies outside the tolerance."""
+        network, reference = candidate.network, candidate.reference
+        scales = network.output_scales if network.precision == "int8" else ()
+        comparison = Comparison(scales, class_scores=not reference.reconstructs)
+        metrics = self._validation.run(reference.answers(artifact, comparison, artifact.sees))
+        agreement = comparison.result()
+        memory = artifact.runner.peak_memory_bytes()
+        self._rows[-1] = compared(replace(self._rows[-1], metrics=metrics, peak_memory_bytes=memory), agreement)
+
+        def rounding() -> Agreement:
+            return reference.rounding(network, self._validation.run, artifact.sees)
+
+        with self._recorded():
+            check_agreement(network, artifact, agreement, tolerance, rounding)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Within this context, warnings of an export are also the report's, with the label of the last row."""
+        with recorded() as caught:
+            yield
+        self._warnings += [f"{self._rows[-1].label}: {warning}" for warning in caught]
+
+    def _time(self) -> None:
         self._tell(f"Measuring latency of {len(self._timed)} candidates")
         runs = {str(index): run for index, run in self._timed.items()}
         failures: dict[str, EdgeError] = {}
-        with torch_threads(self._timing.threads), torch.inference_mode():
-            found = interleaved_latency(runs, self._timing.warmup, self._timing.repeats, failures)
+        timing = self._settings.timing
+        with torch_threads(timing.threads), torch.inference_mode():
+            found = interleaved_latency(runs, timing.warmup, timing.repeats, failures)
         # The processes of the runtimes end here.
         self._timed.clear()
         for index, latency in found.items():
@@ -345,7 +301,9 @@ class _Evaluation:
         for index, error in failures.items():
             self._rows[int(index)] = replace(self._rows[int(index)], error=f"while it was timed: {error}")
 
-    def _compare_quantizations(self, monitor: Monitor | None, watched: Sequence[Monitor]) -> Monitor | None:
+    def _compare_quantizations(self, watched: Sequence[Monitor]) -> Monitor | None:
+        """Give the metric that decides; warn where it says that training with quantizers was worse than without."""
+        monitor = self._settings.monitor
         rows = {row.source: row for row in self._rows if row.target == "torch" and row.error is None}
         names = list(rows["float"].metrics)
         if monitor is not None and monitor.metric not in names:
@@ -377,7 +335,7 @@ class _Evaluation:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch compute with this many threads while the context lasts."""
+    """Within this context, torch computes with this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

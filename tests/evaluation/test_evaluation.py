@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Qu
 from lightning_edge.contents import Placements
 from lightning_edge.errors import BudgetError, EdgeError, ExportError, MissingExtraError
 from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, raise_over_budget
+from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import TARGETS, Contents, ExportWarning, Target, TensorSpec, load, options_of
 from lightning_edge.exporters.run.runner import Runner
@@ -277,9 +278,18 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     return found  # type: ignore[return-value]
 
 
-def evaluate(folder: Path, module: L.LightningModule | None = None, **options: Any) -> Report:
-    validation = options.pop("validation", None) or Validation(module or Classifier(), VALIDATION)
-    return evaluate_module(validation, ["stub"], folder, timing=QUICK, **options)
+def evaluate(
+    folder: Path,
+    module: L.LightningModule | None = None,
+    *,
+    validation: Validation | None = None,
+    calibration: Callable[[], list[Inputs]] | None = None,
+    baseline: nn.Module | None = None,
+    **chosen: Any,
+) -> Report:
+    validation = validation or Validation(module or Classifier(), VALIDATION)
+    settings = EvaluationSettings(["stub"], folder, timing=QUICK, **chosen)
+    return evaluate_module(validation, settings, calibration=calibration, baseline=baseline)
 
 
 def calibration() -> list[Inputs]:
@@ -355,7 +365,9 @@ def test_target_that_fails_does_not_stop_the_others(
     other.refusal = refusal
     monkeypatch.setitem(sys.modules, "other_target", other.module())
     monkeypatch.setitem(TARGETS, "other", "other_target")
-    report = evaluate_module(Validation(Classifier(), VALIDATION), ["other", "stub"], tmp_path, timing=QUICK)
+    report = evaluate_module(
+        Validation(Classifier(), VALIDATION), EvaluationSettings(["other", "stub"], tmp_path, timing=QUICK)
+    )
     assert [(row.label, row.error is None) for row in report.rows[1:]] == [("other fp32", False), ("stub fp32", True)]
     assert str(refusal) in str(report.rows[1].error)
     assert json.loads((tmp_path / "report.json").read_text())["rows"][1]["error"] == report.rows[1].error
@@ -684,7 +696,8 @@ def test_settings_build_from_yaml() -> None:
     )
     built = parser.instantiate(config).callback
     assert isinstance(built, DeviceEvaluationCallback)
-    assert (built.tolerance.max_steps, built.timing.repeats, built.timing.warmup) == (2.0, 7, 10)
+    settings = built.settings
+    assert (settings.tolerance.max_steps, settings.timing.repeats, settings.timing.warmup) == (2.0, 7, 10)
     assert built.metrics is not None
     assert list(built.metrics) == ["accuracy"]
 

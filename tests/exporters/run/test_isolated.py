@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_edge.errors import MissingExtraError, RunnerError
 from lightning_edge.evaluation.evaluate import evaluate_module
+from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import TARGETS, Artifact, export, load, target
 from lightning_edge.exporters.run import isolated
@@ -331,7 +332,8 @@ def test_a_crash_is_a_row_of_the_report_and_not_the_end(tmp_path: Path) -> None:
         data = DataLoader(TensorDataset(values, values), batch_size=2)
         timing = Timing(warmup=1, repeats=2)
         validation = Validation(Module(), data, "net", metrics={})
-        return evaluate_module(validation, ["faulty"], tmp_path, timing=timing, options={"faulty": options})
+        settings = EvaluationSettings(["faulty"], tmp_path, timing=timing, options={"faulty": options})
+        return evaluate_module(validation, settings)
 
     bad = report(torch.cat([sample(), sample(faulty_target.SEGFAULT)]))
     assert "ended by SIGSEGV while it ran a sample" in str(bad.rows[1].error)

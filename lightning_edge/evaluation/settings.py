@@ -1,0 +1,93 @@
+"""EvaluationSettings: what an evaluation makes of a trained network, and what its files may cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_edge.exporters import TARGETS, check_options
+from lightning_edge.exporters.verify import schemes
+from lightning_edge.exporters.verify.contents import check_share
+from lightning_edge.interface import Interface
+from lightning_edge.measure import Timing, Tolerance
+from lightning_edge.reporting.budget import Budget
+from lightning_edge.reporting.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Which files an evaluation makes, and how it tests, times and judges them.
+
+    Attributes:
+        targets: Keys of `exporters.TARGETS`.
+        dirpath: Folder for ``<name>-<precision><suffix>``, ``report.json``, ``report.md`` and ``manifest.json``.
+        options: Options of targets, by target.
+        tolerance: How far each file may lie from the network it came from, over the whole split.
+        timing: Warm-up, repeats and threads of the latency measurement, and the time limit of a call.
+        fp32_files: Whether to export the float network as well.
+        monitor: The metric that decides between post-training and trained quantization; ``None``: what the training
+            watched, else one whose name tells.
+        budget: What each file may cost; see `evaluate.raise_over_budget`.
+        max_fallback: Largest share of the multiply-accumulates, 0 to 1, that a file may leave to its runtime's own CPU
+            kernels; ``None``: any.
+        interface: How the files are called: names, layout, pixels, labels.
+        name: First part of each file's name.
+
+    Raises:
+        ValueError: If a target or one of its options is unknown, or ``max_fallback`` or ``name`` is out of its range.
+    """
+
+    targets: Sequence[str]
+    dirpath: str | Path = "artifacts"
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    timing: Timing = field(default_factory=Timing)
+    fp32_files: bool = True
+    monitor: Monitor | None = None
+    budget: Budget | None = None
+    max_fallback: float | None = None
+    interface: Interface | None = None
+    name: str = "model"
+
+    def __post_init__(self) -> None:
+        check_targets(self.targets, self.options)
+        check_share(self.max_fallback)
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
+
+    def for_targets(self, targets: Sequence[str]) -> EvaluationSettings:
+        """Copy these settings for other targets, without the options of targets that are left out.
+
+        Raises:
+            ValueError: If a target is unknown.
+        """
+        options = {name: chosen for name, chosen in self.options.items() if name in targets}
+        return replace(self, targets=targets, options=options)
+
+    def tolerance_for(self, scheme: schemes.Scheme | None) -> Tolerance:
+        """Give the tolerance for files of a scheme: the scheme's own, unless the user gave another."""
+        if scheme is not None and self.tolerance == Tolerance():
+            return schemes.tolerance(scheme)
+        return self.tolerance
+
+
+def check_targets(targets: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None) -> None:
+    """Refuse unknown targets, a target named twice, and options for a target that is not among them.
+
+    Raises:
+        ValueError: Naming what was given and what is allowed.
+    """
+    allowed = ", ".join(map(repr, TARGETS))
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets={targets!r}: give a list of one or more of {allowed}")
+    for name in targets:
+        if name not in TARGETS:
+            raise ValueError(f"targets={list(targets)}: {name!r} is not one of {allowed}")
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"targets={list(targets)} names a target twice")
+    for name, chosen in (options or {}).items():
+        if name not in targets:
+            raise ValueError(f"options are given for {name!r}, which is not one of targets={list(targets)}")
+        check_options(name, chosen)
