@@ -93,13 +93,8 @@ def logarithms(graph: GraphModule, fed: set[Node]) -> set[Node]:
         found.add(node)
         source: Any = node.args[0]
         while source in fed and source not in found:
-            if source.target in _PASSING | _SUMS or _is_square(source):
-                following: Any = source.args[0]
-            elif source.target in _WITH_NUMBERS:
-                operands = [arg for arg in source.args[:2] if arg in fed]
-                following = operands[0] if len(operands) == 1 else None
-            else:
-                following = None
+            reduced = source.target in _SUMS or _is_square(source)
+            following = source.args[0] if reduced else _single_operand(source, fed)
             if following is None:
                 break
             found.add(source)
@@ -107,17 +102,19 @@ def logarithms(graph: GraphModule, fed: set[Node]) -> set[Node]:
     return found
 
 
+def _single_operand(node: Node, fed: set[Node]) -> Any:
+    """The one value that an operation of single values is fed, numbers and constants aside; ``None`` of others."""
+    if node.target in _PASSING:
+        return node.args[0]
+    operands = [arg for arg in node.args[:2] if arg in fed] if node.target in _WITH_NUMBERS else []
+    return operands[0] if len(operands) == 1 else None
+
+
 def _trail(divisor: Node, fed: set[Node]) -> list[Node]:
     """What a size is made by, back to the values that it is the size of; nothing of what is no size."""
     found, node = [], divisor
     while node.target not in _SUMS | _SIZES:
-        if node.target in _PASSING:
-            following: Any = node.args[0]
-        elif node.target in _WITH_NUMBERS:
-            sources = [arg for arg in node.args[:2] if arg in fed]
-            following = sources[0] if len(sources) == 1 else None
-        else:
-            following = None
+        following = _single_operand(node, fed)
         if not isinstance(following, Node):
             return []
         found.append(node)
