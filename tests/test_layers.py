@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from rows below its own and from its own room. A room is a folder or a module; of two
 # that fit, the longer name counts.
 ROWS = [
-    {"errors", "interface", "windows", "moved"},
+    {"errors", "interface", "windows", "moved", "verdict"},
     {
         "reporting.rendering",
         "schedule",
@@ -24,6 +24,7 @@ ROWS = [
         "reporting.budget",
         "reporting.provenance",
     },
+    {"reporting.terminal"},
     {"network", "succession", "reporting.report", "cli.config_errors"},
     {"surgery", "measure", "reporting.manifest"},
     {"comparison", "quantization", "pruning", "factorization", "sparsity"},
@@ -46,9 +47,20 @@ ROWS = [
     {"zoo"},
     {"cli"},
 ]
-WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
+WITHOUT_TORCH = {
+    "errors",
+    "verdict",
+    "schedule",
+    "contents",
+    "macs",
+    "interface",
+    "files",
+    "moved",
+    "cli.config_errors",
+}
+WITHOUT_TORCH |= {"verdict"}
 WITHOUT_TORCH |= {
-    f"reporting.{name}" for name in ("report", "rendering", "monitor", "budget", "provenance", "manifest")
+    f"reporting.{name}" for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest")
 }
 ROOMS = {
     "lightning": ("callbacks", "zoo", "evaluation.validation", "cli"),

@@ -21,12 +21,14 @@ from lightning_edge.interface import Interface
 from lightning_edge.reporting.budget import Excess, Verdict
 from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.report import Report, Row, without_infinities
+from lightning_edge.verdict import GRADES
 
 NAME = "manifest.json"
 SCHEMA = 1
 
 # Fields of files in manifests of earlier versions.
 _NO_LONGER_WRITTEN = {"floor_bytes"}
+_NOT_YET_WRITTEN: dict[str, Any] = {"verdict": None, "verdict_reason": None}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _AGREEMENT = ("samples", "top1", "max_steps", "mean_steps", "max_relative")
 _LATENCY = ("p50_ms", "p95_ms", "p99_ms", "throughput", "load_ms")
@@ -56,6 +58,8 @@ class FileEntry:
         budget: Whether it keeps its budget, if there is one.
         interface: How the file is called, beyond what `inputs` and `outputs` say.
         not_run: Why nothing could run the file where it was made, so that nothing is stated of what it computes.
+        verdict: What its agreement comes to, as in a `Row`.
+        verdict_reason: Why it is that.
     """
 
     path: str
@@ -77,6 +81,8 @@ class FileEntry:
     budget: Verdict | None
     interface: Interface
     not_run: str | None = None
+    verdict: str | None = None
+    verdict_reason: str | None = None
 
     @classmethod
     def of(cls, row: Row) -> FileEntry:
@@ -104,6 +110,8 @@ class FileEntry:
             budget=row.budget,
             interface=row.interface or Interface(),
             not_run=row.not_run,
+            verdict=row.verdict,
+            verdict_reason=row.verdict_reason,
         )
 
 
@@ -237,7 +245,11 @@ def _commit(value: Any) -> Commit | None:
 
 def _file(value: Any, where: str) -> FileEntry:
     given = {name: entry for name, entry in _object(value, where).items() if name not in _NO_LONGER_WRITTEN}
+    given = {**_NOT_YET_WRITTEN, **given}
     _keys(given, FileEntry, where)
+    verdict = _optional(given["verdict"], str, f"{where}.verdict")
+    if verdict is not None and verdict not in GRADES:
+        raise ValueError(f"{where}.verdict is {_shortened(verdict)} and not one of {', '.join(GRADES)}")
     path = _typed(given["path"], str, f"{where}.path")
     check_path(path)
     digest = _typed(given["sha256"], str, f"{where}.sha256")
@@ -266,6 +278,8 @@ def _file(value: Any, where: str) -> FileEntry:
         budget=_verdict(given["budget"], f"{where}.budget"),
         interface=_interface(given["interface"], f"{where}.interface"),
         not_run=_optional(given["not_run"], str, f"{where}.not_run"),
+        verdict=verdict,
+        verdict_reason=_optional(given["verdict_reason"], str, f"{where}.verdict_reason"),
     )
 
 
