@@ -9,6 +9,9 @@ import os
 import stat
 from pathlib import Path
 
+# An exported package has three to six.
+MOST_MEMBERS = 10_000
+
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -80,3 +83,38 @@ def _kind(mode: int) -> str:
 
 def _too_large(path: Path, size_bytes: int, most_bytes: int) -> str:
     return f"{path} has {size_bytes:,} bytes or more; {most_bytes:,} are allowed"
+
+
+def check_members(folder: Path, most_bytes: int) -> None:
+    """Refuse a folder that holds, at any depth and behind links too, what is neither a file nor a folder.
+
+    Args:
+        folder: The folder.
+        most_bytes: The most bytes that its files may have together.
+
+    Raises:
+        OSError: If a part of it cannot be looked at.
+        ValueError: If there is something else, more than `MOST_MEMBERS` entries or so many bytes, or a link to a
+            folder around it.
+    """
+    todo: list[tuple[Path, tuple[tuple[int, int], ...]]] = [(folder, ())]
+    count = size_bytes = 0
+    while todo:
+        place, above = todo.pop()
+        found = os.stat(place)
+        identity = (found.st_dev, found.st_ino)
+        if identity in above:
+            raise ValueError(f"{place} is a link to a folder that it lies in")
+        with os.scandir(place) as entries:
+            for entry in entries:
+                count += 1
+                if count > MOST_MEMBERS:
+                    raise ValueError(f"{folder} holds more than {MOST_MEMBERS:,} files")
+                mode = entry.stat().st_mode
+                size_bytes += entry.stat().st_size
+                if size_bytes > most_bytes:
+                    raise ValueError(_too_large(folder, size_bytes, most_bytes))
+                if stat.S_ISDIR(mode):
+                    todo.append((Path(entry.path), (*above, identity)))
+                elif not stat.S_ISREG(mode):
+                    raise ValueError(f"{entry.path} is {_kind(mode)} and not a file")
