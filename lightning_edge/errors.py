@@ -94,6 +94,11 @@ def _advice(extra: str) -> str:
     return f"Install it with: pip install 'lightning-edge[{extra}]'"
 
 
+def printable(text: str) -> str:
+    """Escape what a terminal acts on or cannot show: control characters, halves of characters."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
 def first_line(error: BaseException) -> str:
     """Give the first line an exception says, without colors, or its type where it says nothing."""
     lines = [line.strip() for line in _COLOR.sub("", str(error)).splitlines() if line.strip()]

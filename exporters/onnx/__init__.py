@@ -43,7 +43,9 @@ class ONNX(Target):
     """ONNX: ``.onnx`` files."""
 
     suffix = ".onnx"
+    mark = (0, b"\x08")  # the field of the version of the format, which is the first and has to be there
     extra = EXTRA
+    reader_modules = ("onnx",)
     needs = ("onnx", "onnxscript", "onnxruntime")
     runtime_modules = ("onnxruntime",)
     # ONNX can say 16 bits from opset 21 on; ONNX Runtime converts to them and back, and computes in float between.

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
-from argparse import ArgumentError
-from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,45 +17,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_edge import exporters
 from lightning_edge.cli import commands
 from lightning_edge.cli.config_errors import cause, explain
+from lightning_edge.cli.config_files import ConfigFile
 from lightning_edge.cli.trainer import EdgeTrainer
 from lightning_edge.errors import EdgeError, first_line
 from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.quantization.network import CHILD
 
-RECIPE = "recipe:"
 _OF_FILES = "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources."
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 # How torch begins when the weights of a checkpoint are not those of the module.
 _MISFIT = "Error(s) in loading state_dict"
-
-
-def recipe_names() -> list[str]:
-    """List the recipes that ship with this package."""
-    files = resources.files("lightning_edge.recipes").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-def recipe_path(name: str) -> Path:
-    """Find the file of a recipe, in a checkout as in an installed wheel.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
-    if name not in recipe_names():
-        raise ValueError(f"there is no recipe {name!r}. Recipes: {', '.join(recipe_names())}")
-    return Path(str(resources.files("lightning_edge.recipes") / f"{name}.yaml"))
-
-
-class _ConfigFile(ActionConfigFile):
-    """``--config`` that also takes ``recipe:<name>``."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        if isinstance(values, str) and values.startswith(RECIPE):
-            try:
-                values = str(recipe_path(values.removeprefix(RECIPE)))
-            except ValueError as error:
-                raise ArgumentError(None, str(error)) from error
-        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
 
 
 class EdgeParser(LightningArgumentParser):
@@ -100,7 +68,7 @@ class EdgeCLI(LightningCLI):
         kwargs.setdefault("epilog", _OF_FILES)
         parser = self.parser_class(**kwargs)
         help_text = "Configuration file in YAML or JSON, or recipe:<name>. May be given several times."
-        parser.add_argument("-c", "--config", action=_ConfigFile, help=help_text)
+        parser.add_argument("-c", "--config", action=ConfigFile, help=help_text)
         return parser
 
     @staticmethod

@@ -550,7 +550,7 @@ def test_load_refuses_what_it_cannot_read(tmp_path: Path, exported: Path) -> Non
         with pytest.raises(RunnerError, match=r"cut\.tflite is no \.tflite file: .*Export it again"):
             load(tmp_path / "cut.tflite")
     (tmp_path / "foreign.tflite").write_bytes(b"something else altogether" * 100)
-    with pytest.raises(RunnerError, match="does not start as a TensorFlow Lite file does"):
+    with pytest.raises(RunnerError, match=r"foreign\.tflite is no \.tflite file: it does not begin as one"):
         load(tmp_path / "foreign.tflite")
 
 
