@@ -163,7 +163,7 @@ def test_files_are_described_and_hashed(fitted: Fitted) -> None:
             assert 0 < row.peak_memory_bytes < 32 * 2**20
         assert (row.max_steps is None) == (row.precision == "fp32")
     files = ["model-fp32.pte", "model-fp32.tflite", "model-int8.pte", "model-int8.tflite"]
-    written = ["manifest.json", *files, "report.json", "report.md"]
+    written = ["manifest.json", *files, "report.html", "report.json", "report.md"]
     assert sorted(path.name for path in fitted.folder.iterdir()) == written
 
 
@@ -330,7 +330,7 @@ def test_file_that_computes_something_else_is_not_kept_and_the_old_one_stays(stu
     assert failed.metrics
     assert (failed.path, failed.sha256, failed.p50_ms) == (None, None, None)
     assert {path.name: path.read_text() for path in tmp_path.glob("*.stub")} == {"model-fp32.stub": "old"}
-    kept = ["manifest.json", "model-fp32.stub", "report.json", "report.md"]
+    kept = ["manifest.json", "model-fp32.stub", "report.html", "report.json", "report.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
     assert Manifest.read(tmp_path).files == ()
     with pytest.raises(
