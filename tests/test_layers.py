@@ -26,9 +26,11 @@ ROWS = [
         "reporting.provenance",
     },
     {"reporting.terminal"},
+    {"reporting.typed"},
+    {"reporting.html"},
     {"network", "succession", "reporting.report", "cli.config_errors"},
     {"surgery", "measure", "reporting.manifest"},
-    {"comparison", "quantization", "pruning", "factorization", "sparsity"},
+    {"reporting.read", "comparison", "quantization", "pruning", "factorization", "sparsity"},
     {"distillation", "evaluation.reference"},
     {"record"},
     {"exporters.passes"},
@@ -51,8 +53,10 @@ ROWS = [
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
 WITHOUT_TORCH |= {"plain_values", "regular_files", "verdict", "yaml_files"}
 WITHOUT_TORCH |= {
-    f"reporting.{name}" for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest")
+    f"reporting.{name}"
+    for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")
 }
+WITHOUT_TORCH |= {f"reporting.html.{path.stem}" for path in (ROOT / "lightning_edge/reporting/html").glob("*.py")}
 ROOMS = {
     "lightning": ("callbacks", "zoo", "evaluation.validation", "cli"),
     "jsonargparse": ("cli",),

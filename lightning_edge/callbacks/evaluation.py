@@ -40,11 +40,10 @@ class DeviceEvaluationCallback(Callback):
 
     Every file is run on the whole validation set, in the user's own validation loop, and compared there with the
     network it came from. A file that loads and runs is kept, with a verdict: exact, close, differs or broken. The
-    report is written beside the files as ``report.json`` and ``report.md``, with a ``manifest.json`` of the files,
-    printed as a table, and logged as
-    ``edge/<target>/<name>``. With an `EdgeCompressionCallback` in the Trainer the int8 files are those of the network
-    it trained; otherwise the trained network is quantized after training. ``Trainer(fast_dev_run=True)`` goes through
-    all of it and keeps no file.
+    report is written beside the files as ``report.json``, ``report.md`` and ``report.html``, with a ``manifest.json``
+    of the files, printed as a table, and logged as ``edge/<target>/<name>``. With an `EdgeCompressionCallback` in the
+    Trainer the int8 files are those of the network it trained; otherwise the trained network is quantized after
+    training. ``Trainer(fast_dev_run=True)`` goes through all of it and keeps no file.
 
     Args:
         targets: Targets to export to: ``"executorch"``, ``"coreml"``, ``"tflite"``, ``"onnx"``.

@@ -23,7 +23,10 @@ from lightning_edge.errors import EdgeError, first_line
 from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.quantization.network import CHILD
 
-_OF_FILES = "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources."
+_OF_FILES = (
+    "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources, report "
+    "FOLDER [FOLDER ...] makes the page of a report or puts several side by side."
+)
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 # How torch begins when the weights of a checkpoint are not those of the module.
 _MISFIT = "Error(s) in loading state_dict"

@@ -1,4 +1,4 @@
-"""What was found: one row per candidate, as JSON, flat metrics, Markdown and a terminal table. Knows no torch."""
+"""What was found: one row per candidate, as JSON, metrics, Markdown, a page and a terminal table. Knows no torch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from lightning_edge.files import replace_text
 from lightning_edge.interface import Interface
 from lightning_edge.reporting import rendering
 from lightning_edge.reporting.budget import Verdict
+from lightning_edge.reporting.html.fit import report_page
+from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.terminal import ReportTable
 from lightning_edge.verdict import Grade, Judgement, Strict
 
@@ -279,13 +281,31 @@ class Report:
         phrases.append("no seed set" if self.seed is None else f"seed {self.seed}")
         return phrases
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write ``report.json`` and ``report.md`` into ``folder``, each whole or not at all.
+    def to_html(self, recipe: str | None = None, commit: Commit | None = None) -> str:
+        """Write as a page: one file that loads nothing, for a browser, a phone and a printer.
+
+        Args:
+            recipe: Text of the configuration, if one is known.
+            commit: The commit of the working directory, if there is one.
+        """
+        return report_page(self, recipe, commit)
+
+    def write(self, folder: Path, recipe: str | None = None, commit: Commit | None = None) -> list[Path]:
+        """Write ``report.json``, ``report.md`` and ``report.html`` into ``folder``, each whole or not at all.
+
+        Args:
+            folder: The folder.
+            recipe: Text of the configuration, for the page.
+            commit: The commit of the working directory, for the page.
 
         Raises:
             EdgeError: If a file cannot be written.
         """
-        texts = (("report.json", self.to_json()), ("report.md", self.to_markdown()))
+        texts = (
+            ("report.json", self.to_json()),
+            ("report.md", self.to_markdown()),
+            ("report.html", self.to_html(recipe, commit)),
+        )
         return [replace_text(folder / name, text) for name, text in texts]
 
 

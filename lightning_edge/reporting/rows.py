@@ -166,7 +166,7 @@ def over_budget(report: Report) -> list[str]:
 def write(report: Report, folder: Path, recipe: str | None) -> Report:
     """Write the report and the manifest of its files, what is over budget among its warnings; returns it so."""
     report = replace(report, warnings=(*report.warnings, *over_budget(report)))
-    report.write(folder)
+    report.write(folder, recipe, commit_of())
     write_manifest(report, folder, recipe)
     return report
 

@@ -165,7 +165,7 @@ def test_files_are_described_and_hashed(fitted: Fitted) -> None:
             assert 0 < row.peak_memory_bytes < 32 * 2**20
         assert (row.max_steps is None) == (row.precision == "fp32")
     files = ["model-fp32.pte", "model-fp32.tflite", "model-int8.pte", "model-int8.tflite"]
-    written = ["manifest.json", *files, "report.json", "report.md"]
+    written = ["manifest.json", *files, "report.html", "report.json", "report.md"]
     assert sorted(path.name for path in fitted.folder.iterdir()) == written
 
 

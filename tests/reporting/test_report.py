@@ -264,10 +264,12 @@ def test_text_of_others_is_no_markup() -> None:
 
 def test_files_are_written_and_replaced(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("old")
-    assert REPORT.write(tmp_path) == [tmp_path / "report.json", tmp_path / "report.md"]
+    names = ["report.json", "report.md", "report.html"]
+    assert REPORT.write(tmp_path) == [tmp_path / name for name in names]
     assert json.loads((tmp_path / "report.json").read_text())["model"] == "Digits"
     assert (tmp_path / "report.md").read_text() == REPORT.to_markdown()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert (tmp_path / "report.html").read_text() == REPORT.to_html()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_old_report_stays_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
