@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     {"errors", "interface", "windows", "moved"},
     {
+        "reporting.devices",
         "reporting.rendering",
         "schedule",
         "contents",
@@ -40,15 +41,25 @@ ROWS = [
     {"exporters.executorch", "exporters.micro"},
     {"exporters.pipeline"},
     {"exporters"},
-    {"reporting", "evaluation.validation"},
+    {"reporting", "evaluation.validation", "devices"},
     {"evaluation"},
     {"callbacks"},
     {"zoo"},
     {"cli"},
 ]
-WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
+WITHOUT_TORCH = {
+    "errors",
+    "schedule",
+    "contents",
+    "macs",
+    "interface",
+    "files",
+    "moved",
+    "cli.config_errors",
+    "devices.runner",
+}
 WITHOUT_TORCH |= {
-    f"reporting.{name}" for name in ("report", "rendering", "monitor", "budget", "provenance", "manifest")
+    f"reporting.{name}" for name in ("report", "rendering", "devices", "monitor", "budget", "provenance", "manifest")
 }
 ROOMS = {
     "lightning": ("callbacks", "zoo", "evaluation.validation", "cli"),
@@ -61,13 +72,14 @@ ROOMS = {
     "executorch": ("exporters.executorch",),
     "coremltools": ("exporters.coreml",),
     "litert_torch": ("exporters.tflite",),
-    "ai_edge_litert": ("exporters.tflite",),
+    "ai_edge_litert": ("exporters.tflite", "devices.runner"),
+    "asyncssh": ("devices.ssh",),
     "ai_edge_quantizer": ("exporters.tflite",),
     "flatbuffers": ("exporters.tflite",),
     "ethosu": ("exporters.micro.vela",),
     "onnx": ("exporters.onnx",),
     "onnxscript": ("exporters.onnx",),
-    "onnxruntime": ("exporters.onnx",),
+    "onnxruntime": ("exporters.onnx", "devices.runner"),
     "openvino": ("exporters.onnx",),
     "transformers": (),
     "matplotlib": (),
