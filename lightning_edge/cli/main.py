@@ -30,6 +30,7 @@ from lightning_edge.cli import commands
 from lightning_edge.cli.config_errors import cause, explain
 from lightning_edge.errors import EdgeError, first_line
 from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, raise_over_budget
+from lightning_edge.evaluation.on_devices import raise_device_failures, require_devices
 from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs
 from lightning_edge.exporters import Artifact, deployable
@@ -154,6 +155,7 @@ class EdgeTrainer(Trainer):
         split: Split | None = None,
         max_fallback: float | None = None,
         interface: Interface | None = None,
+        devices: list[str] | None = None,
     ) -> Report:
         """Export the network of a checkpoint, validate and time every file, and write the report.
 
@@ -168,13 +170,18 @@ class EdgeTrainer(Trainer):
             split: The loop that gives the metrics, ``validate`` without a callback.
             max_fallback: Share of the multiply-accumulates that may run outside the target's delegate.
             interface: How the files are called: that of the DeviceEvaluationCallback, if it has one.
+            devices: Devices to run the files on as well, by name: those of the DeviceEvaluationCallback, if any.
 
         Raises:
-            EdgeError: If the checkpoint does not load, a file cannot be made or is over its budget; the report has all.
+            EdgeError: If the checkpoint does not load, a device cannot be reached, a file cannot be made or is over its
+                budget; the report has all.
             ValueError: If a target is unknown.
         """
-        callback = self._callback(targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface)
+        callback = self._callback(
+            targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface, devices=devices
+        )
         settings = callback.settings
+        require_devices(settings)
         split = split or callback.split
         self._load(model, ckpt_path, callback.module, split, datamodule)
         loaders = _loader(datamodule or model, "val_dataloader" if split == "validate" else "test_dataloader")
@@ -197,6 +204,7 @@ class EdgeTrainer(Trainer):
         )
         Console().print(report.table())
         raise_failures(report)
+        raise_device_failures(report)
         raise_over_budget(report)
         return report
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_edge.reporting import devices
+
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.table import Table
 
     from lightning_edge.reporting.report import Report, Row
@@ -15,6 +17,7 @@ _LEFT_OUT = "-"
 _NOT_RUN = "not run"
 # A terminal is narrow: the other metrics are in report.md.
 _METRICS_IN_TERMINAL = 2
+_DEVICE_METRICS_IN_TERMINAL = 1
 _FIDELITY_IN_TERMINAL = 4
 _SPEED_IN_TERMINAL = 6
 _SPEED_HEADERS = ("p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Peak", "Planned")
@@ -57,6 +60,7 @@ def markdown(report: Report) -> str:
     if placed:
         lines += ["", "## Where its operations run", ""]
         lines += _markdown_table(["File", *_PLACE_HEADERS], [[row.label, *_place_cells(row)] for row in placed])
+    lines += _device_section(report)
     for title, entries in (
         ("Budget", [f"{row.label}: {row.budget}" for row in files if row.budget is not None]),
         ("Not run here", [f"{row.label}: {row.not_run}" for row in files if row.not_run is not None]),
@@ -106,12 +110,64 @@ def terminal_table(report: Report) -> Group:
                 for row in files
             ],
         ),
+        *_device_part(report),
         *failures,
         Text("\n".join(notes), style="dim"),
     )
 
 
+def _device_section(report: Report) -> list[str]:
+    """What was found on devices, as Markdown."""
+    rows = report.devices
+    if not rows:
+        return []
+    names = devices.metric_names(rows)
+    return [
+        "",
+        "## On devices",
+        "",
+        *_markdown_table(
+            ["Device and file", *names, *devices.HEADERS, *devices.FIDELITY_HEADERS],
+            [
+                [row.label, *devices.metric_cells(row, names), *devices.cells(row), *devices.fidelity_cells(row)]
+                for row in rows
+            ],
+        ),
+        "",
+        *(f"- {line}" for line in devices.described(rows)),
+        *(f"- Failed: {' '.join(line.split())}" for line in devices.failures(rows)),
+    ]
+
+
+def _device_part(report: Report) -> list[RenderableType]:
+    """What was found on devices, for a terminal."""
+    from rich.text import Text
+
+    rows = report.devices
+    if not rows:
+        return []
+    names = devices.metric_names(rows)[:_DEVICE_METRICS_IN_TERMINAL]
+    headers = devices.HEADERS[:_SPEED_IN_TERMINAL]
+    table = _table("On devices", ["Samples", *names, *headers])
+    for row in rows:
+        samples = devices.fidelity_cells(row)[0]
+        cells = [samples, *devices.metric_cells(row, names), *devices.cells(row)[: len(headers)]]
+        table.add_row(row.label, *cells, style="red" if row.error else None)
+    return [
+        table,
+        *(Text(line, style="dim") for line in devices.described(rows)),
+        *(Text(f"FAILED on {line}", style="red") for line in devices.failures(rows)),
+    ]
+
+
 def _terminal_part(title: str, headers: Sequence[str], lines: Sequence[tuple[Row, list[str]]]) -> Table:
+    table = _table(title, headers)
+    for row, cells in lines:
+        table.add_row(_short_label(row), *cells, style="red" if row.error else None)
+    return table
+
+
+def _table(title: str, headers: Sequence[str]) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -121,8 +177,6 @@ def _terminal_part(title: str, headers: Sequence[str], lines: Sequence[tuple[Row
     table.add_column("", no_wrap=True)
     for header in headers:
         table.add_column(header, justify="right", overflow="fold")
-    for row, cells in lines:
-        table.add_row(_short_label(row), *cells, style="red" if row.error else None)
     return table
 
 

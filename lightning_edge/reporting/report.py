@@ -18,6 +18,7 @@ from lightning_edge.files import replace_text
 from lightning_edge.interface import Interface
 from lightning_edge.reporting import rendering
 from lightning_edge.reporting.budget import Verdict
+from lightning_edge.reporting.devices import DeviceRow
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -159,6 +160,7 @@ class Report:
         warnings: What the user should look at.
         notes: How something was done, or why it was not.
         versions: Versions of Python, the platform and what is installed.
+        devices: What was found of the files on devices.
     """
 
     model: str
@@ -174,6 +176,7 @@ class Report:
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    devices: Sequence[DeviceRow] = ()
 
     @property
     def failures(self) -> list[Row]:
@@ -191,7 +194,8 @@ class Report:
         """Flatten to ``edge/<target>/<name>`` for int8 and ``edge/<target>/fp32_<name>`` for fp32.
 
         Where the int8 network was trained, its post-training baseline is ``edge/torch/post_training_<name>``. Rows with
-        an error and values that are not known are left out.
+        an error and values that are not known are left out. On devices it is ``edge/<device>/<target>/<name>``, with
+        what was measured before an error.
         """
         trained = any(row.source == "trained" for row in self.rows)
         flat: dict[str, float] = {}
@@ -224,6 +228,8 @@ class Report:
             for name, value in values.items():
                 if value is not None:
                     flat[f"edge/{row.target}/{prefix}{name}"] = float(value)
+        for found in self.devices:
+            flat.update(found.flat())
         return flat
 
     def to_json(self) -> str:
