@@ -6,6 +6,7 @@ EdgeError
 ├── ExportError           a target could not write the network, or wrote something else than was asked
 │   └── AgreementError    the exported file computes something else than the network it came from
 ├── RunnerError           an exported file does not load or does not run
+├── DeviceError           a device cannot be reached, or cannot run files at all
 ├── BudgetError           a file is larger, slower or less accurate than its budget allows
 ├── ManifestError         the manifest of a folder cannot be read, or does not say what a manifest says
 └── MissingExtraError     an optional package is not installed (also an ImportError)
@@ -46,6 +47,10 @@ class AgreementError(ExportError):
 
 class RunnerError(EdgeError):
     """An exported file does not load or does not run."""
+
+
+class DeviceError(EdgeError):
+    """A device cannot be reached, or cannot run files at all."""
 
 
 class BudgetError(EdgeError):

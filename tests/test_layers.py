@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # that fit, the longer name counts.
 ROWS = [
     {"errors", "interface", "windows", "moved", "verdict", "regular_files", "plain_values"},
+    {"reporting.devices"},
     {
         "yaml_files",
         "reporting.rendering",
@@ -44,14 +45,14 @@ ROWS = [
     {"exporters.executorch", "exporters.micro"},
     {"exporters.pipeline"},
     {"exporters"},
-    {"reporting", "evaluation.validation"},
+    {"reporting", "evaluation.validation", "devices"},
     {"evaluation"},
     {"callbacks"},
     {"zoo"},
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"plain_values", "regular_files", "verdict", "yaml_files"}
+WITHOUT_TORCH |= {"plain_values", "regular_files", "verdict", "yaml_files", "devices.runner", "reporting.devices"}
 WITHOUT_TORCH |= {
     f"reporting.{name}"
     for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")
@@ -69,13 +70,14 @@ ROOMS = {
     "executorch": ("exporters.executorch",),
     "coremltools": ("exporters.coreml",),
     "litert_torch": ("exporters.tflite",),
-    "ai_edge_litert": ("exporters.tflite",),
+    "ai_edge_litert": ("exporters.tflite", "devices.runner"),
+    "asyncssh": ("devices.ssh",),
     "ai_edge_quantizer": ("exporters.tflite",),
     "flatbuffers": ("exporters.tflite",),
     "ethosu": ("exporters.micro.vela",),
     "onnx": ("exporters.onnx",),
     "onnxscript": ("exporters.onnx",),
-    "onnxruntime": ("exporters.onnx",),
+    "onnxruntime": ("exporters.onnx", "devices.runner"),
     "openvino": ("exporters.onnx",),
     "transformers": (),
     "matplotlib": (),

@@ -185,6 +185,29 @@ def test_evaluate_writes_the_report(
     assert "executorch int8" in capfd.readouterr().out
 
 
+def test_evaluate_runs_on_the_devices_of_a_file(
+    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(trained)
+    boards = {"bench": {"class_path": "lightning_edge.devices.Local"}}
+    (trained / "devices.yaml").write_text(yaml.safe_dump(boards))
+    command = ("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt")
+    command = (*command, "--targets", "[onnx]", "--dirpath", str(tmp_path), "--trainer.limit_val_batches", "2")
+    run(*command, "--devices", "[bench]")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["device"], row["precision"], row["error"]) for row in found["devices"]] == [
+        ("bench", "fp32", None),
+        ("bench", "int8", None),
+    ]
+    assert found["devices"][1]["metrics"] == found["rows"][-1]["metrics"]
+    assert "bench: onnx int8" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as exit_info:
+        run(*command, "--devices", "[pi4]")
+    assert exit_info.value.code == 1
+    assert "error: devices.yaml describes no device 'pi4', but bench." in capfd.readouterr().err
+
+
 def test_export_of_an_unknown_target_says_which_there_are(
     trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
