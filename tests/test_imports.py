@@ -17,6 +17,7 @@ OPTIONAL = (
     "litert_torch",
     "torch_pruning",
     "wandb",
+    "optuna",
     "matplotlib",
     "ai_edge_litert",
     "ethosu",

@@ -43,7 +43,7 @@ ROWS = [
     {"reporting", "evaluation.validation"},
     {"evaluation"},
     {"callbacks"},
-    {"zoo"},
+    {"zoo", "sweeps"},
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
@@ -58,6 +58,8 @@ ROOMS = {
     "torchao": ("quantization", "exporters.executorch"),
     "torch_pruning": ("pruning",),
     "wandb": ("callbacks.tracking",),
+    "optuna": ("sweeps",),
+    "yaml": ("sweeps.strict_yaml", "cli"),
     "executorch": ("exporters.executorch",),
     "coremltools": ("exporters.coreml",),
     "litert_torch": ("exporters.tflite",),

@@ -94,7 +94,9 @@ def test_extras_are_those_promised() -> None:
         extras
     )
     (everything,) = extras["all"]
-    assert Requirement(everything).extras == {"executorch", "coreml", "tflite", "onnx", "ethosu", "wandb", "recipes"}
+    assert Requirement(everything).extras == {
+        *("executorch", "coreml", "tflite", "onnx", "ethosu", "wandb", "recipes", "sweep")
+    }
 
 
 def test_constraints_satisfy_every_requirement() -> None:

@@ -43,7 +43,10 @@ from lightning_edge.reporting.rows import of_artifact, write_manifest
 from lightning_edge.surgery import find_network
 
 RECIPE = "recipe:"
-_OF_FILES = "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources."
+_OF_FILES = (
+    "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources. "
+    "On many trainings: sweep FILE runs them, front FOLDER chooses among them."
+)
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 # How torch begins when the weights of a checkpoint are not those of the module.
 _MISFIT = "Error(s) in loading state_dict"

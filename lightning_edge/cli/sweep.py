@@ -1,0 +1,139 @@
+"""The command that runs a sweep: `lightning-edge sweep FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lightning_edge.cli.front import table
+from lightning_edge.errors import EdgeError, check_installed
+from lightning_edge.sweeps.definition import Sweep, bind, read_definition
+from lightning_edge.sweeps.dry_run import first_settings
+from lightning_edge.sweeps.engine import Engine
+from lightning_edge.sweeps.objectives import TIMES
+from lightning_edge.sweeps.samplers import EXTRA
+from lightning_edge.sweeps.study import Study
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``lightning-edge sweep``.
+
+    Args:
+        arguments: Arguments behind ``sweep``.
+
+    Returns:
+        The status to exit with: 1 if the sweep ended with a failure, 2 for a mistake in the file or the arguments, 130
+        or 143 if it was interrupted or terminated.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        check_installed("optuna", EXTRA)
+        definition = read_definition(given.file)
+        # LightningCLI takes seconds to import, and a mistake in the file needs none of it.
+        from lightning_edge.cli.sweep_base import CommandLineChecker
+
+        sweep = bind(definition, CommandLineChecker())
+        if given.dry_run:
+            return _dry_run(sweep)
+        folder = given.folder or Path("sweeps") / definition.study
+        study = Study(sweep, folder, given.storage)
+    except EdgeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return _run(sweep, study, given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-edge sweep",
+        description="Train many settings of one configuration, and find the Pareto front of the files they export. "
+        "Run the same command again to go on with a sweep that was stopped.",
+    )
+    parser.add_argument("file", type=Path, help="the sweep file, in YAML")
+    parser.add_argument("--folder", type=Path, help="where trials and results go (default: sweeps/<name of the file>)")
+    parser.add_argument("--workers", type=_workers, default=1, help="trials to train at once (default: 1)")
+    parser.add_argument("--storage", help="a database that several machines share, such as postgresql://user@host/name")
+    parser.add_argument("--retry-failed", action="store_true", help="train once more what failed")
+    parser.add_argument("--dry-run", action="store_true", help="print the trials and write nothing")
+    return parser
+
+
+def _workers(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: a whole number from 1 on")
+    return int(text)
+
+
+def _dry_run(sweep: Sweep) -> int:
+    definition = sweep.definition
+    settings = first_settings(definition, sweep)
+    for number, values in enumerate(settings):
+        print(f"{number:4}: {', '.join(f'{key}={value}' for key, value in values.items())}")
+    trials = len(settings) if definition.sampler == "grid" else definition.trials
+    if definition.sampler != "grid":
+        print(f"Examples: {definition.sampler} samples anew, and chooses later trials by what came of earlier ones.")
+    print(f"{trials} trials x {definition.seeds} seed(s) = {trials * definition.seeds} fits of {definition.base}")
+    return 0
+
+
+def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
+    stop = threading.Event()
+    engine = Engine(sweep, study, given.workers, stop=stop, tell=lambda line: print(line, flush=True))
+    try:
+        if given.retry_failed:
+            print(f"{study.retry_failed()} failed trial(s) are trained once more")
+        if timed := [figure.name for figure in sweep.figures if figure.field in TIMES and given.workers > 1]:
+            print(f"note: {timed[0]} is measured while {given.workers - 1} other training(s) use the same machine")
+        with _stopped_by_signals(stop) as received:
+            outcome = engine.run()
+    except EdgeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    Console().print(table(outcome.front))
+    print(f"{study.folder / 'front.json'} has all trials")
+    if outcome.interrupted:
+        print(f"stopped; nothing is lost. To go on: {_again()}")
+        return 128 + (received[0] if received else signal.SIGINT)
+    if outcome.cause is not None:
+        sys.stderr.write(
+            f"error: the sweep ended because its trials fail for one cause: {outcome.cause}\n"
+            f"  When it is mended: {_again()}{'' if given.retry_failed else ' --retry-failed'}\n"
+        )
+        return 1
+    if not any(trial.status == "complete" for trial in outcome.front.trials):
+        sys.stderr.write("error: every trial failed; the reasons are above and in front.json\n")
+        return 1
+    return 0
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
+    """Within this context Ctrl-C and SIGTERM set ``stop``; gives the signals that came."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        if not stop.is_set():
+            print("stopping: the trainings are told to end", flush=True)
+        stop.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _again() -> str:
+    """The command that this process was started by."""
+    return shlex.join(["lightning-edge", *sys.argv[1:]])
