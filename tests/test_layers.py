@@ -57,7 +57,7 @@ ROOMS = {
     "sklearn": ("zoo",),
     "torchao": ("quantization", "exporters.executorch"),
     "torch_pruning": ("pruning",),
-    "wandb": ("callbacks.tracking",),
+    "wandb": ("callbacks.tracking", "sweeps.tracking"),
     "optuna": ("sweeps",),
     "yaml": ("sweeps.strict_yaml", "cli"),
     "executorch": ("exporters.executorch",),

@@ -7,8 +7,9 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ from rich.console import Console
 
 from lightning_edge.cli.front import table
 from lightning_edge.errors import EdgeError, check_installed
+from lightning_edge.sweeps import strict_yaml
+from lightning_edge.sweeps.agent_trial import run_settings
 from lightning_edge.sweeps.definition import Sweep, bind, read_definition
 from lightning_edge.sweeps.dry_run import first_settings
 from lightning_edge.sweeps.engine import Engine
+from lightning_edge.sweeps.fit import InterruptedFitError
 from lightning_edge.sweeps.objectives import TIMES
 from lightning_edge.sweeps.samplers import EXTRA
 from lightning_edge.sweeps.study import Study
+from lightning_edge.sweeps.tracking import as_trial, log_front, logger_of, with_logger
+from lightning_edge.sweeps.wandb_agent import read_settings, wandb_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lightning_edge.cli.sweep_base import CommandLineChecker
 
         sweep = bind(definition, CommandLineChecker())
+        if given.wandb:
+            sweep = replace(sweep, base=replace(sweep.base, config=with_logger(sweep.base.config, definition.study)))
         if given.dry_run:
             return _dry_run(sweep)
+        if given.wandb_config:
+            print(strict_yaml.dump(wandb_config(sweep, given.file)), end="")
+            return 0
         folder = given.folder or Path("sweeps") / definition.study
+        if given.settings is not None:
+            return _run_settings(sweep, read_settings(sweep, given.settings), folder)
         study = Study(sweep, folder, given.storage)
     except EdgeError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -63,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=_workers, default=1, help="trials to train at once (default: 1)")
     parser.add_argument("--storage", help="a database that several machines share, such as postgresql://user@host/name")
     parser.add_argument("--retry-failed", action="store_true", help="train once more what failed")
+    parser.add_argument("--wandb", action="store_true", help="log trials to Weights & Biases, if the base does not")
+    parser.add_argument("--wandb-config", action="store_true", help="print a configuration for `wandb sweep`")
+    parser.add_argument("--settings", metavar="JSON", help="train these settings only, as `wandb agent` asks for")
     parser.add_argument("--dry-run", action="store_true", help="print the trials and write nothing")
     return parser
 
@@ -87,7 +103,15 @@ def _dry_run(sweep: Sweep) -> int:
 
 def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
     stop = threading.Event()
-    engine = Engine(sweep, study, given.workers, stop=stop, tell=lambda line: print(line, flush=True))
+    name = sweep.definition.study
+    engine = Engine(
+        sweep,
+        study,
+        given.workers,
+        tell=lambda line: print(line, flush=True),
+        decorate=lambda config, settings, trial: as_trial(config, settings, name, trial),
+        stop=stop,
+    )
     try:
         if given.retry_failed:
             print(f"{study.retry_failed()} failed trial(s) are trained once more")
@@ -100,6 +124,9 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
         return 1
     Console().print(table(outcome.front))
     print(f"{study.folder / 'front.json'} has all trials")
+    if (logger := logger_of(sweep.base.config)) is not None and not outcome.interrupted:
+        address = log_front(outcome.front, logger, study.folder, study.identifier[:8])
+        print(f"in Weights & Biases: {address or 'an offline run in the folder; send it with wandb sync'}")
     if outcome.interrupted:
         print(f"stopped; nothing is lost. To go on: {_again()}")
         return 128 + (received[0] if received else signal.SIGINT)
@@ -112,6 +139,22 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
     if not any(trial.status == "complete" for trial in outcome.front.trials):
         sys.stderr.write("error: every trial failed; the reasons are above and in front.json\n")
         return 1
+    return 0
+
+
+def _run_settings(sweep: Sweep, settings: Mapping[str, Any], folder: Path) -> int:
+    """Train one trial of a sweep of Weights & Biases, which keeps account of it."""
+    stop = threading.Event()
+    try:
+        with _stopped_by_signals(stop) as received:
+            values = run_settings(sweep, settings, folder, stop)
+    except InterruptedFitError:
+        return 128 + (received[0] if received else signal.SIGINT)
+    except EdgeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    for name, value in values.items():
+        print(f"{name}: {value:g}")
     return 0
 
 

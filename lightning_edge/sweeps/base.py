@@ -79,6 +79,11 @@ class Base:
         return None if not given else list(given)
 
     @property
+    def makes_int8(self) -> bool:
+        """Whether it makes int8 files, in training or after it."""
+        return "quantize" in self.phases or bool(_arguments(_evaluation(self.config)).get("calibration_batches"))
+
+    @property
     def phases(self) -> list[str]:
         """Names of its phases: their classes, in lower case."""
         return [name for name, _ in _phases(self.config)]

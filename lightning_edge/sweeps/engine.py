@@ -19,7 +19,7 @@ from lightning_edge.sweeps.definition import Sweep
 from lightning_edge.sweeps.fit import LOG, Fit, InterruptedFitError, Runner, run_address, run_fit
 from lightning_edge.sweeps.front import Front
 from lightning_edge.sweeps.objectives import NoSuchFigureError, TrialFailedError, measure, read_report
-from lightning_edge.sweeps.progress import progress_line
+from lightning_edge.sweeps.progress import progress_line, settings_line
 from lightning_edge.sweeps.storage import BEAT_S
 from lightning_edge.sweeps.study import Claim, Result, Study, folder_name
 
@@ -138,7 +138,7 @@ class Engine:
         with self._lock:
             self._running[claim.number] = claim
         again = " again, for its worker is gone" if claim.resumed else ""
-        self.tell(f"trial {claim.number} begins{again}: {', '.join(f'{k}={v}' for k, v in claim.settings.items())}")
+        self.tell(f"trial {claim.number} begins{again}: {settings_line(claim.settings)}")
         begun = time.monotonic()
         reason: str | None = None
         hopeless = False

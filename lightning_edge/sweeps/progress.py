@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
+from typing import Any
 
 from lightning_edge.sweeps.front import Front
 
@@ -37,6 +39,13 @@ def progress_line(front: Front, trials: int, last: int, workers: int) -> str:
         seconds = statistics.fmean(trial.seconds for trial in by_status["complete"] or ended)
         parts.append(f"about {_duration(seconds * left / max(running, workers))} left")
     return f"trial {last} ended; {', '.join(parts)}"
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """Give settings in one line, numbers shortened."""
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -24,6 +24,8 @@ JOURNAL, COPY, FOLDER_ID, LOCK = "journal.log", "sweep.yaml", "folder-id", "swee
 # A worker with a database says so often that it is alive, and is given up after so long a silence.
 BEAT_S, SILENCE_S = 20, 120
 _IDENTITY = "sweep"
+# The lock of a process that comes first, and what agents of W&B have trained.
+_NO_MATTER = (LOCK, "agent")
 _PASSWORD = re.compile(r"(?<=://)[^@/]*@")
 
 
@@ -85,7 +87,7 @@ def check_folder(definition: Definition, folder: Path) -> None:
         _check_same(
             definition.identity(), kept.identity(), f"{folder} is the folder of another sweep", "give another --folder"
         )
-    elif folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
+    elif folder.exists() and any(entry.name not in _NO_MATTER for entry in folder.iterdir()):
         raise SweepError(f"{folder} holds other files; give an empty or a new folder as --folder")
 
 

@@ -89,6 +89,11 @@ class Study:
         with held(folder / LOCK):
             self._list_grid()
 
+    @property
+    def identifier(self) -> str:
+        """What tells this folder from any other."""
+        return self._id
+
     def claim(self) -> Claim | None:
         """Take a trial that was left behind, or begin a new one; ``None`` if there is none to take now."""
         with held(self.folder / LOCK):
