@@ -62,7 +62,7 @@ class CommandLineChecker:
             raise SweepError(f"base: there is no file {base!r}; give recipe:<name> or the path of a configuration")
         with _refusals(f"base: {base}: "):
             complete = self._parser.parse_args(["--config", str(path)])
-            text = self._parser.dump(complete, skip_none=False)
+            text = self._parser.dump(complete, skip_unset=False)
         config = yaml.safe_load(text)
         # `fit` takes no name of a configuration from a configuration.
         config.pop("config", None)
@@ -85,7 +85,7 @@ class CommandLineChecker:
                 self._allowed.add(rest)
             # Their constructors know more than their types, and do nothing else.
             parsed: Namespace = self._callbacks.parse_object({"callbacks": ours})
-            self._callbacks.instantiate_classes(parsed)
+            self._callbacks.instantiate(parsed)
 
 
 @contextlib.contextmanager

@@ -177,16 +177,17 @@ def bind(definition: Definition, checker: Checker) -> Sweep:
 
 
 def _check_values(sweep: Sweep, checker: Checker) -> None:
-    """Try every value, the other settings at their first, or at their last if that is refused.
+    """Try every value alone; if that is refused, with the other settings at their first, then at their last.
 
     What two values refuse together is left to the trials: others of the two may do.
     """
     space = sweep.definition.space
-    ends = [{key: dimension.examples()[number] for key, dimension in space.items()} for number in (0, -1)]
+    company: list[dict[str, Any]] = [{}]
+    company += [{key: dimension.examples()[number] for key, dimension in space.items()} for number in (0, -1)]
     for key, dimension in space.items():
         for value in dimension.examples():
             refused: list[SweepError] = []
-            for others in ends:
+            for others in company:
                 try:
                     checker.check(sweep.base.configuration({**others, key: value}))
                     break

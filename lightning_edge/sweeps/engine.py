@@ -16,7 +16,7 @@ from typing import Any, final
 from lightning_edge.errors import SweepError
 from lightning_edge.sweeps.base import in_folder
 from lightning_edge.sweeps.definition import Sweep
-from lightning_edge.sweeps.fit import LOG, Fit, InterruptedFitError, Runner, run_address, run_fit
+from lightning_edge.sweeps.fit import LOG, Fit, InterruptedFitError, Runner, run_address, run_fit, seconds_of
 from lightning_edge.sweeps.front import Front
 from lightning_edge.sweeps.objectives import NoSuchFigureError, TrialFailedError, measure, read_report
 from lightning_edge.sweeps.progress import progress_line, settings_line
@@ -143,9 +143,9 @@ class Engine:
         reason: str | None = None
         hopeless = False
         try:
-            values, spread = self._measure(claim)
+            values, spread, earlier_s = self._measure(claim)
             url = run_address(self._folders(claim)[0])
-            self.study.complete(claim, Result(values, spread, time.monotonic() - begun, url))
+            self.study.complete(claim, Result(values, spread, time.monotonic() - begun + earlier_s, url))
         except InterruptedFitError:
             return
         except (TrialFailedError, NoSuchFigureError) as error:
@@ -159,12 +159,12 @@ class Engine:
             front = self._write()
             self.tell(progress_line(front, self.sweep.definition.trials, claim.number, self.workers))
 
-    def _measure(self, claim: Claim) -> tuple[dict[str, float], dict[str, float] | None]:
-        """Train with each seed, and give the means of the figures and their spread."""
+    def _measure(self, claim: Claim) -> tuple[dict[str, float], dict[str, float] | None, float]:
+        """Train with each seed, and give the means of the figures, their spread, and the seconds of what was there."""
         base, figures = self.sweep.base, self.sweep.figures
         seeds = self.sweep.definition.seeds
         config = base.configuration(claim.settings)
-        found = []
+        found, earlier_s = [], 0.0
         for index, folder in enumerate(self._folders(claim)):
             seed = None if seeds == 1 else base.seed + index
             placed = in_folder(config, folder.resolve(), seed)
@@ -175,15 +175,16 @@ class Engine:
             if claim.resumed and fit.report_path.exists():
                 # Its worker was gone, the training itself was not.
                 report: Mapping[str, Any] = read_report(fit.report_path)
+                earlier_s += seconds_of(fit)
             else:
                 _clear(folder)
                 report = self.runner(fit)
             found.append(measure(report, figures))
         means = {figure.name: statistics.fmean(values[figure.name] for values in found) for figure in figures}
         if seeds == 1:
-            return means, None
+            return means, None, earlier_s
         names = [objective.figure.name for objective in self.sweep.objectives]
-        return means, {name: statistics.stdev(values[name] for values in found) for name in names}
+        return means, {name: statistics.stdev(values[name] for values in found) for name in names}, earlier_s
 
     def _environment(self) -> dict[str, str]:
         """Share the cores among trainings at once, each of which would take all of them."""

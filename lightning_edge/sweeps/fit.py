@@ -94,6 +94,12 @@ def run_fit(fit: Fit) -> Mapping[str, Any]:
     return read_report(fit.report_path)
 
 
+def seconds_of(fit: Fit) -> float:
+    """Tell how long a training took that nobody watched: from its configuration to its report."""
+    config = fit.folder / CONFIG
+    return max(0.0, fit.report_path.stat().st_mtime - config.stat().st_mtime) if config.exists() else 0.0
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a process and all of its group, first by asking."""
     for number, patience_s in ((signal.SIGTERM, _PATIENCE_S), (signal.SIGKILL, _PATIENCE_S)):
