@@ -9,6 +9,7 @@ EdgeError
 ├── DeviceError           a device cannot be reached, or cannot run files at all
 ├── BudgetError           a file is larger, slower or less accurate than its budget allows
 ├── ManifestError         the manifest of a folder cannot be read, or does not say what a manifest says
+├── SweepError            a sweep file is wrong, or a folder is not that of its sweep
 └── MissingExtraError     an optional package is not installed (also an ImportError)
 
 Bad argument values stay ``ValueError`` and ``TypeError``. Every message says what was given, what is
@@ -59,6 +60,10 @@ class BudgetError(EdgeError):
 
 class ManifestError(EdgeError):
     """The manifest of a folder cannot be read, or does not say what a manifest says."""
+
+
+class SweepError(EdgeError):
+    """A sweep file is wrong, or a folder is not that of its sweep."""
 
 
 class MissingExtraError(EdgeError, ImportError):

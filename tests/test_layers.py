@@ -48,7 +48,7 @@ ROWS = [
     {"reporting", "evaluation.validation", "devices"},
     {"evaluation"},
     {"callbacks"},
-    {"zoo"},
+    {"zoo", "sweeps"},
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
@@ -65,8 +65,9 @@ ROOMS = {
     "sklearn": ("zoo",),
     "torchao": ("quantization", "exporters.executorch"),
     "torch_pruning": ("pruning",),
-    "yaml": ("yaml_files",),
-    "wandb": ("callbacks.tracking",),
+    "yaml": ("yaml_files", "sweeps.strict_yaml", "cli"),
+    "wandb": ("callbacks.tracking", "sweeps.tracking"),
+    "optuna": ("sweeps",),
     "executorch": ("exporters.executorch",),
     "coremltools": ("exporters.coreml",),
     "litert_torch": ("exporters.tflite",),

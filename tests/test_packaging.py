@@ -106,14 +106,7 @@ def test_extras_are_those_promised() -> None:
     } <= set(extras)
     (everything,) = extras["all"]
     assert Requirement(everything).extras == {
-        "executorch",
-        "coreml",
-        "tflite",
-        "onnx",
-        "ethosu",
-        "wandb",
-        "ssh",
-        "recipes",
+        *("executorch", "coreml", "tflite", "onnx", "ethosu", "wandb", "ssh", "recipes", "sweep")
     }
 
 
