@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from rows below its own and from its own room. A room is a folder or a module; of two
 # that fit, the longer name counts.
 ROWS = [
-    {"errors", "interface", "windows", "moved", "regular_files", "plain_values"},
+    {"errors", "interface", "windows", "moved", "regular_files", "plain_values", "interrupts", "locks"},
     {
         "yaml_files",
         "reporting.rendering",
@@ -25,7 +25,7 @@ ROWS = [
         "reporting.budget",
         "reporting.provenance",
     },
-    {"network", "succession", "reporting.report", "cli.config_errors"},
+    {"network", "one_run", "succession", "reporting.report", "cli.config_errors", "record_check"},
     {"surgery", "measure", "reporting.manifest"},
     {"comparison", "quantization", "pruning", "factorization", "sparsity"},
     {"distillation", "evaluation.reference"},
@@ -48,7 +48,7 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"plain_values", "regular_files", "yaml_files"}
+WITHOUT_TORCH |= {"interrupts", "locks", "one_run", "plain_values", "regular_files", "yaml_files"}
 WITHOUT_TORCH |= {
     f"reporting.{name}" for name in ("report", "rendering", "monitor", "budget", "provenance", "manifest")
 }

@@ -32,7 +32,9 @@ from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs
 from lightning_edge.exporters import Artifact, deployable
 from lightning_edge.interface import Interface
+from lightning_edge.interrupts import unwinding
 from lightning_edge.network import Inputs
+from lightning_edge.one_run import only_run
 from lightning_edge.quantization import float_copy, is_quantized
 from lightning_edge.quantization.network import CHILD
 from lightning_edge.record import load_compressed
@@ -101,15 +103,22 @@ class EdgeTrainer(Trainer):
         inputs = calibration_inputs(model, loaders, batches, callback.module, datamodule)
         finished = deployable(network, None if is_quantized(network) else inputs[0])
         artifacts, rows = [], []
-        for target in settings.targets:
-            path = Path(settings.dirpath) / f"model-{finished.precision}{exporters.target(target).suffix}"
-            options = exporters.options_of(target, finished.precision, settings.options)
-            given: dict[str, Any] = {"max_fallback": settings.max_fallback, "interface": settings.interface, **options}
-            artifact = exporters.export(finished, target, path, batches=inputs, tolerance=settings.tolerance, **given)
-            print(f"{path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
-            rows.append(of_artifact(artifact, options.get("scheme")))
-            artifacts.append(artifact)
-        write_manifest(Report(type(model).__name__, "validate", rows), Path(settings.dirpath), recipe_of(self))
+        with unwinding(), only_run(Path(settings.dirpath)):
+            for target in settings.targets:
+                path = Path(settings.dirpath) / f"model-{finished.precision}{exporters.target(target).suffix}"
+                options = exporters.options_of(target, finished.precision, settings.options)
+                given: dict[str, Any] = {
+                    "max_fallback": settings.max_fallback,
+                    "interface": settings.interface,
+                    **options,
+                }
+                artifact = exporters.export(
+                    finished, target, path, batches=inputs, tolerance=settings.tolerance, **given
+                )
+                print(f"{path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
+                rows.append(of_artifact(artifact, options.get("scheme")))
+                artifacts.append(artifact)
+            write_manifest(Report(type(model).__name__, "validate", rows), Path(settings.dirpath), recipe_of(self))
         return artifacts
 
     def evaluate(
@@ -346,7 +355,8 @@ def _first(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback | 
 
 def _float_network(ckpt_path: str, network: nn.Module) -> nn.Module | None:
     """The float network that quantization-aware training began with, which the checkpoint keeps."""
-    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True).get(record.KEY) or {}
+    loaded = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    saved = record.checked(loaded.get(record.KEY), ckpt_path)
     if saved.get("float_state") is None:
         return None
     baseline = float_copy(network)
