@@ -32,6 +32,7 @@ from lightning_edge.exporters.target import TARGETS, Target, target
 from lightning_edge.measure import Agreement
 from lightning_edge.network import Inputs, sort_keywords
 from lightning_edge.regular_files import check_members, check_regular, kind_of
+from lightning_edge.verdict import Judgement
 
 Result = TypeVar("Result")
 
@@ -54,6 +55,7 @@ class Artifact:
         runner: Runs one sample.
         load_ms: Wall time from the path to a runner that is ready, milliseconds; ``None`` where there is none.
         agreement: How far it lay from that network; ``None`` for a file that was not compared.
+        judgement: What was made of that; ``None`` for a file that was not compared.
         not_run: Why nothing on this machine can run it, and calling it is an error; ``None`` where it runs.
     """
 
@@ -65,6 +67,7 @@ class Artifact:
     runner: Runner = field(repr=False)
     load_ms: float | None
     agreement: Agreement | None = None
+    judgement: Judgement | None = None
     not_run: str | None = None
 
     @property

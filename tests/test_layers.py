@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from rows below its own and from its own room. A room is a folder or a module; of two
 # that fit, the longer name counts.
 ROWS = [
-    {"errors", "interface", "windows", "moved", "regular_files", "plain_values", "interrupts", "locks"},
+    {"errors", "interface", "windows", "moved", "verdict", "regular_files", "plain_values", "interrupts", "locks"},
     {
         "yaml_files",
         "reporting.rendering",
@@ -25,9 +25,12 @@ ROWS = [
         "reporting.budget",
         "reporting.provenance",
     },
-    {"network", "one_run", "succession", "reporting.report", "cli.config_errors", "record_check"},
+    {"reporting.terminal"},
+    {"reporting.typed"},
+    {"reporting.html"},
+    {"network", "one_run", "record_check", "succession", "reporting.report", "cli.config_errors"},
     {"surgery", "measure", "reporting.manifest"},
-    {"comparison", "quantization", "pruning", "factorization", "sparsity"},
+    {"reporting.read", "comparison", "quantization", "pruning", "factorization", "sparsity"},
     {"distillation", "evaluation.reference"},
     {"record"},
     {"exporters.passes"},
@@ -48,10 +51,12 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"interrupts", "locks", "one_run", "plain_values", "regular_files", "yaml_files"}
+WITHOUT_TORCH |= {"interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
 WITHOUT_TORCH |= {
-    f"reporting.{name}" for name in ("report", "rendering", "monitor", "budget", "provenance", "manifest")
+    f"reporting.{name}"
+    for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")
 }
+WITHOUT_TORCH |= {f"reporting.html.{path.stem}" for path in (ROOT / "lightning_edge/reporting/html").glob("*.py")}
 ROOMS = {
     "lightning": ("callbacks", "zoo", "evaluation.validation", "cli"),
     "jsonargparse": ("cli",),

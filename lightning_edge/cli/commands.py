@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lightning_edge.cli import microcontroller as firmware
+from lightning_edge.cli import reports
 from lightning_edge.reporting import verification
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "microcontroller": firmware.main,
+    "report": reports.main,
     "verify": verification.main,
 }
 

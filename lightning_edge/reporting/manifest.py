@@ -34,6 +34,7 @@ from lightning_edge.regular_files import read_regular
 from lightning_edge.reporting.budget import Excess, Verdict
 from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.report import Report, Row, without_infinities
+from lightning_edge.verdict import GRADES
 
 NAME = "manifest.json"
 SCHEMA = 1
@@ -42,6 +43,7 @@ MOST_BYTES = 2**24
 
 # Fields of files in manifests of earlier versions.
 _NO_LONGER_WRITTEN = {"floor_bytes"}
+_NOT_YET_WRITTEN: dict[str, Any] = {"verdict": None, "verdict_reason": None}
 # What a file system takes: bytes of a name, and characters of a path with room for the folder's own.
 _LONGEST_NAME, _LONGEST_PATH = 255, 1024
 _MOST_TOLD = 400
@@ -74,6 +76,8 @@ class FileEntry:
         budget: Whether it keeps its budget, if there is one.
         interface: How the file is called, beyond what `inputs` and `outputs` say.
         not_run: Why nothing could run the file where it was made, so that nothing is stated of what it computes.
+        verdict: What its agreement comes to, as in a `Row`.
+        verdict_reason: Why it is that.
     """
 
     path: str
@@ -95,6 +99,8 @@ class FileEntry:
     budget: Verdict | None
     interface: Interface
     not_run: str | None = None
+    verdict: str | None = None
+    verdict_reason: str | None = None
 
     @classmethod
     def of(cls, row: Row) -> FileEntry:
@@ -122,6 +128,8 @@ class FileEntry:
             budget=row.budget,
             interface=row.interface or Interface(),
             not_run=row.not_run,
+            verdict=row.verdict,
+            verdict_reason=row.verdict_reason,
         )
 
 
@@ -274,7 +282,11 @@ def _commit(value: Any) -> Commit | None:
 
 def _file(value: Any, where: str) -> FileEntry:
     given = {name: entry for name, entry in as_object(value, where).items() if name not in _NO_LONGER_WRITTEN}
+    given = {**_NOT_YET_WRITTEN, **given}
     _keys(given, FileEntry, where)
+    verdict = as_optional(given["verdict"], str, f"{where}.verdict")
+    if verdict is not None and verdict not in GRADES:
+        raise ValueError(f"{where}.verdict is {shortened(verdict)} and not one of {', '.join(GRADES)}")
     path = as_typed(given["path"], str, f"{where}.path")
     check_path(path)
     digest = as_typed(given["sha256"], str, f"{where}.sha256")
@@ -302,6 +314,8 @@ def _file(value: Any, where: str) -> FileEntry:
         placements=_placements(given["placements"], f"{where}.placements"),
         budget=_verdict(given["budget"], f"{where}.budget"),
         interface=_interface(given["interface"], f"{where}.interface"),
+        verdict=verdict,
+        verdict_reason=as_optional(given["verdict_reason"], str, f"{where}.verdict_reason"),
         not_run=as_optional(given["not_run"], str, f"{where}.not_run"),
     )
 

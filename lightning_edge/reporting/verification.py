@@ -41,6 +41,8 @@ UNCHECKED = (
     "budget",
     "source",
     "not_run",
+    "verdict",
+    "verdict_reason",
     "model",
     "versions",
     "git",
