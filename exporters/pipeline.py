@@ -30,6 +30,7 @@ from lightning_edge.exporters.verify.contents import (
 )
 from lightning_edge.files import StagedPath, writing
 from lightning_edge.interface import Interface
+from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance
 from lightning_edge.verdict import Judgement, Strict, check_strict
 
@@ -161,7 +162,7 @@ def export(
     check_strict(strict)
     running: dict[str, Any] = {"threads": threads, "isolated": isolated, "time_limit_s": time_limit_s}
     running |= {"max_fallback": max_fallback, "interface": interface}
-    with stage(model, target, path, inputs=inputs, **running, **options) as staged:
+    with unwinding(), stage(model, target, path, inputs=inputs, **running, **options) as staged:
         if staged.artifact.not_run is not None:
             return staged.accept()
         compared = staged.network, staged.artifact

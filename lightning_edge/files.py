@@ -12,6 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_edge.errors import ExportError
+from lightning_edge.interrupts import undisturbed
+from lightning_edge.locks import Lock
+
+_STAGING = ".staging-"
+# In a folder of ours: the mark that it is one, whose lock is held as long as its run is alive; and what stood there.
+_ALIVE, _OLD = ".lightning-edge.alive", "old"
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
@@ -29,6 +35,8 @@ _CAUSES = {
 class StagedPath:
     """A place beside ``path``, in the same folder and of the same name, to write before it takes the place of ``path``.
 
+    What runs that were killed have left there is removed, and an old folder that one had set aside put back.
+
     Args:
         path: Where the file or folder shall be in the end; missing parent folders are made.
 
@@ -39,12 +47,13 @@ class StagedPath:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._made: list[Path] = []
-        with writing(path):
-            self._make_parents()
+        with undisturbed(), writing(path):
+            self._made = make_folders(path.parent)
             try:
-                self._folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=path.parent))
+                _sweep(path.parent)
+                self._folder, self._lock = _make_staging(path.parent)
             except OSError:
-                self._remove_parents()
+                remove_folders(self._made)
                 raise
         self.staged = self._folder / path.name
 
@@ -54,27 +63,30 @@ class StagedPath:
         Raises:
             ExportError: If it cannot; what was at ``path`` is then still there.
         """
-        try:
-            with writing(self.path):
-                _flush(self.staged)
-                if self.staged.is_dir() or self.path.is_dir():
-                    self._swap()
-                else:
-                    os.replace(self.staged, self.path)
-        except ExportError:
+        with undisturbed():
+            try:
+                with writing(self.path):
+                    _flush(self.staged)
+                    if self.staged.is_dir() or self.path.is_dir():
+                        self._swap()
+                    else:
+                        os.replace(self.staged, self.path)
+            except ExportError:
+                self.discard()
+                raise
+            self._made = []
             self.discard()
-            raise
-        self._made = []
-        self.discard()
 
     def discard(self) -> None:
         """Remove what was written, and the parent folders made for it; safe to call twice."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._remove_parents()
+        with undisturbed():
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._lock.release()
+            remove_folders(self._made)
 
     def _swap(self) -> None:
         """Replace where a folder is involved, which no system call does in one step."""
-        old = self._folder / "old"
+        old = self._folder / _OLD
         if not self.path.exists():
             os.rename(self.staged, self.path)
             return
@@ -85,20 +97,64 @@ class StagedPath:
             os.rename(old, self.path)
             raise
 
-    def _make_parents(self) -> None:
-        missing = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            try:
-                folder.mkdir(exist_ok=True)
-            except OSError:
-                self._remove_parents()
-                raise
-            self._made.append(folder)
 
-    def _remove_parents(self) -> None:
-        while self._made:
-            with contextlib.suppress(OSError):
-                self._made.pop().rmdir()
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those around it that are missing, all of them or none.
+
+    Returns:
+        Those that were made, from the outermost on.
+
+    Raises:
+        OSError: If one cannot be made.
+    """
+    made: list[Path] = []
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        try:
+            each.mkdir(exist_ok=True)
+        except OSError:
+            remove_folders(made)
+            raise
+        made.append(each)
+    return made
+
+
+def remove_folders(made: list[Path]) -> None:
+    """Remove folders that `make_folders` has made, as far as they are empty; safe to call twice."""
+    while made:
+        with contextlib.suppress(OSError):
+            made.pop().rmdir()
+
+
+def _make_staging(parent: Path) -> tuple[Path, Lock]:
+    """Make a folder for one `StagedPath`, with a lock that tells that its run is alive."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
+        try:
+            lock = Lock.take(folder / _ALIVE)
+        except FileNotFoundError:
+            continue  # swept by another run, before it was locked
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if lock is not None:
+            return folder, lock
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what runs that are not alive any more have left behind."""
+    for folder in parent.glob(f"{_STAGING}*"):
+        # Only what has our mark is ours, and only what nobody holds is left.
+        with contextlib.suppress(OSError):
+            if folder.is_symlink() or (lock := Lock.take(folder / _ALIVE, make=False)) is None:
+                continue
+            for old in [folder / _OLD] if (folder / _OLD).exists() else []:
+                # Killed between two renames: the new one stands here under its name, and nothing there.
+                names = [entry.name for entry in folder.iterdir() if entry.name not in (_OLD, _ALIVE)]
+                if len(names) == 1 and not (parent / names[0]).exists():
+                    os.rename(old, parent / names[0])
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
 
 
 def replace_text(path: Path, text: str) -> Path:

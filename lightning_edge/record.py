@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.distillation.phase import Distill
-from lightning_edge.errors import RecordError
+from lightning_edge.errors import CompressionError, RecordError, first_line, printable
 from lightning_edge.factorization import Factorize
+from lightning_edge.plain_values import as_typed, cut
 from lightning_edge.pruning import Prune
 from lightning_edge.quantization import detach, is_quantized
 from lightning_edge.quantization.network import CHILD
 from lightning_edge.quantization.phase import Quantize
+from lightning_edge.record_check import check_record
+from lightning_edge.regular_files import check_regular
 from lightning_edge.schedule import Change, Phase
 from lightning_edge.sparsity import Sparsify
 from lightning_edge.succession import Succession
@@ -32,6 +35,7 @@ PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (Factorize, Pru
 
 # On the network itself, beside its parameters.
 _ATTRIBUTE = "_lightning_edge_changes"
+_MOST_TOLD = 400
 
 
 def changes_of(network: nn.Module) -> list[Change]:
@@ -153,27 +157,60 @@ def load_compressed(checkpoint: str | Path, module: nn.Module, name: str | None 
         ``module``, compressed as it was when the checkpoint was written, with its weights, in eval mode.
 
     Raises:
-        RecordError: If the file is no checkpoint, or its weights do not fit the module.
+        RecordError: If the file is no checkpoint, its record is not one of this package or does not fit the module, or
+            its weights do not fit or are not finite.
     """
     try:
+        check_regular(Path(checkpoint))
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        changes, weights = state.get(KEY, {}).get("changes", []), state["state_dict"]
+        weights = {as_typed(name, str, "a name in state_dict"): value for name, value in state["state_dict"].items()}
+        saved = state.get(KEY)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises many kinds for what is no checkpoint
         raise RecordError(
-            f"{str(checkpoint)!r} is not a Lightning checkpoint that loads with weights_only=True: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{str(checkpoint)!r} is not a Lightning checkpoint that loads with weights_only=True: {first_line(error)}"
         ) from error
+    changes = checked(saved, repr(str(checkpoint))).get("changes", [])
     if not changes and any(f".{CHILD}." in f".{key}" for key in weights):
         raise RecordError(
             f"{str(checkpoint)!r} holds int8 ranges and no record of what was quantized: it was saved with "
             "weights_only=True after training, or by a Trainer without EdgeCompressionCallback. Save it with "
             "trainer.save_checkpoint(path), or during training."
         )
-    restore(find_network(module, name), changes)
+    network = find_network(module, name)
+    try:
+        restore(network, changes)
+    except CompressionError as error:
+        raise RecordError(f"what {str(checkpoint)!r} records does not fit {type(module).__name__}: {error}") from error
     try:
         module.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # the latter two where what is loaded is no tensor
         raise RecordError(f"the weights of {str(checkpoint)!r} do not fit {type(module).__name__}: {error}") from error
+    for name, parameter in network.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise RecordError(
+                f"{str(checkpoint)!r} holds values that are not finite in {name!r}: the training diverged. Load an "
+                "earlier checkpoint"
+            )
     return module.eval()
+
+
+def checked(saved: Any, checkpoint: str) -> dict[str, Any]:
+    """Give what a checkpoint carries under `KEY`, if it is what this package writes.
+
+    Args:
+        saved: The value there; ``None`` if there is none.
+        checkpoint: What an error calls the checkpoint.
+
+    Raises:
+        RecordError: If it is anything else.
+    """
+    try:
+        return check_record(saved)
+    except ValueError as error:
+        told = printable(cut(str(error), _MOST_TOLD))
+        raise RecordError(
+            f"the record of compression in {checkpoint} cannot be used: {told}. Load an earlier checkpoint, or use the "
+            "lightning-edge version that wrote it"
+        ) from error

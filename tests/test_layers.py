@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from rows below its own and from its own room. A room is a folder or a module; of two
 # that fit, the longer name counts.
 ROWS = [
-    {"errors", "interface", "windows", "moved", "verdict", "regular_files", "plain_values"},
+    {"errors", "interface", "windows", "moved", "verdict", "regular_files", "plain_values", "interrupts", "locks"},
     {"reporting.devices"},
     {
         "yaml_files",
@@ -29,7 +29,7 @@ ROWS = [
     {"reporting.terminal"},
     {"reporting.typed"},
     {"reporting.html"},
-    {"network", "succession", "reporting.report", "cli.config_errors"},
+    {"network", "one_run", "record_check", "succession", "reporting.report", "cli.config_errors"},
     {"surgery", "measure", "reporting.manifest"},
     {"reporting.read", "comparison", "quantization", "pruning", "factorization", "sparsity"},
     {"distillation", "evaluation.reference"},
@@ -52,7 +52,8 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"plain_values", "regular_files", "verdict", "yaml_files", "devices.runner", "reporting.devices"}
+WITHOUT_TORCH |= {"interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
+WITHOUT_TORCH |= {"devices.runner", "reporting.devices"}
 WITHOUT_TORCH |= {
     f"reporting.{name}"
     for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")

@@ -275,7 +275,7 @@ class EdgeCompressionCallback(Callback):
             raise CompressionError(f"{error} The Trainer has max_epochs={trainer.max_epochs}.") from error
 
     def _load(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get(record.KEY) or {}
+        saved = record.checked(checkpoint.get(record.KEY), "the checkpoint")
         if saved and trainer.training:
             record.check_agreement(saved, self.phases)
         network, changes = self._network(pl_module), saved.get("changes", [])

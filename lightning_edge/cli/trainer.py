@@ -25,8 +25,10 @@ from lightning_edge.evaluation.refusals import raise_failures, raise_over_budget
 from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs
 from lightning_edge.exporters import Artifact, deployable
 from lightning_edge.interface import Interface
+from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Tolerance
 from lightning_edge.network import Deployable, Inputs
+from lightning_edge.one_run import only_run
 from lightning_edge.quantization import float_copy, is_quantized
 from lightning_edge.record import load_compressed
 from lightning_edge.reporting.budget import Budget
@@ -87,18 +89,19 @@ class EdgeTrainer(Trainer):
         finished = deployable(network, None if is_quantized(network) else inputs[0])
         artifacts: list[Artifact] = []
         rows: list[Row] = []
-        for target in settings.targets:
-            try:
-                row, artifact = _exported(finished, target, inputs, callback)
-            except EdgeError as error:
-                # Told now: the other targets may take long.
-                sys.stderr.write(f"FAILED: {target}: {error}\n")
-                rows.append(Row(target, finished.precision, SOURCES[finished.precision], error=str(error)))
-            else:
-                artifacts.append(artifact)
-                rows.append(row)
-        report = Report(type(model).__name__, "validate", rows)
-        write_manifest(report, Path(settings.dirpath), recipe_of(self))
+        with unwinding(), only_run(Path(settings.dirpath)):
+            for target in settings.targets:
+                try:
+                    row, artifact = _exported(finished, target, inputs, callback)
+                except EdgeError as error:
+                    # Told now: the other targets may take long.
+                    sys.stderr.write(f"FAILED: {target}: {error}\n")
+                    rows.append(Row(target, finished.precision, SOURCES[finished.precision], error=str(error)))
+                else:
+                    artifacts.append(artifact)
+                    rows.append(row)
+            report = Report(type(model).__name__, "validate", rows)
+            write_manifest(report, Path(settings.dirpath), recipe_of(self))
         if report.failures:
             names = ", ".join(row.target for row in report.failures)
             raise ExportError(f"{len(report.failures)} of {len(rows)} files could not be made: {names}; see above")
@@ -250,7 +253,8 @@ def _first(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback | 
 
 def _float_network(ckpt_path: str, network: nn.Module) -> nn.Module | None:
     """The float network that quantization-aware training began with, which the checkpoint keeps."""
-    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True).get(record.KEY) or {}
+    loaded = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    saved = record.checked(loaded.get(record.KEY), ckpt_path)
     if saved.get("float_state") is None:
         return None
     baseline = float_copy(network)

@@ -27,8 +27,10 @@ from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.program import check_numbers
 from lightning_edge.exporters.verify.agreement import judge_file
 from lightning_edge.exporters.verify.exact import exact
+from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
 from lightning_edge.network import Deployable, Inputs, flatten_outputs, sort_keywords
+from lightning_edge.one_run import only_run
 from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
 from lightning_edge.quantization.calibration_check import in_words
 from lightning_edge.reporting.monitor import Monitor, choose
@@ -78,11 +80,12 @@ def evaluate_module(
         tell: Is called with a line before each step.
 
     Raises:
-        EdgeError: If the network is not found, holds values that are no numbers or is not called by the loop, or the
-            report cannot be written.
+        EdgeError: If the network is not found, holds values that are no numbers or is not called by the loop, another
+            run evaluates into the folder at the same time, or the report cannot be written.
     """
-    report = _Evaluation(validation, settings, tell).run(calibration, baseline, watched)
-    return write(report, Path(settings.dirpath), recipe)
+    with unwinding(), only_run(Path(settings.dirpath)):
+        report = _Evaluation(validation, settings, tell).run(calibration, baseline, watched)
+        return write(report, Path(settings.dirpath), recipe)
 
 
 @dataclass(frozen=True)

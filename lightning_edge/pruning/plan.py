@@ -104,7 +104,7 @@ def find_groups(
 
 
 def _faulty(changes: Sequence[Change]) -> dict[str, str]:
-    return {identity: reason for change in changes for identity, reason in change["faulty"].items()}
+    return {identity: reason for change in changes for identity, reason in change.get("faulty", {}).items()}
 
 
 def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: Batch) -> Change:
@@ -176,7 +176,7 @@ def _drafted(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
         else:
             groups.append(group)
             importances.append(importance)
-    stood = {identity for change in changes for identity in change["stood"]}
+    stood = {identity for change in changes for identity in change.get("stood", ())}
     return _Draft(twin, parameters, tensors, structure, groups, importances, stood, _faulty(changes))
 
 

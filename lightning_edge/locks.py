@@ -1,0 +1,77 @@
+"""A lock that the system releases with the process that holds it, however that ends: a file, with ``flock``."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Self, final
+
+# File systems without locks say one of these; what is locked there is not protected, and works.
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@final
+class Lock:
+    """A lock that is held; see `take`."""
+
+    def __init__(self, path: Path, opened: int) -> None:
+        self._path = path
+        self._opened: int | None = opened
+
+    @classmethod
+    def take(cls, path: Path, *, make: bool = True) -> Self | None:
+        """Take the lock of a file, without waiting.
+
+        Args:
+            path: The file; its folder is there.
+            make: Whether to make it if it is not there.
+
+        Returns:
+            The lock; ``None`` if another holds it, in this process or elsewhere, or the file is not there to be taken.
+
+        Raises:
+            OSError: If the file cannot be made or opened.
+        """
+        path = path.absolute()  # the current folder may be another one when it is released
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if make else 0)
+        while True:
+            try:
+                opened = os.open(path, flags, 0o600)
+            except FileNotFoundError:
+                if make:
+                    raise
+                return None
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _WITHOUT_LOCKS:
+                    os.close(opened)
+                    if isinstance(error, BlockingIOError):
+                        return None
+                    raise
+            if _is_at(path, opened):
+                return cls(path, opened)
+            os.close(opened)  # whoever held it has removed the file by now
+
+    def release(self) -> None:
+        """Remove the file and let the lock go; safe to call twice."""
+        if self._opened is None:
+            return
+        opened, self._opened = self._opened, None
+        if _is_at(self._path, opened):
+            self._path.unlink(missing_ok=True)
+        # Not by closing alone: a process that was forked meanwhile has it open, too.
+        with suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_UN)
+        os.close(opened)
+
+
+def _is_at(path: Path, opened: int) -> bool:
+    try:
+        found, ours = os.stat(path, follow_symlinks=False), os.fstat(opened)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
