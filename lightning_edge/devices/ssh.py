@@ -157,14 +157,7 @@ class _SshChannel(Channel):
         self._loop = _Loop()
         shown: list[Any] = []
         try:
-            self._connection = self._loop.run(_connect(self._ssh, device, shown))
-            try:
-                self._process = self._loop.run(
-                    self._connection.create_process(command, encoding=None), device.connect_limit_s
-                )
-            except BaseException:
-                self._connection.abort()
-                raise
+            self._connection, self._process = self._loop.run(_begun(self._ssh, device, command, shown))
         except BaseException as error:
             self._loop.stop()
             if isinstance(error, self._ssh.Error | OSError | ValueError | TimeoutError):
@@ -188,10 +181,10 @@ class _SshChannel(Channel):
             raise EOFError("the program is gone")
         return bytes(self._waiting(self._process.stdout.readexactly(count), limit_s))
 
-    def close(self) -> Farewell:
+    def close(self, pids: Sequence[int] = ()) -> Farewell:
         """End it, and the connection."""
         if self._farewell is None:
-            self._farewell = self._loop.run(self._leave())
+            self._farewell = self._loop.run(self._leave(pids))
             self._loop.stop()
         return self._farewell
 
@@ -205,7 +198,7 @@ class _SshChannel(Channel):
                 self._lost = first_line(error)
             raise EOFError("the program is gone") from error
 
-    async def _leave(self) -> Farewell:
+    async def _leave(self, pids: Sequence[int]) -> Farewell:
         """Let the program end by itself, else kill what it said its processes are, and hang up."""
         process, status, words = self._process, None, b""
         with contextlib.suppress(TimeoutError, self._ssh.Error, OSError):
@@ -218,6 +211,10 @@ class _SshChannel(Channel):
             status = process.exit_status
         if status is None and self._connection.is_closed():
             self._lost = self._lost or "the device closed it"
+        elif status is None and pids:
+            with contextlib.suppress(TimeoutError, self._ssh.Error, OSError):
+                kill = shlex.join(["kill", "-KILL", *map(str, pids)])
+                await self._connection.run(kill, timeout=_LAST_BREATH_S)
         self._connection.close()
         with contextlib.suppress(TimeoutError, self._ssh.Error, OSError):
             await asyncio.wait_for(self._connection.wait_closed(), _LAST_BREATH_S)
@@ -230,6 +227,17 @@ async def _last(stream: Any) -> bytes:
     while part := await stream.read(_WORDS_BYTES):
         kept = (kept + part)[-_WORDS_BYTES:]
     return kept
+
+
+async def _begun(ssh: Any, device: Ssh, command: str, shown: list[Any]) -> tuple[Any, Any]:
+    """Log in and start a command."""
+    connection = await _connect(ssh, device, shown)
+    try:
+        starting = connection.create_process(command, encoding=None)
+        return connection, await asyncio.wait_for(starting, device.connect_limit_s)
+    except BaseException:
+        connection.abort()
+        raise
 
 
 async def _connect(ssh: Any, device: Ssh, shown: list[Any]) -> Any:

@@ -35,7 +35,7 @@ class Scripted(Device, Channel):
         self.answers = io.BytesIO(answers)
         self.written: list[bytes] = []
         self.farewell = farewell or Farewell(0)
-        self.killed: list[int] = []
+        self.pids: list[int] = []
 
     @property
     def label(self) -> str:
@@ -54,11 +54,9 @@ class Scripted(Device, Channel):
             raise EOFError
         return found
 
-    def close(self) -> Farewell:
+    def close(self, pids: Sequence[int] = ()) -> Farewell:
+        self.pids = list(pids)
         return self.farewell
-
-    def kill(self, pids: Sequence[int]) -> None:
-        self.killed += pids
 
 
 def frame(header: Any, rest: bytes = b"") -> bytes:
@@ -186,14 +184,11 @@ def test_a_runner_that_does_not_begin(began: bytes, farewell: Farewell, message:
         Conversation("board", Scripted(began, farewell))
 
 
-def test_processes_that_are_not_known_to_have_ended_are_killed_by_their_numbers() -> None:
-    for farewell, killed in ((Farewell(0), []), (Farewell(None, lost="cut"), []), (Farewell(None), [4, 5])):
-        device = Scripted(HELLO, farewell)
+def test_only_numbers_of_processes_are_killed() -> None:
+    for pids, killed in (([4, 5], [4, 5]), ([1, 0, -1, True, "7", 8.5, 8], [8]), ("all", [])):
+        device = Scripted(runner.GREETING + runner.pack({"pids": pids}))
         Conversation("board", device).close()
-        assert device.killed == killed
-    device = Scripted(runner.GREETING + runner.pack({"pids": [1, 0, -1, True, "7", 8]}), Farewell(None))
-    Conversation("board", device).close()
-    assert device.killed == [8]
+        assert device.pids == killed
 
 
 def test_a_large_file_is_sent_in_parts_that_come_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,25 @@ def test_leaving_in_the_middle_ends_what_hangs(
         pytest.raises(RunnerError, match="board did not answer within 1 s while it ran a sample"),
     ):
         runner(SAMPLE.tensors)
+
+
+@pytest.mark.parametrize("by", ["ssh", "local"])
+def test_processes_that_do_not_end_by_themselves_are_killed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    monkeypatch.setattr(f"lightning_edge.devices.{by}._LAST_BREATH_S", 0.5)
+    device = server.device(folder=str(tmp_path)) if by == "ssh" else Local(folder=str(tmp_path))
+    before = runners()
+    asked = Conversation("board", device)
+    started = runners() - before
+    assert {*asked._pids} <= started
+    for pid in asked._pids:
+        os.kill(pid, signal.SIGSTOP)
+    asked.close()
+    until = time.monotonic() + 5
+    while time.monotonic() < until and runners() & started:
+        time.sleep(0.05)
+    assert not runners() & started
 
 
 @pytest.mark.parametrize(
