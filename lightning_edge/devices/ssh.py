@@ -27,6 +27,7 @@ _ALIVE_S, _ALIVE_COUNT = 5.0, 4
 # How long a runner may take to put its things away, once nobody asks any more.
 _LAST_BREATH_S = 8.0
 _WORDS_BYTES = 2**12
+_PART_BYTES = 2**18
 
 
 @final
@@ -153,6 +154,7 @@ class _SshChannel(Channel):
     def __init__(self, device: Ssh, command: str) -> None:
         self._lost: str | None = None
         self._farewell: Farewell | None = None
+        self._unread = bytearray()
         self._ssh = require("asyncssh", EXTRA)
         self._loop = _Loop()
         shown: list[Any] = []
@@ -179,7 +181,14 @@ class _SshChannel(Channel):
         """Read from its standard output."""
         if self._farewell is not None:
             raise EOFError("the program is gone")
-        return bytes(self._waiting(self._process.stdout.readexactly(count), limit_s))
+        while len(self._unread) < count:
+            part = self._waiting(self._process.stdout.read(_PART_BYTES), limit_s)  # what is there, and not all of that
+            if not part:
+                raise EOFError("the program is gone")
+            self._unread += part
+        found = bytes(self._unread[:count])
+        del self._unread[:count]
+        return found
 
     def close(self, pids: Sequence[int] = ()) -> Farewell:
         """End it, and the connection."""
@@ -193,9 +202,8 @@ class _SshChannel(Channel):
             return self._loop.run(coroutine, limit_s)
         except TimeoutError:
             raise
-        except (self._ssh.Error, asyncio.IncompleteReadError, OSError) as error:
-            if isinstance(error, self._ssh.DisconnectError | OSError):
-                self._lost = first_line(error)
+        except (self._ssh.Error, OSError) as error:
+            self._lost = first_line(error)
             raise EOFError("the program is gone") from error
 
     async def _leave(self, pids: Sequence[int]) -> Farewell:
@@ -301,6 +309,11 @@ def _refusal(ssh: Any, device: Ssh, error: BaseException, shown: Sequence[Any]) 
         )
     if isinstance(error, ssh.ChannelOpenError):
         return f"{at} let us in, but started nothing: {first_line(error)}. Allow this user to run commands there"
+    if isinstance(error, ValueError) and not isinstance(error, ssh.Error):
+        return (
+            f"what is known of {device.host} cannot be read: {first_line(error)}. Look at ~/.ssh/config and "
+            f"{_known_hosts(device)}"
+        )
     if isinstance(error, OSError) and not isinstance(error, ConnectionResetError):
         return f"{at} is not reached: {error.strerror or first_line(error)}. Look whether it is on and in this network"
     path = _known_hosts(device)

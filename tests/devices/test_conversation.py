@@ -135,6 +135,9 @@ def test_an_answer_that_cannot_be_is_one_error(path: Path, answer: bytes, messag
         (runner.pack({}, [numpy.array([numpy.nan])]), "something else than a list of times"),
         (runner.pack({}, [numpy.array([[1]], "int64")]), "something else than a list of times"),
         (runner.pack({}), "something else than a list of times"),
+        (runner.pack({}, [numpy.array([5], "int64")]), "calls=None"),
+        (runner.pack({"calls": 0}, [numpy.array([5], "int64")]), "calls=0"),
+        (runner.pack({"calls": 6}, [numpy.array([5], "int64")]), "calls=6"),
         (runner.pack({}, [numpy.ones(99, "int64")]), "arrays of 792 bytes, where 40 are the most"),
     ],
 )
@@ -146,7 +149,7 @@ def test_times_that_cannot_be_are_one_error(path: Path, answer: bytes, message: 
 def test_what_a_device_says_of_itself_is_taken_only_where_it_can_be(path: Path) -> None:
     state = {"temperature_c": "hot", "frequency_mhz": 10**400}
     about = {"machine": 3, "model": "a\nboard\x00 " + "x" * 999, "cores": "four", "features": "all", **state}
-    times = runner.pack({"before": 3, "after": {"temperature_c": 41.5}}, [numpy.array([7], "int64")])
+    times = runner.pack({"calls": 4, "before": 3, "after": {"temperature_c": 41.5}}, [numpy.array([7], "int64")])
     device = Scripted(runner.GREETING + frame({"pids": "all", "about": about, "arrays": []}) + LOADED + times)
     opened = RemoteRunner("board", device, "tflite", path, CONTENTS, 1, 5.0)
     assert opened.about.machine is None
@@ -158,6 +161,7 @@ def test_what_a_device_says_of_itself_is_taken_only_where_it_can_be(path: Path) 
     assert opened.about.state.frequency_mhz is None
     found = opened.times(SAMPLE, 5)
     assert found.ns == [7]
+    assert found.calls == 4
     assert found.before.temperature_c is None
     assert found.after.temperature_c == 41.5
 

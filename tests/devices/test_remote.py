@@ -107,6 +107,12 @@ def test_a_wrong_host_key_is_refused_as_a_changed_one(server: Server, tmp_path: 
         Conversation("board", server.device(known_hosts=str(tmp_path / "kind")))
 
 
+def test_a_file_of_host_keys_that_is_none(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "broken").write_bytes(b"@nonsense 127.0.0.1 ssh-ed25519 AAAA\n")
+    with pytest.raises(DeviceError, match=r"board: what is known of 127.0.0.1 cannot be read: .*broken"):
+        Conversation("board", server.device(known_hosts=str(tmp_path / "broken")))
+
+
 def test_a_key_that_is_not_let_in(server: Server) -> None:
     with pytest.raises(
         DeviceError, match=r"did not let \S+ in by the key .*stranger. Add its public half .*ssh-copy-id"
