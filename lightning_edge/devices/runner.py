@@ -361,8 +361,6 @@ def _watch(child: int, source: int, alive: int, folder: str) -> int:
 
 def main(place: str | None = None) -> None:
     """Run as the program on a device, with a folder of its own in ``place``, or among the temporary files."""
-    if sys.version_info < (3, 9):  # noqa: UP036 (not the Python that this package is installed in)
-        sys.exit(f"Python {platform.python_version()} is too old: 3.9 is the oldest")
     source, sink = os.dup(0), os.dup(1)
     # What a runtime prints goes where errors go, and it reads nothing.
     os.dup2(2, 1)

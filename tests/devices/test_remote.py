@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from boards import Server, free_port, key, runners
+from boards import Server, free_port, is_runner, key, left_over
 from deployables import batches
 
 from lightning_edge.devices import Device, Local, Ssh
@@ -244,19 +245,19 @@ def test_leaving_in_the_middle_ends_what_hangs(
 def test_processes_that_do_not_end_by_themselves_are_killed(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # what is killed leaves its folder behind
     monkeypatch.setattr(f"lightning_edge.devices.{by}._LAST_BREATH_S", 0.5)
     device = server.device(folder=str(tmp_path)) if by == "ssh" else Local(folder=str(tmp_path))
-    before = runners()
     asked = Conversation("board", device)
-    started = runners() - before
-    assert {*asked._pids} <= started
+    assert len(asked._pids) == 2
+    assert all(map(is_runner, asked._pids))
     for pid in asked._pids:
         os.kill(pid, signal.SIGSTOP)
     asked.close()
     until = time.monotonic() + 5
-    while time.monotonic() < until and runners() & started:
+    while time.monotonic() < until and any(map(is_runner, asked._pids)):
         time.sleep(0.05)
-    assert not runners() & started
+    assert not any(map(is_runner, asked._pids))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_a_connection_that_is_cut_in_the_middle(server: Server, files: dict[str,
     sessions = subprocess.check_output(["ps", "-e", "-o", "pid=,ppid="], text=True)
     before = {int(line.split()[0]) for line in sessions.splitlines() if int(line.split()[1]) == server.process.pid}
     runner = opened(server.device(), files["tflite"])
-    assert runners()
+    assert left_over(server.place)[1]
     sessions = subprocess.check_output(["ps", "-e", "-o", "pid=,ppid="], text=True)
     after = {int(line.split()[0]) for line in sessions.splitlines() if int(line.split()[1]) == server.process.pid}
     (session,) = after - before
@@ -350,6 +351,14 @@ def test_asyncssh_that_is_not_installed(server: Server, monkeypatch: pytest.Monk
 def test_settings_that_are_not_allowed(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Ssh(**{"host": "board", **settings})
+
+
+def test_a_program_may_stand_before_a_local_python(tmp_path: Path) -> None:
+    device = Local(["env", "HOME=/nowhere", sys.executable], {"SECOND": "2"}, folder=str(tmp_path))
+    with Conversation("board", device) as asked:
+        found = dict.fromkeys(Path(f"/proc/{asked._pids[1]}/environ").read_bytes().decode().split("\0"))
+        assert {"HOME=/nowhere", "SECOND=2"} <= found.keys()
+        assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_local_python_that_there_is_not() -> None:
