@@ -9,6 +9,7 @@ EdgeError
 ├── DeviceError           a device cannot be reached, or cannot run files at all
 ├── BudgetError           a file is larger, slower or less accurate than its budget allows
 ├── ManifestError         the manifest of a folder cannot be read, or does not say what a manifest says
+├── SweepError            a sweep file is wrong, or a folder is not that of its sweep
 └── MissingExtraError     an optional package is not installed (also an ImportError)
 
 Bad argument values stay ``ValueError`` and ``TypeError``. Every message says what was given, what is
@@ -61,6 +62,10 @@ class ManifestError(EdgeError):
     """The manifest of a folder cannot be read, or does not say what a manifest says."""
 
 
+class SweepError(EdgeError):
+    """A sweep file is wrong, or a folder is not that of its sweep."""
+
+
 class MissingExtraError(EdgeError, ImportError):
     """An optional package is not installed."""
 
@@ -97,6 +102,11 @@ def check_installed(module: str, extra: str) -> None:
 
 def _advice(extra: str) -> str:
     return f"Install it with: pip install 'lightning-edge[{extra}]'"
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal acts on or cannot show: control characters, halves of characters."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def first_line(error: BaseException) -> str:

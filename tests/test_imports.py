@@ -18,6 +18,7 @@ OPTIONAL = (
     "torch_pruning",
     "wandb",
     "asyncssh",
+    "optuna",
     "matplotlib",
     "ai_edge_litert",
     "ethosu",

@@ -21,7 +21,7 @@ from lightning_edge.exporters.onnx import graph as onnx_graph
 from lightning_edge.exporters.onnx import intermediates as onnx_inside
 from lightning_edge.exporters.onnx import read as onnx_file
 from lightning_edge.exporters.onnx import schemes as onnx_schemes
-from lightning_edge.exporters.onnx.passes import rewrite
+from lightning_edge.exporters.onnx.passes import PASSES, UNSIGNED_PASSES, rewrite
 from lightning_edge.exporters.onnx.passes import runtime_bugs as onnx_equivalents
 from lightning_edge.exporters.passes.base import run_passes
 from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
@@ -43,15 +43,25 @@ class ONNX(Target):
     """ONNX: ``.onnx`` files."""
 
     suffix = ".onnx"
+    mark = (0, b"\x08")  # the field of the version of the format, which is the first and has to be there
     extra = EXTRA
+    reader_modules = ("onnx",)
     needs = ("onnx", "onnxscript", "onnxruntime")
     runtime_modules = ("onnxruntime",)
     # ONNX can say 16 bits from opset 21 on; ONNX Runtime converts to them and back, and computes in float between.
     activation_bits = frozenset({8})
     takes_batches = True
     schemes = get_args(Scheme)
+    int8_options = frozenset({"weights"})
 
-    def write(self, network: Deployable, path: Path, *, scheme: Scheme | None = None) -> None:
+    def write(
+        self,
+        network: Deployable,
+        path: Path,
+        *,
+        scheme: Scheme | None = None,
+        weights: Literal["int8", "uint8"] = "int8",
+    ) -> None:
         """Convert the network and write it, weights and all in one file.
 
         Args:
@@ -60,6 +70,8 @@ class ONNX(Target):
             scheme: How a float network's weights are stored: ``"fp16"``, which computes in float16 as well and takes
                 and gives float32; in 8 bits and dequantized before use; or in 8 bits with activations quantized on the
                 fly.
+            weights: Type of an int8 network's weights. With ``"uint8"`` sums are exact in every session, also a default
+                one on x86 without VNNI; with ``"int8"`` a CPU with VNNI is up to twice as fast.
 
         Raises:
             ExportError: If torch.onnx refuses the network.
@@ -68,7 +80,7 @@ class ONNX(Target):
             model = _convert(_in_half(network) if scheme == "fp16" else network)
             onnx_graph.name_outputs(model, network.output_names(), network.interface.inputs)
             if network.precision == "int8":
-                rewrite(model)
+                rewrite(model, UNSIGNED_PASSES if weights == "uint8" else PASSES)
             elif scheme is not None and scheme != "fp16":
                 onnx_schemes.rewrite(model, scheme)
             onnx_equivalents.padded_maxima(onnx_graph.Graph(model))
@@ -190,7 +202,8 @@ class _OnnxRuntime(Runner):
         self.inputs = tuple(_spec(value.name, value.shape, value.type) for value in self._session.get_inputs())
         self._names = [value.name for value in self._session.get_inputs()]
         count = "1 thread" if threads == 1 else f"{threads} threads"
-        self.runtime = f"ONNX Runtime {version('onnxruntime')}, CPU, {count}"
+        exact = ", session.x64quantprecision=1" if sums_overflow() else ""
+        self.runtime = f"ONNX Runtime {version('onnxruntime')}, CPU, {count}{exact}"
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one sample."""

@@ -65,6 +65,8 @@ class TFLite(Target):
     """TensorFlow Lite: ``.tflite`` files."""
 
     suffix = ".tflite"
+    mark = (4, b"TFL3")
+    reader_modules = ("ai_edge_litert.schema_py_generated",)
     extra = EXTRA
     needs = ("litert_torch", "ai_edge_litert")
     runtime_modules = ("ai_edge_litert.interpreter", "ai_edge_litert.schema_py_generated")

@@ -13,11 +13,11 @@ from lightning_edge.devices.device import Device
 from lightning_edge.devices.local import Local
 from lightning_edge.errors import DeviceError, EdgeError, first_line
 from lightning_edge.exporters.target import TARGETS
+from lightning_edge.yaml_files import read_yaml
 
 # A name stands between slashes in the names of metrics, where those of targets stand too.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN = ("torch", *TARGETS)
-_MAX_BYTES = 2**20
 _FORM = "class_path and init_args, as for a callback"
 
 
@@ -73,16 +73,12 @@ def named(devices: Sequence[str | Device], file: str | Path) -> dict[str, Device
 
 
 def _read(path: Path) -> Mapping[Any, Any]:
-    import yaml
-
-    if not path.is_file():
+    if not path.exists():
         raise DeviceError(f"there is no file {str(path)!r}, which describes devices by name. Write it, or name another")
-    if path.stat().st_size > _MAX_BYTES:
-        raise DeviceError(f"{path} has {path.stat().st_size} bytes and cannot be a list of devices")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise DeviceError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
+        content = read_yaml(path)
+    except ValueError as error:
+        raise DeviceError(str(error)) from error
     if not isinstance(content, dict):
         raise DeviceError(f"{path} holds {type(content).__name__}; write the names of devices, and under each {_FORM}")
     for name in content:

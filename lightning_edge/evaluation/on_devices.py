@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import final
+from typing import Any, final
 
 from lightning_edge.comparison import Comparison
 from lightning_edge.devices.conversation import Conversation
@@ -22,7 +22,7 @@ from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import Artifact
 from lightning_edge.exporters.run.not_run import NotRun
-from lightning_edge.exporters.verify.agreement import violations_of
+from lightning_edge.exporters.verify.judge import judge
 from lightning_edge.measure import Tolerance, latency_of
 from lightning_edge.network import Deployable, Inputs, sort_keywords
 from lightning_edge.reporting.devices import DeviceRow, Endurance, Point, failures
@@ -191,8 +191,9 @@ class _OnDevice:
             timing.threads,
             timing.time_limit_s,
         ) as runner:
+            session = _flat(runner.session)
             self.row = replace(
-                self.row, about=runner.about, runtime=runner.runtime, session=runner.session, load_ms=runner.load_ms
+                self.row, about=runner.about, runtime=runner.runtime, session=session, load_ms=runner.load_ms
             )
             artifact = replace(given, runner=runner, load_ms=runner.load_ms)
             if "latency" in measure:
@@ -255,17 +256,19 @@ class _OnDevice:
             raise
         self.row = replace(self.row, metrics=metrics)
         self._fill_agreement(comparison)
-        violations, _ = violations_of(
-            network,
+        judgement = judge(
             comparison.result(),
+            network.precision,
             self._file.tolerance,
-            lambda: reference.rounding(network, validation.run, artifact.sees),
+            names=network.output_names(),
+            rounding=lambda: reference.rounding(network, validation.run, artifact.sees),
         )
-        if violations:
+        self.row = replace(self.row, verdict=judgement.grade, verdict_reason="; ".join(judgement.reasons) or None)
+        if judgement.grade == "broken" and self._file.row.verdict != "broken":
             raise AgreementError(
                 f"{self.row.device}: {artifact.path.name} computes something else there than the network it came from, "
-                f"and not here: {'; '.join(violations)} (over {self.row.samples} samples). Try another version of the "
-                "runtime on the device"
+                f"and not here: {'; '.join(judgement.reasons)} (over {self.row.samples} samples). Try another version "
+                "of the runtime on the device"
             )
 
     def _fill_agreement(self, comparison: Comparison) -> None:
@@ -278,6 +281,14 @@ class _OnDevice:
             mean_steps=found.mean_steps,
             max_relative=found.max_relative,
         )
+
+
+def _flat(session: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of a session by name, whatever group they are in."""
+    found: dict[str, str] = {}
+    for name, value in session.items():
+        found.update(_flat(value) if isinstance(value, Mapping) else {name: str(value)})
+    return found
 
 
 def limited(validation: Validation, reference: Reference, samples: int | None) -> Validation:

@@ -26,7 +26,7 @@ class EvaluationSettings:
 
     Attributes:
         targets: Keys of `exporters.TARGETS`.
-        dirpath: Folder for ``<name>-<precision><suffix>``, ``report.json``, ``report.md`` and ``manifest.json``.
+        dirpath: Folder for ``<name>-<precision><suffix>``, ``report.json``, ``.md`` and ``.html``, ``manifest.json``.
         options: Options of targets, by target.
         tolerance: How far each file may lie from the network it came from, over the whole split.
         timing: Warm-up, repeats and threads of the latency measurement, and the time limit of a call.

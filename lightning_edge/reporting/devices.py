@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
+from lightning_edge.verdict import Grade
+
 # From here on a stretch of calls counts as slower than the fastest one.
 SLOWER = 1.2
 _LEFT_OUT = "-"
@@ -132,7 +134,7 @@ class DeviceRow:
         path: The file, relative to the report.
         about: What the device says it is.
         runtime: Runtime on the device, its version and threads.
-        session: Settings that the runtime was given.
+        session: Settings that the runtime was given, by name.
         metrics: The user's own metrics, of the samples that ran on the device.
         samples: Samples compared with the network the file came from.
         top1: Share of them with the same largest output.
@@ -150,6 +152,8 @@ class DeviceRow:
         before: Temperature and frequency before the calls that were timed.
         after: The same after them.
         sustained: How latency went over a long run of calls.
+        verdict: What its agreement there comes to, as in `Row`.
+        verdict_reason: Why it is that.
     """
 
     device: str
@@ -160,7 +164,7 @@ class DeviceRow:
     path: str | None = None
     about: About | None = None
     runtime: str | None = None
-    session: Mapping[str, object] = field(default_factory=dict)
+    session: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: int | None = None
     top1: float | None = None
@@ -178,6 +182,8 @@ class DeviceRow:
     before: State = field(default_factory=State)
     after: State = field(default_factory=State)
     sustained: Endurance | None = None
+    verdict: Grade | None = None
+    verdict_reason: str | None = None
 
     @property
     def label(self) -> str:
@@ -210,13 +216,14 @@ class DeviceRow:
                 yield f"edge/{self.device}/{self.target}/{prefix}{name}", float(value)
 
 
-HEADERS = ("First ms", "p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Peak", "°C", "MHz")
+HEADERS = ("Verdict", "First ms", "p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Peak", "°C", "MHz")
 FIDELITY_HEADERS = ("Samples", "Same top class", "Max steps", "Mean steps", "Max relative")
 
 
 def cells(row: DeviceRow) -> list[str]:
     """What `HEADERS` names, as text."""
     return [
+        row.verdict or _LEFT_OUT,
         _number(row.first_ms, 3),
         _number(row.p50_ms, 3),
         _number(row.p95_ms, 3),

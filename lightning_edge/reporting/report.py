@@ -1,4 +1,4 @@
-"""What was found: one row per candidate, as JSON, flat metrics, Markdown and a terminal table. Knows no torch."""
+"""What was found: one row per candidate, as JSON, metrics, Markdown, a page and a terminal table. Knows no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lightning_edge.contents import Endpoint, Placements
 from lightning_edge.files import replace_text
@@ -19,11 +19,16 @@ from lightning_edge.interface import Interface
 from lightning_edge.reporting import rendering
 from lightning_edge.reporting.budget import Verdict
 from lightning_edge.reporting.devices import DeviceRow
-
-if TYPE_CHECKING:
-    from rich.console import Group
+from lightning_edge.reporting.html.fit import report_page
+from lightning_edge.reporting.provenance import Commit
+from lightning_edge.reporting.terminal import ReportTable
+from lightning_edge.verdict import Grade, Judgement, Strict
 
 Source = Literal["float", "post-training", "trained"]
+
+# Verdicts as numbers, for loggers.
+_VERDICTS: dict[Grade, int] = {"exact": 3, "close": 2, "differs": 1, "broken": 0}
+_FAILED = -1.0
 
 _PACKAGES = (
     "lightning-edge",
@@ -83,6 +88,9 @@ class Row:
         budget: Whether it keeps its budget, if there is one.
         interface: How the file is called, as it says.
         not_run: Why nothing on this machine could run the file, so that there is no number of what it computes.
+        verdict: What its agreement comes to: ``"exact"``, ``"close"``, ``"differs"`` or ``"broken"``; ``None`` where
+            nothing was compared.
+        verdict_reason: Why it is that, one line.
     """
 
     target: str
@@ -121,6 +129,15 @@ class Row:
     budget: Verdict | None = None
     interface: Interface | None = None
     not_run: str | None = None
+    verdict: Grade | None = None
+    verdict_reason: str | None = None
+
+    @property
+    def judgement(self) -> Judgement | None:
+        """The verdict and its reason as one."""
+        if self.verdict is None:
+            return None
+        return Judgement(self.verdict, () if self.verdict_reason is None else (self.verdict_reason,))
 
     @property
     def label(self) -> str:
@@ -183,6 +200,10 @@ class Report:
         """Rows of files that could not be made."""
         return [row for row in self.rows if row.error is not None]
 
+    def refused(self, strict: Strict) -> list[Row]:
+        """Rows of files with a worse verdict than ``strict`` allows, see `Judgement.allowed`."""
+        return [row for row in self.rows if row.judgement is not None and not row.judgement.allowed(strict)]
+
     @property
     def over_budget(self) -> list[Row]:
         """Rows of the files to ship that exceed their budget; a float file beside int8 ones is only their baseline."""
@@ -193,18 +214,20 @@ class Report:
     def metrics(self) -> dict[str, float]:
         """Flatten to ``edge/<target>/<name>`` for int8 and ``edge/<target>/fp32_<name>`` for fp32.
 
-        Where the int8 network was trained, its post-training baseline is ``edge/torch/post_training_<name>``. Rows with
-        an error and values that are not known are left out. On devices it is ``edge/<device>/<target>/<name>``, with
+        Where the int8 network was trained, its post-training baseline is ``edge/torch/post_training_<name>``. The
+        verdict is a number: 3 exact, 2 close, 1 differs, 0 broken, -1 there is no file. Of rows with an error it is all
+        there is; values that are not known are left out. On devices it is ``edge/<device>/<target>/<name>``, with
         what was measured before an error.
         """
         trained = any(row.source == "trained" for row in self.rows)
         flat: dict[str, float] = {}
         for row in self.rows:
-            if row.error is not None:
-                continue
             prefix = "fp32_" if row.precision == "fp32" else ""
             if trained and row.source == "post-training":
                 prefix = "post_training_"
+            if row.error is not None:
+                flat[f"edge/{row.target}/{prefix}verdict"] = _FAILED
+                continue
             values: dict[str, float | None] = {
                 "size_bytes": row.size_bytes,
                 "compressed_bytes": row.compressed_bytes,
@@ -223,6 +246,7 @@ class Report:
                 "int8_weight_share": row.int8_weight_share,
                 "fallback_share": row.fallback_share,
                 "within_budget": row.within_budget,
+                "verdict": None if row.verdict is None else _VERDICTS[row.verdict],
                 **row.metrics,
             }
             for name, value in values.items():
@@ -240,9 +264,9 @@ class Report:
         """Write as Markdown: what it costs and how well it does, how true it is to its network, how it was measured."""
         return rendering.markdown(self)
 
-    def table(self) -> Group:
-        """Draw as tables of the `rich` package, for a terminal."""
-        return rendering.terminal_table(self)
+    def table(self) -> ReportTable:
+        """Draw as tables of the `rich` package, as wide as the terminal."""
+        return ReportTable(self)
 
     def metric_names(self) -> list[str]:
         """Names of the user's metrics, the monitored one first."""
@@ -263,13 +287,31 @@ class Report:
         phrases.append("no seed set" if self.seed is None else f"seed {self.seed}")
         return phrases
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write ``report.json`` and ``report.md`` into ``folder``, each whole or not at all.
+    def to_html(self, recipe: str | None = None, commit: Commit | None = None) -> str:
+        """Write as a page: one file that loads nothing, for a browser, a phone and a printer.
+
+        Args:
+            recipe: Text of the configuration, if one is known.
+            commit: The commit of the working directory, if there is one.
+        """
+        return report_page(self, recipe, commit)
+
+    def write(self, folder: Path, recipe: str | None = None, commit: Commit | None = None) -> list[Path]:
+        """Write ``report.json``, ``report.md`` and ``report.html`` into ``folder``, each whole or not at all.
+
+        Args:
+            folder: The folder.
+            recipe: Text of the configuration, for the page.
+            commit: The commit of the working directory, for the page.
 
         Raises:
             EdgeError: If a file cannot be written.
         """
-        texts = (("report.json", self.to_json()), ("report.md", self.to_markdown()))
+        texts = (
+            ("report.json", self.to_json()),
+            ("report.md", self.to_markdown()),
+            ("report.html", self.to_html(recipe, commit)),
+        )
         return [replace_text(folder / name, text) for name, text in texts]
 
 

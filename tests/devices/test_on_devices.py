@@ -35,6 +35,7 @@ from lightning_edge.evaluation.validation import Validation
 from lightning_edge.measure import Timing
 from lightning_edge.network import Inputs
 from lightning_edge.reporting.devices import DeviceRow, Endurance, Point, State
+from lightning_edge.reporting.read import read_report
 from lightning_edge.reporting.report import Report
 
 pytest.importorskip("onnxruntime")
@@ -193,7 +194,9 @@ def test_devices_are_in_every_form_of_the_report(report: Report) -> None:
     assert "FAILED on away: onnx int8, away: tflite int8: 127.0.0.1" in printed
     stored = json.loads(report.to_json())["devices"]
     assert [row["device"] for row in stored] == [row.device for row in report.devices]
-    assert stored[2]["session"]["entries"].keys() == {"session.x64quantprecision"}
+    assert stored[2]["session"]["session.x64quantprecision"] in ("0", "1")
+    assert stored[2]["session"]["intra_op_num_threads"] == "1"
+    assert stored[3]["session"] == {"threads": "1"}
     flat = report.metrics()
     found = rows(report, "board")[1]
     assert flat["edge/board/tflite/latency_p50_ms"] == found.p50_ms
@@ -215,7 +218,9 @@ def test_fewer_samples_and_latency_alone(evaluated: Evaluated) -> None:
     assert row.peak_memory_bytes is not None
 
 
-def test_a_long_run_of_calls_in_stretches(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_run_of_calls_in_stretches(
+    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lightning_edge.evaluation.on_devices._KEPT_TIMES", 50)
     (row,) = evaluated.again(Local(), "onnx", measure=["latency"], sustained=Sustained(minutes=0.02))
     assert row.error is None
@@ -226,7 +231,12 @@ def test_a_long_run_of_calls_in_stretches(evaluated: Evaluated, monkeypatch: pyt
     assert all(0 < point.p50_ms <= point.p95_ms and point.calls >= 1 for point in points)
     assert max(point.calls for point in points) > 50  # more calls than times that are told
     assert dict(row.flat())["edge/local/onnx/sustained_warm_p50_ms"] == row.sustained.warm_p50_ms
-    assert "local: onnx int8, one call after another: p50 " in replace(evaluated.report, devices=[row]).to_markdown()
+    report = replace(evaluated.report, devices=(row,))
+    assert "local: onnx int8, one call after another: p50 " in report.to_markdown()
+    report.write(tmp_path)
+    found = read_report(tmp_path)
+    assert found.remarks == ()
+    assert found.report.devices == (row,)
 
 
 def test_a_long_run_that_breaks_off_keeps_its_stretches(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
