@@ -54,11 +54,11 @@ class Conversation:
         self._limit_s = _START_LIMIT_S
         source = (resources.files("lightning_edge.devices") / "runner.py").read_bytes()
         folder = [device.folder] if device.folder else []
+        self._pids: list[int] = []
         try:
             self._channel: Channel = device.start([*device.python, "-c", boot(source), *folder])
         except DeviceError as error:
             raise DeviceError(f"{name}: {error}") from error
-        self._pids: list[int] = []
         try:
             self._channel.write(source, _START_LIMIT_S)
             self._find_greeting()
@@ -143,10 +143,7 @@ class Conversation:
 
     def close(self) -> Farewell:
         """End the runner; what it wrote on the device goes with it."""
-        farewell = self._channel.close()
-        if farewell.status is None and farewell.lost is None and self._pids:
-            self._channel.kill(self._pids)
-        return farewell
+        return self._channel.close(self._pids)
 
     def __enter__(self) -> Conversation:
         return self

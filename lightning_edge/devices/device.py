@@ -45,14 +45,14 @@ class Channel(ABC):
         """
 
     @abstractmethod
-    def close(self) -> Farewell:
+    def close(self, pids: Sequence[int] = ()) -> Farewell:
         """End the program, which ends by itself when its standard input does, and say how it ended.
 
         It may be called again, and then says the same.
-        """
 
-    def kill(self, pids: Sequence[int]) -> None:  # noqa: B027 (a device without processes has nothing to do)
-        """End processes of the device by their numbers, where they did not end by themselves."""
+        Args:
+            pids: Processes of the device that are killed by their numbers where it does not end by itself.
+        """
 
     def __enter__(self) -> Channel:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -116,24 +117,21 @@ class _Pipes(Channel):
             parts += part
         return bytes(parts)
 
-    def close(self) -> Farewell:
-        """End it."""
+    def close(self, pids: Sequence[int] = ()) -> Farewell:
+        """End it, and what it started."""
         if self._farewell is None:
             assert self._process.stdin is not None
             self._process.stdin.close()
             try:
                 code = self._process.wait(_LAST_BREATH_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()
+                os.killpg(self._process.pid, signal.SIGKILL)  # it began a session of its own
                 code = self._process.wait()
             size = os.fstat(self._words.fileno()).st_size
             found = os.pread(self._words.fileno(), _WORDS_BYTES, max(0, size - _WORDS_BYTES))
             self._farewell = Farewell(128 - code if code < 0 else code, last_line(found))
             self._finish()
         return self._farewell
-
-    def kill(self, pids: Sequence[int]) -> None:
-        """Nothing to do: what is left was killed with its process."""
 
 
 def _finish(process: subprocess.Popen[bytes], words: IO[bytes]) -> None:

@@ -33,12 +33,14 @@ class Times:
     """Calls that were timed on a device, one after the other.
 
     Attributes:
-        ns: Nanoseconds of each call, in their order.
+        ns: Nanoseconds of each call, or of every n-th, in their order.
+        calls: So many were made.
         before: Temperature and frequency before the first.
         after: The same after the last.
     """
 
     ns: Sequence[int]
+    calls: int
     before: State
     after: State
 
@@ -92,13 +94,14 @@ class RemoteRunner(Runner):
             self._asked.strange(f"{len(given)} outputs, where the file has {len(self._contents.outputs)}")
         return [self._output(array, end, samples) for array, end in zip(given, self._contents.outputs, strict=True)]
 
-    def times(self, tensors: list[Tensor], calls: int, seconds: float = _STRETCH_S) -> Times:
+    def times(self, tensors: list[Tensor], calls: int, seconds: float = _STRETCH_S, keep: int = MAX_CALLS) -> Times:
         """Time calls on one sample on the device; the way there has no part in it.
 
         Args:
             tensors: The flattened inputs of one sample.
             calls: So many calls at most.
             seconds: None begins after so many seconds, so that it may be fewer: but one is made.
+            keep: Times that are told at most, evenly spread over the calls.
 
         Raises:
             RunnerError: If the file fails to run, or the device says what cannot be.
@@ -106,17 +109,20 @@ class RemoteRunner(Runner):
         calls = min(calls, MAX_CALLS)
         reply, given = self._asked.ask(
             "while calls were timed",
-            {"do": "time", "calls": calls, "seconds": seconds},
+            {"do": "time", "calls": calls, "seconds": seconds, "keep": keep},
             self._arrays(tensors),
             seconds + self._limit_s,
-            8 * calls,
+            8 * min(calls, keep),
         )
         if len(given) != 1 or given[0].dtype.name != "int64" or given[0].ndim != 1 or not len(given[0]):
             self._asked.strange("something else than a list of times")
         ns = [int(value) for value in given[0]]
         if min(ns) < 0 or sum(ns) / 1e9 > seconds + self._limit_s + WAY_S:
             self._asked.strange(f"times that cannot be: {min(ns)} to {max(ns)} ns")
-        return Times(ns, state_of(reply.get("before")), state_of(reply.get("after")))
+        made = figure(reply.get("calls"))
+        if made is None or not len(ns) <= made <= calls:
+            self._asked.strange(f"calls={reply.get('calls')!r}"[:80])
+        return Times(ns, int(made), state_of(reply.get("before")), state_of(reply.get("after")))
 
     def peak_memory_bytes(self) -> int | None:
         """Ask for the peak of the resident memory of the whole process on the device; ``None`` if it does not tell."""

@@ -27,6 +27,7 @@ _ALIVE_S, _ALIVE_COUNT = 5.0, 4
 # How long a runner may take to put its things away, once nobody asks any more.
 _LAST_BREATH_S = 8.0
 _WORDS_BYTES = 2**12
+_PART_BYTES = 2**18
 
 
 @final
@@ -153,18 +154,12 @@ class _SshChannel(Channel):
     def __init__(self, device: Ssh, command: str) -> None:
         self._lost: str | None = None
         self._farewell: Farewell | None = None
+        self._unread = bytearray()
         self._ssh = require("asyncssh", EXTRA)
         self._loop = _Loop()
         shown: list[Any] = []
         try:
-            self._connection = self._loop.run(_connect(self._ssh, device, shown))
-            try:
-                self._process = self._loop.run(
-                    self._connection.create_process(command, encoding=None), device.connect_limit_s
-                )
-            except BaseException:
-                self._connection.abort()
-                raise
+            self._connection, self._process = self._loop.run(_begun(self._ssh, device, command, shown))
         except BaseException as error:
             self._loop.stop()
             if isinstance(error, self._ssh.Error | OSError | ValueError | TimeoutError):
@@ -186,12 +181,19 @@ class _SshChannel(Channel):
         """Read from its standard output."""
         if self._farewell is not None:
             raise EOFError("the program is gone")
-        return bytes(self._waiting(self._process.stdout.readexactly(count), limit_s))
+        while len(self._unread) < count:
+            part = self._waiting(self._process.stdout.read(_PART_BYTES), limit_s)  # what is there, and not all of that
+            if not part:
+                raise EOFError("the program is gone")
+            self._unread += part
+        found = bytes(self._unread[:count])
+        del self._unread[:count]
+        return found
 
-    def close(self) -> Farewell:
+    def close(self, pids: Sequence[int] = ()) -> Farewell:
         """End it, and the connection."""
         if self._farewell is None:
-            self._farewell = self._loop.run(self._leave())
+            self._farewell = self._loop.run(self._leave(pids))
             self._loop.stop()
         return self._farewell
 
@@ -200,12 +202,11 @@ class _SshChannel(Channel):
             return self._loop.run(coroutine, limit_s)
         except TimeoutError:
             raise
-        except (self._ssh.Error, asyncio.IncompleteReadError, OSError) as error:
-            if isinstance(error, self._ssh.DisconnectError | OSError):
-                self._lost = first_line(error)
+        except (self._ssh.Error, OSError) as error:
+            self._lost = first_line(error)
             raise EOFError("the program is gone") from error
 
-    async def _leave(self) -> Farewell:
+    async def _leave(self, pids: Sequence[int]) -> Farewell:
         """Let the program end by itself, else kill what it said its processes are, and hang up."""
         process, status, words = self._process, None, b""
         with contextlib.suppress(TimeoutError, self._ssh.Error, OSError):
@@ -218,6 +219,10 @@ class _SshChannel(Channel):
             status = process.exit_status
         if status is None and self._connection.is_closed():
             self._lost = self._lost or "the device closed it"
+        elif status is None and pids:
+            with contextlib.suppress(TimeoutError, self._ssh.Error, OSError):
+                kill = shlex.join(["kill", "-KILL", *map(str, pids)])
+                await self._connection.run(kill, timeout=_LAST_BREATH_S)
         self._connection.close()
         with contextlib.suppress(TimeoutError, self._ssh.Error, OSError):
             await asyncio.wait_for(self._connection.wait_closed(), _LAST_BREATH_S)
@@ -230,6 +235,17 @@ async def _last(stream: Any) -> bytes:
     while part := await stream.read(_WORDS_BYTES):
         kept = (kept + part)[-_WORDS_BYTES:]
     return kept
+
+
+async def _begun(ssh: Any, device: Ssh, command: str, shown: list[Any]) -> tuple[Any, Any]:
+    """Log in and start a command."""
+    connection = await _connect(ssh, device, shown)
+    try:
+        starting = connection.create_process(command, encoding=None)
+        return connection, await asyncio.wait_for(starting, device.connect_limit_s)
+    except BaseException:
+        connection.abort()
+        raise
 
 
 async def _connect(ssh: Any, device: Ssh, shown: list[Any]) -> Any:
@@ -293,6 +309,11 @@ def _refusal(ssh: Any, device: Ssh, error: BaseException, shown: Sequence[Any]) 
         )
     if isinstance(error, ssh.ChannelOpenError):
         return f"{at} let us in, but started nothing: {first_line(error)}. Allow this user to run commands there"
+    if isinstance(error, ValueError) and not isinstance(error, ssh.Error):
+        return (
+            f"what is known of {device.host} cannot be read: {first_line(error)}. Look at ~/.ssh/config and "
+            f"{_known_hosts(device)}"
+        )
     if isinstance(error, OSError) and not isinstance(error, ConnectionResetError):
         return f"{at} is not reached: {error.strerror or first_line(error)}. Look whether it is on and in this network"
     path = _known_hosts(device)

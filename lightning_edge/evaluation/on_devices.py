@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import final
+from typing import Any, final
 
 from lightning_edge.comparison import Comparison
 from lightning_edge.devices.conversation import Conversation
 from lightning_edge.devices.device import Device
 from lightning_edge.devices.named import named
 from lightning_edge.devices.remote import RemoteRunner, Times, runs_on_devices
-from lightning_edge.devices.runner import RUNTIMES
+from lightning_edge.devices.runner import MAX_CALLS, RUNTIMES
 from lightning_edge.errors import AgreementError, DeviceError, EdgeError
 from lightning_edge.evaluation.reference import Reference
 from lightning_edge.evaluation.settings import EvaluationSettings
@@ -24,8 +25,12 @@ from lightning_edge.exporters.run.not_run import NotRun
 from lightning_edge.exporters.verify.judge import judge
 from lightning_edge.measure import Tolerance, latency_of
 from lightning_edge.network import Deployable, Inputs, sort_keywords
-from lightning_edge.reporting.devices import DeviceRow, failures
+from lightning_edge.reporting.devices import DeviceRow, Endurance, Point, failures
 from lightning_edge.reporting.report import Report, Row
+
+# Stretches of a long run, and how many times of each are told.
+_STRETCHES = 60
+_KEPT_TIMES = 2000
 
 _log = logging.getLogger(__name__)
 
@@ -186,12 +191,15 @@ class _OnDevice:
             timing.threads,
             timing.time_limit_s,
         ) as runner:
+            session = _flat(runner.session)
             self.row = replace(
-                self.row, about=runner.about, runtime=runner.runtime, session=runner.session, load_ms=runner.load_ms
+                self.row, about=runner.about, runtime=runner.runtime, session=session, load_ms=runner.load_ms
             )
             artifact = replace(given, runner=runner, load_ms=runner.load_ms)
             if "latency" in measure:
                 self._time(artifact, runner)
+            if self._settings.on_devices.sustained is not None:
+                self._sustain(artifact, runner, self._settings.on_devices.sustained.minutes * 60)
             if "accuracy" in measure:
                 self._validate(artifact)
             self.row = replace(self.row, peak_memory_bytes=runner.peak_memory_bytes())
@@ -221,6 +229,18 @@ class _OnDevice:
                 throughput=latency.throughput,
                 repeats=len(warm),
             )
+
+    def _sustain(self, artifact: Artifact, runner: RemoteRunner, seconds: float) -> None:
+        """Make calls without a pause; the row has every stretch as soon as it is over."""
+        sample = artifact.ready(sort_keywords(self._file.reference.call).tensors)
+        points: list[Point] = []
+        start = time.monotonic()
+        while (left := start + seconds - time.monotonic()) > 0:
+            found = runner.times(sample, MAX_CALLS, min(left, seconds / _STRETCHES), keep=_KEPT_TIMES)
+            latency = latency_of(found.ns)
+            at_s = time.monotonic() - start
+            points.append(Point(at_s, found.calls, latency.p50_ms, latency.p95_ms, found.after))
+            self.row = replace(self.row, sustained=Endurance.of(points))
 
     def _validate(self, artifact: Artifact) -> None:
         """Validate the file there in its network's place, and say so where it computes something else."""
@@ -261,6 +281,14 @@ class _OnDevice:
             mean_steps=found.mean_steps,
             max_relative=found.max_relative,
         )
+
+
+def _flat(session: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of a session by name, whatever group they are in."""
+    found: dict[str, str] = {}
+    for name, value in session.items():
+        found.update(_flat(value) if isinstance(value, Mapping) else {name: str(value)})
+    return found
 
 
 def limited(validation: Validation, reference: Reference, samples: int | None) -> Validation:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 from lightning_edge.verdict import Grade
+
+# From here on a stretch of calls counts as slower than the fastest one.
+SLOWER = 1.2
+_LEFT_OUT = "-"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,63 @@ class About:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A stretch of a long run of calls.
+
+    Attributes:
+        at_s: Seconds from the beginning of the run to the end of the stretch.
+        calls: Calls made in it.
+        p50_ms: Median latency in it, milliseconds.
+        p95_ms: 95th percentile.
+        state: Temperature and frequency at its end.
+    """
+
+    at_s: float
+    calls: int
+    p50_ms: float
+    p95_ms: float
+    state: State = field(default_factory=State)
+
+
+@dataclass(frozen=True)
+class Endurance:
+    """How a file's latency went over a long run of calls.
+
+    Attributes:
+        points: The stretches of the run.
+        cold_p50_ms: Median latency of the first stretch, milliseconds.
+        warm_p50_ms: Median of the medians of the last fifth.
+        slower_after_s: Seconds after which every stretch, to the end of the run, took more than `SLOWER` times as long
+            as the fastest one; ``None`` where it did not come to that.
+    """
+
+    points: Sequence[Point]
+    cold_p50_ms: float
+    warm_p50_ms: float
+    slower_after_s: float | None
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> Endurance:
+        """Sum up the stretches of a run, at least one."""
+        limit = SLOWER * min(point.p50_ms for point in points)
+        within = [index for index, point in enumerate(points) if point.p50_ms <= limit]
+        kept = within[-1]  # the fastest is within
+        slower = points[kept].at_s if kept + 1 < len(points) else None
+        last = points[-max(1, len(points) // 5) :]
+        return cls(tuple(points), points[0].p50_ms, median(point.p50_ms for point in last), slower)
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        last = self.points[-1]
+        said = f"p50 {self.cold_p50_ms:.3f} ms at first, {self.warm_p50_ms:.3f} ms at the end of {last.at_s:.0f} s"
+        heat = _from_to(self.points[0].state.temperature_c, last.state.temperature_c)
+        said += "" if heat == _LEFT_OUT else f", {heat} °C"
+        if self.slower_after_s is None:
+            return f"{said}; it did not slow down for good"
+        return f"{said}; from {self.slower_after_s:.0f} s on it took more than {SLOWER:g} times its best"
+
+
+@dataclass(frozen=True)
 class DeviceRow:
     """One file on one device. ``None`` is what was not asked for or could not be known.
 
@@ -72,7 +134,7 @@ class DeviceRow:
         path: The file, relative to the report.
         about: What the device says it is.
         runtime: Runtime on the device, its version and threads.
-        session: Settings that the runtime was given.
+        session: Settings that the runtime was given, by name.
         metrics: The user's own metrics, of the samples that ran on the device.
         samples: Samples compared with the network the file came from.
         top1: Share of them with the same largest output.
@@ -89,6 +151,7 @@ class DeviceRow:
         peak_memory_bytes: Peak of the resident memory of the whole process on the device, Python and runtime included.
         before: Temperature and frequency before the calls that were timed.
         after: The same after them.
+        sustained: How latency went over a long run of calls.
         verdict: What its agreement there comes to, as in `Row`.
         verdict_reason: Why it is that.
     """
@@ -101,7 +164,7 @@ class DeviceRow:
     path: str | None = None
     about: About | None = None
     runtime: str | None = None
-    session: Mapping[str, object] = field(default_factory=dict)
+    session: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     samples: int | None = None
     top1: float | None = None
@@ -118,6 +181,7 @@ class DeviceRow:
     peak_memory_bytes: int | None = None
     before: State = field(default_factory=State)
     after: State = field(default_factory=State)
+    sustained: Endurance | None = None
     verdict: Grade | None = None
     verdict_reason: str | None = None
 
@@ -129,7 +193,7 @@ class DeviceRow:
     def flat(self) -> Iterator[tuple[str, float]]:
         """Give every number as ``edge/<device>/<target>/<name>``, those of a float file as ``fp32_<name>``."""
         prefix = "fp32_" if self.precision == "fp32" else ""
-        values = {
+        values: dict[str, float | None] = {
             "load_ms": self.load_ms,
             "latency_first_ms": self.first_ms,
             "latency_p50_ms": self.p50_ms,
@@ -143,6 +207,8 @@ class DeviceRow:
             "max_steps": self.max_steps,
             "mean_steps": self.mean_steps,
             "max_relative": self.max_relative,
+            "sustained_cold_p50_ms": self.sustained.cold_p50_ms if self.sustained else None,
+            "sustained_warm_p50_ms": self.sustained.warm_p50_ms if self.sustained else None,
             **self.metrics,
         }
         for name, value in values.items():
@@ -200,7 +266,7 @@ def described(rows: Sequence[DeviceRow]) -> list[str]:
         runtimes = dict.fromkeys(row.runtime for row in own if row.runtime is not None)
         said = "it was not reached" if about is None else str(about)
         lines.append(f"{device}: {'; '.join([said, *runtimes])}")
-    return lines
+    return [*lines, *(f"{row.label}, one call after another: {row.sustained}" for row in rows if row.sustained)]
 
 
 def failures(rows: Sequence[DeviceRow]) -> list[str]:
@@ -213,9 +279,6 @@ def failures(rows: Sequence[DeviceRow]) -> list[str]:
         f"{', '.join(row.label for row in failed)}: {error.removeprefix(f'{device}: ')}"
         for (device, error), failed in reasons.items()
     ]
-
-
-_LEFT_OUT = "-"
 
 
 def _number(value: float | None, digits: int) -> str:

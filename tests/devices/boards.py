@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ class Server:
     """An SSH server: where its keys are, and the process of it."""
 
     folder: Path
+    place: Path
     port: int
     process: subprocess.Popen[bytes]
 
@@ -32,6 +32,7 @@ class Server:
             "known_hosts": str(self.folder / "known_hosts"),
             "key": str(self.folder / "client"),
             "python": sys.executable,
+            "folder": str(self.place),
             "connect_limit_s": 10.0,
         }
         return Ssh(**{**given, **settings})
@@ -60,18 +61,22 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def runners() -> set[int]:
-    """Every process that is a runner."""
+def is_runner(pid: int | str) -> bool:
+    """Whether a process is a runner that has not ended."""
+    try:
+        return b"'runner.py','exec'" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def left_over(place: Path) -> tuple[set[Path], set[str]]:
+    """Folders in a place, and runners that were told of it: other tests run beside these."""
     found = set()
-    for place in Path("/proc").glob("[0-9]*"):
+    for process in filter(is_runner, (entry.name for entry in Path("/proc").glob("[0-9]*"))):
         try:
-            if b"'runner.py','exec'" in (place / "cmdline").read_bytes():
-                found.add(int(place.name))
+            told = [(Path("/proc") / process / name).read_bytes() for name in ("cmdline", "environ")]
         except OSError:
             continue
-    return found
-
-
-def left_over() -> tuple[set[Path], set[int]]:
-    """Folders and processes of runners."""
-    return {*Path(tempfile.gettempdir()).glob("lightning-edge-*")}, runners()
+        if any(str(place).encode() in text for text in told):
+            found.add(process)
+    return {*place.glob("lightning-edge-*")}, found

@@ -19,8 +19,17 @@ from lightning_edge.exporters import Artifact
 SSHD = Path("/usr/sbin/sshd")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where all devices of these tests put their files."""
+    folder = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, place: Path) -> Iterator[Server]:
     """A server that runs while these tests do."""
     pytest.importorskip("asyncssh")
     if not SSHD.exists() or shutil.which("ssh-keygen") is None:
@@ -43,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     try:
         if not wait_for(port, process):
             pytest.skip("the OpenSSH server here does not start")
-        yield Server(folder, port, process)
+        yield Server(folder, place, port, process)
     finally:
         process.terminate()
         process.wait()
@@ -78,11 +87,10 @@ def python(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(place: Path) -> Iterator[None]:
     """No process and no folder of a runner outlives a test."""
-    before = left_over()
     yield
     until = time.monotonic() + 10
-    while time.monotonic() < until and left_over() != before:
+    while time.monotonic() < until and left_over(place) != (set(), set()):
         time.sleep(0.05)
-    assert left_over() == before
+    assert left_over(place) == (set(), set())

@@ -35,7 +35,7 @@ class Scripted(Device, Channel):
         self.answers = io.BytesIO(answers)
         self.written: list[bytes] = []
         self.farewell = farewell or Farewell(0)
-        self.killed: list[int] = []
+        self.pids: list[int] = []
 
     @property
     def label(self) -> str:
@@ -54,11 +54,9 @@ class Scripted(Device, Channel):
             raise EOFError
         return found
 
-    def close(self) -> Farewell:
+    def close(self, pids: Sequence[int] = ()) -> Farewell:
+        self.pids = list(pids)
         return self.farewell
-
-    def kill(self, pids: Sequence[int]) -> None:
-        self.killed += pids
 
 
 def frame(header: Any, rest: bytes = b"") -> bytes:
@@ -137,6 +135,9 @@ def test_an_answer_that_cannot_be_is_one_error(path: Path, answer: bytes, messag
         (runner.pack({}, [numpy.array([numpy.nan])]), "something else than a list of times"),
         (runner.pack({}, [numpy.array([[1]], "int64")]), "something else than a list of times"),
         (runner.pack({}), "something else than a list of times"),
+        (runner.pack({}, [numpy.array([5], "int64")]), "calls=None"),
+        (runner.pack({"calls": 0}, [numpy.array([5], "int64")]), "calls=0"),
+        (runner.pack({"calls": 6}, [numpy.array([5], "int64")]), "calls=6"),
         (runner.pack({}, [numpy.ones(99, "int64")]), "arrays of 792 bytes, where 40 are the most"),
     ],
 )
@@ -148,7 +149,7 @@ def test_times_that_cannot_be_are_one_error(path: Path, answer: bytes, message: 
 def test_what_a_device_says_of_itself_is_taken_only_where_it_can_be(path: Path) -> None:
     state = {"temperature_c": "hot", "frequency_mhz": 10**400}
     about = {"machine": 3, "model": "a\nboard\x00 " + "x" * 999, "cores": "four", "features": "all", **state}
-    times = runner.pack({"before": 3, "after": {"temperature_c": 41.5}}, [numpy.array([7], "int64")])
+    times = runner.pack({"calls": 4, "before": 3, "after": {"temperature_c": 41.5}}, [numpy.array([7], "int64")])
     device = Scripted(runner.GREETING + frame({"pids": "all", "about": about, "arrays": []}) + LOADED + times)
     opened = RemoteRunner("board", device, "tflite", path, CONTENTS, 1, 5.0)
     assert opened.about.machine is None
@@ -160,6 +161,7 @@ def test_what_a_device_says_of_itself_is_taken_only_where_it_can_be(path: Path) 
     assert opened.about.state.frequency_mhz is None
     found = opened.times(SAMPLE, 5)
     assert found.ns == [7]
+    assert found.calls == 4
     assert found.before.temperature_c is None
     assert found.after.temperature_c == 41.5
 
@@ -186,14 +188,11 @@ def test_a_runner_that_does_not_begin(began: bytes, farewell: Farewell, message:
         Conversation("board", Scripted(began, farewell))
 
 
-def test_processes_that_are_not_known_to_have_ended_are_killed_by_their_numbers() -> None:
-    for farewell, killed in ((Farewell(0), []), (Farewell(None, lost="cut"), []), (Farewell(None), [4, 5])):
-        device = Scripted(HELLO, farewell)
+def test_only_numbers_of_processes_are_killed() -> None:
+    for pids, killed in (([4, 5], [4, 5]), ([1, 0, -1, True, "7", 8.5, 8], [8]), ("all", [])):
+        device = Scripted(runner.GREETING + runner.pack({"pids": pids}))
         Conversation("board", device).close()
-        assert device.killed == killed
-    device = Scripted(runner.GREETING + runner.pack({"pids": [1, 0, -1, True, "7", 8]}), Farewell(None))
-    Conversation("board", device).close()
-    assert device.killed == [8]
+        assert device.pids == killed
 
 
 def test_a_large_file_is_sent_in_parts_that_come_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

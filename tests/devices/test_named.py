@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning_edge import DeviceEvaluationCallback
 from lightning_edge.devices import Local, Ssh
 from lightning_edge.devices.named import check_names, named
-from lightning_edge.devices.settings import DeviceSettings
+from lightning_edge.devices.settings import DeviceSettings, Sustained
 from lightning_edge.errors import DeviceError
 
 BOARDS = """
@@ -122,6 +122,7 @@ def test_names_that_are_none(names: list[str], message: str) -> None:
         ({"measure": "latency"}, "give a list"),
         ({"measure": ["speed"]}, "measure=\\['speed'\\] is not allowed"),
         ({"limit_samples": 0}, "limit_samples=0 is not allowed"),
+        ({"sustained": "10"}, "sustained='10' is not allowed"),
         ({"limit_samples": 2.5}, "limit_samples=2.5 is not allowed"),
     ],
 )
@@ -130,20 +131,28 @@ def test_settings_that_are_not_allowed(settings: dict[str, object], message: str
         DeviceSettings(**settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("minutes", [0, -1, 1441, float("nan")])
+def test_minutes_that_are_not_allowed(minutes: float) -> None:
+    with pytest.raises(ValueError, match=r"sustained: minutes=.* is not allowed; give more than 0, and 1440 at most"):
+        Sustained(minutes)
+
+
 def test_a_recipe_names_devices_and_gives_them_in_person() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DeviceEvaluationCallback, "callback")
     given = {
         "targets": ["onnx"],
         "devices": ["pi4", {"class_path": "lightning_edge.devices.Ssh", "init_args": {"host": "board", "port": 2222}}],
-        "on_devices": {"measure": ["latency"], "limit_samples": 64},
+        "on_devices": {"measure": ["latency"], "limit_samples": 64, "sustained": {"minutes": 5}},
     }
     callback = parser.instantiate(parser.parse_object({"callback": given})).callback
     name, board = callback.settings.devices
     assert name == "pi4"
     assert isinstance(board, Ssh)
     assert board.port == 2222
-    assert callback.settings.on_devices == DeviceSettings(measure=["latency"], limit_samples=64)
+    assert callback.settings.on_devices == DeviceSettings(
+        measure=["latency"], limit_samples=64, sustained=Sustained(5.0)
+    )
 
 
 def test_devices_without_a_file_for_them() -> None:

@@ -24,8 +24,8 @@ from torchmetrics import Accuracy
 
 from lightning_edge import DeviceEvaluationCallback
 from lightning_edge.devices import Device, Local
-from lightning_edge.devices.remote import RemoteRunner
-from lightning_edge.devices.settings import DeviceSettings
+from lightning_edge.devices.remote import RemoteRunner, Times
+from lightning_edge.devices.settings import DeviceSettings, Sustained
 from lightning_edge.errors import DeviceError
 from lightning_edge.evaluation.evaluate import evaluate_module
 from lightning_edge.evaluation.on_devices import DeviceFile, left_out, limited, raise_device_failures, run_on_devices
@@ -34,7 +34,8 @@ from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.measure import Timing
 from lightning_edge.network import Inputs
-from lightning_edge.reporting.devices import DeviceRow
+from lightning_edge.reporting.devices import DeviceRow, Endurance, Point, State
+from lightning_edge.reporting.read import read_report
 from lightning_edge.reporting.report import Report
 
 pytest.importorskip("onnxruntime")
@@ -193,7 +194,9 @@ def test_devices_are_in_every_form_of_the_report(report: Report) -> None:
     assert "FAILED on away: onnx int8, away: tflite int8: 127.0.0.1" in printed
     stored = json.loads(report.to_json())["devices"]
     assert [row["device"] for row in stored] == [row.device for row in report.devices]
-    assert stored[2]["session"]["entries"].keys() == {"session.x64quantprecision"}
+    assert stored[2]["session"]["session.x64quantprecision"] in ("0", "1")
+    assert stored[2]["session"]["intra_op_num_threads"] == "1"
+    assert stored[3]["session"] == {"threads": "1"}
     flat = report.metrics()
     found = rows(report, "board")[1]
     assert flat["edge/board/tflite/latency_p50_ms"] == found.p50_ms
@@ -213,6 +216,67 @@ def test_fewer_samples_and_latency_alone(evaluated: Evaluated) -> None:
     assert row.metrics
     assert row.p50_ms is None
     assert row.peak_memory_bytes is not None
+
+
+def test_a_long_run_of_calls_in_stretches(
+    evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_edge.evaluation.on_devices._KEPT_TIMES", 50)
+    (row,) = evaluated.again(Local(), "onnx", measure=["latency"], sustained=Sustained(minutes=0.02))
+    assert row.error is None
+    assert row.sustained is not None
+    points = row.sustained.points
+    assert len(points) > 5
+    assert [point.at_s for point in points] == sorted(point.at_s for point in points)
+    assert all(0 < point.p50_ms <= point.p95_ms and point.calls >= 1 for point in points)
+    assert max(point.calls for point in points) > 50  # more calls than times that are told
+    assert dict(row.flat())["edge/local/onnx/sustained_warm_p50_ms"] == row.sustained.warm_p50_ms
+    report = replace(evaluated.report, devices=(row,))
+    assert "local: onnx int8, one call after another: p50 " in report.to_markdown()
+    report.write(tmp_path)
+    found = read_report(tmp_path)
+    assert found.remarks == ()
+    assert found.report.devices == (row,)
+
+
+def test_a_long_run_that_breaks_off_keeps_its_stretches(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    times, stretches = RemoteRunner.times, []
+
+    def break_in_the_fourth(self: RemoteRunner, *given: Any, **named: Any) -> Times:
+        stretches.append(given)
+        if len(stretches) == 5:  # the first is of `latency`
+            os.kill(self._asked._pids[1], signal.SIGSEGV)
+        return times(self, *given, **named)
+
+    monkeypatch.setattr(RemoteRunner, "times", break_in_the_fourth)
+    (row,) = evaluated.again(Local(), "onnx", sustained=Sustained(minutes=0.5))
+    assert row.error is not None
+    assert "the runtime crashed (SIGSEGV) while calls were timed" in row.error
+    assert row.sustained is not None
+    assert len(row.sustained.points) == 3
+    assert row.p50_ms is not None
+
+
+@pytest.mark.parametrize(
+    ("medians", "cold", "warm", "slower_after_s"),
+    [
+        ([1.0, 1.0, 1.1, 1.0], 1.0, 1.0, None),
+        ([1.0, 1.0, 1.3, 1.4, 1.5], 1.0, 1.5, 20.0),
+        ([1.0, 1.5, 1.0, 1.0, 1.0], 1.0, 1.0, None),  # not for good
+        ([2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.3, 1.5], 2.0, 1.4, 80.0),
+        ([1.0], 1.0, 1.0, None),
+    ],
+)
+def test_a_device_that_slows_down_for_good(
+    medians: list[float], cold: float, warm: float, slower_after_s: float | None
+) -> None:
+    heat = [State(temperature_c=40.0 + index) for index in range(len(medians))]
+    points = [Point(10.0 * (index + 1), 5, p50, p50, heat[index]) for index, p50 in enumerate(medians)]
+    found = Endurance.of(points)
+    assert (found.cold_p50_ms, found.warm_p50_ms, found.slower_after_s) == (cold, warm, slower_after_s)
+    assert f"{cold:.3f} ms at first, {warm:.3f} ms at the end" in str(found)
+    assert f"40 to {39 + len(medians)} °C" in str(found)
+    assert ("did not slow down" in str(found)) == (slower_after_s is None)
 
 
 @pytest.mark.parametrize(

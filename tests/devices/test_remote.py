@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from boards import Server, free_port, key, runners
+from boards import Server, free_port, is_runner, key, left_over
 from deployables import batches
 
 from lightning_edge.devices import Device, Local, Ssh
@@ -104,6 +106,12 @@ def test_a_wrong_host_key_is_refused_as_a_changed_one(server: Server, tmp_path: 
     (tmp_path / "kind").write_text(f"[127.0.0.1]:{server.port} {key(tmp_path / 'ecdsa', 'ecdsa')}\n")
     with pytest.raises(DeviceError, match=r"whether it still has a host key of the kind that .*kind has for it"):
         Conversation("board", server.device(known_hosts=str(tmp_path / "kind")))
+
+
+def test_a_file_of_host_keys_that_is_none(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "broken").write_bytes(b"@nonsense 127.0.0.1 ssh-ed25519 AAAA\n")
+    with pytest.raises(DeviceError, match=r"board: what is known of 127.0.0.1 cannot be read: .*broken"):
+        Conversation("board", server.device(known_hosts=str(tmp_path / "broken")))
 
 
 def test_a_key_that_is_not_let_in(server: Server) -> None:
@@ -233,6 +241,25 @@ def test_leaving_in_the_middle_ends_what_hangs(
         runner(SAMPLE.tensors)
 
 
+@pytest.mark.parametrize("by", ["ssh", "local"])
+def test_processes_that_do_not_end_by_themselves_are_killed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # what is killed leaves its folder behind
+    monkeypatch.setattr(f"lightning_edge.devices.{by}._LAST_BREATH_S", 0.5)
+    device = server.device(folder=str(tmp_path)) if by == "ssh" else Local(folder=str(tmp_path))
+    asked = Conversation("board", device)
+    assert len(asked._pids) == 2
+    assert all(map(is_runner, asked._pids))
+    for pid in asked._pids:
+        os.kill(pid, signal.SIGSTOP)
+    asked.close()
+    until = time.monotonic() + 5
+    while time.monotonic() < until and any(map(is_runner, asked._pids)):
+        time.sleep(0.05)
+    assert not any(map(is_runner, asked._pids))
+
+
 @pytest.mark.parametrize(
     ("action", "message"),
     [
@@ -268,7 +295,7 @@ def test_a_connection_that_is_cut_in_the_middle(server: Server, files: dict[str,
     sessions = subprocess.check_output(["ps", "-e", "-o", "pid=,ppid="], text=True)
     before = {int(line.split()[0]) for line in sessions.splitlines() if int(line.split()[1]) == server.process.pid}
     runner = opened(server.device(), files["tflite"])
-    assert runners()
+    assert left_over(server.place)[1]
     sessions = subprocess.check_output(["ps", "-e", "-o", "pid=,ppid="], text=True)
     after = {int(line.split()[0]) for line in sessions.splitlines() if int(line.split()[1]) == server.process.pid}
     (session,) = after - before
@@ -324,6 +351,14 @@ def test_asyncssh_that_is_not_installed(server: Server, monkeypatch: pytest.Monk
 def test_settings_that_are_not_allowed(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Ssh(**{"host": "board", **settings})
+
+
+def test_a_program_may_stand_before_a_local_python(tmp_path: Path) -> None:
+    device = Local(["env", "HOME=/nowhere", sys.executable], {"SECOND": "2"}, folder=str(tmp_path))
+    with Conversation("board", device) as asked:
+        found = dict.fromkeys(Path(f"/proc/{asked._pids[1]}/environ").read_bytes().decode().split("\0"))
+        assert {"HOME=/nowhere", "SECOND=2"} <= found.keys()
+        assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_local_python_that_there_is_not() -> None:
