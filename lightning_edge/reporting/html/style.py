@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lightning_edge.reporting.html.picture import COLORS, DARK, LIGHT, MARKS
 
-_STATES_LIGHT = "--good:#0a6b45;--warn:#8a5200;--bad:#b3261e;--panel:#f4f6f8;"
-_STATES_DARK = "--good:#5fd6a2;--warn:#f0b35a;--bad:#ff8a80;--panel:#1f242a;"
-_PAPER = f":root{{color-scheme:light;{LIGHT}{_STATES_LIGHT}}}"
+STATES_LIGHT = "--good:#0a6b45;--warn:#8a5200;--bad:#b3261e;--panel:#f4f6f8;"
+STATES_DARK = "--good:#5fd6a2;--warn:#f0b35a;--bad:#ff8a80;--panel:#1f242a;"
+_PAPER = f":root{{color-scheme:light;{LIGHT}{STATES_LIGHT}}}"
 
-SHEET = f""":root{{color-scheme:light dark;{LIGHT}{_STATES_LIGHT}}}
-@media (prefers-color-scheme:dark){{:root{{{DARK}{_STATES_DARK}}}}}
+SHEET = f""":root{{color-scheme:light dark;{LIGHT}{STATES_LIGHT}}}
+@media (prefers-color-scheme:dark){{:root{{{DARK}{STATES_DARK}}}}}
 {MARKS}
 *{{box-sizing:border-box}}
 body{{margin:0;background:var(--paper);color:var(--ink);
