@@ -41,7 +41,7 @@ def report_page(report: Report, recipe: str | None = None, commit: Commit | None
     choice = choose_file(report)
     return page(
         f"{report.model} on the device",
-        tag("h1", f"{report.model} on the device"),
+        tag("h1", f"{clipped(report.model, _LONGEST_NAME)} on the device"),
         _headline(report, choice),
         _attention(report),
         parts.files(report, None if choice is None else choice.row),
@@ -83,7 +83,7 @@ def _headline(report: Report, choice: Choice | None) -> Markup:
                 else signed(difference)
             )
             told.append(f"{clipped(metric, _LONGEST_NAME)} {words if difference else 'the same'}")
-        shown.append((metric, number(now), than))
+        shown.append((clipped(metric, _LONGEST_NAME), number(now), than))
     if timed(row):
         than = "the float file was not timed"
         if before is not None and timed(before) and row.p50_ms and before.p50_ms:
