@@ -27,8 +27,11 @@ from lightning_edge.exporters.verify.agreement import check_agreement
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.measure import Agreement, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
 from lightning_edge.network import Deployable, Inputs, sort_keywords
+from lightning_edge.pruning import Prune
+from lightning_edge.pruning.cutting import channels_of
 from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
 from lightning_edge.quantization.calibration_check import in_words
+from lightning_edge.record import changes_of
 from lightning_edge.reporting.monitor import Monitor, choose
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
 from lightning_edge.reporting.rows import compared, described, judged, over_budget, recorded, timed, without_gain, write
@@ -162,6 +165,7 @@ class _Evaluation:
             seed=int(seed) if seed else None,
             warnings=tuple(self._warnings),
             notes=tuple(self._notes),
+            channels=channels_of(change for change in changes_of(trained) if change["phase"] == Prune.name),
             versions=installed_versions(),
         )
 

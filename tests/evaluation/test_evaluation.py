@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, MeanSquaredError
 
-from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Quantize
+from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Prune, Quantize
 from lightning_edge.contents import Placements
 from lightning_edge.errors import BudgetError, EdgeError, ExportError, MissingExtraError
 from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, raise_over_budget
@@ -337,6 +337,18 @@ def test_file_that_computes_something_else_is_not_kept_and_the_old_one_stays(stu
         ExportError, match=r"1 of the files could not be made.*\n  stub fp32: .*computes something else"
     ):
         raise_failures(report)
+
+
+def test_report_and_page_tell_what_was_cut(stub: Stub, tmp_path: Path) -> None:
+    module = Classifier()
+    evaluation = DeviceEvaluationCallback(["stub"], str(tmp_path), timing=QUICK, calibration_batches=2)
+    phases = [Prune(params=0.5, start=0, end=0, round_to=2), Quantize(start=0.5)]
+    trainer(EdgeCompressionCallback(phases), evaluation).fit(module, TRAINING, VALIDATION)
+    assert evaluation.report is not None
+    assert evaluation.report.channels == {"0": (8, module.net[0].out_channels)}
+    assert module.net[0].out_channels < 8
+    assert json.loads((tmp_path / "report.json").read_text())["channels"] == {"0": [8, module.net[0].out_channels]}
+    assert "What was cut" in (tmp_path / "report.html").read_text()
 
 
 def test_tolerance_is_the_users(stub: Stub, tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ REPORTS: Mapping[str, Report] = {
             for row in (FLOAT, INT8)
         ],
     ),
+    "pruned": replace(REPORT, channels={"stem.0": (16, 12), "head": (64, 8)}),
+    "pruned deep": replace(REPORT, channels={f"layers.{number}.conv": (64, number % 64) for number in range(400)}),
     "long": replace(
         REPORT,
         model=LONG,
@@ -129,6 +131,7 @@ REPORTS: Mapping[str, Report] = {
         warnings=(HOSTILE,),
         notes=(HOSTILE,),
         versions={HOSTILE: HOSTILE},
+        channels={HOSTILE: (4, 2)},
     ),
 }
 

@@ -20,7 +20,7 @@ WIDTHS = (390, 1280)
 PAGES = {
     **{
         name: report_page(REPORTS[name], recipe="x: " + "y" * 500)
-        for name in ("plain", "many", "long", "hostile", "failed")
+        for name in ("plain", "many", "pruned", "long", "hostile", "failed")
     },
     "side by side": comparison_page({"before": REPORT, LONG: REPORTS["many"], HOSTILE: REPORTS["over budget"]}),
     "sweep": sweep_page(

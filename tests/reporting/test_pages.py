@@ -92,6 +92,16 @@ def test_pictures_without_metrics_are_of_size_and_latency() -> None:
     assert "val_acc" not in found
 
 
+def test_channels_before_and_after_are_told_by_layer() -> None:
+    assert "What was cut" not in report_page(REPORT)
+    found = words(report_page(REPORTS["pruned"]))
+    assert "stem.0 12 of 16" in found
+    assert "head 64 8 12.50%" in found
+    deep = words(report_page(REPORTS["pruned deep"]))
+    assert "the first 24 of 400 layers" in deep
+    assert "250 more layers are in report.json" in deep
+
+
 def test_a_reference_interpreter_is_not_timed() -> None:
     found = words(report_page(REPORTS["reference"]))
     assert "run by a reference interpreter" in found

@@ -24,6 +24,7 @@ from lightning_edge.reporting.typed import MOST_BYTES, built
 
 FULL = replace(
     REPORT,
+    channels={"stem": (16, 12)},
     rows=(
         *REPORT.rows,
         FAILED,

@@ -18,6 +18,7 @@ from lightning_edge.reporting.html.choice import (
 )
 from lightning_edge.reporting.html.markup import Markup, join, tag, text
 from lightning_edge.reporting.html.page import page, points, quiet, section, state, table, tiles
+from lightning_edge.reporting.html.pruned import channels
 from lightning_edge.reporting.html.words import clipped, known, number, signed, times
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def report_page(report: Report, recipe: str | None = None, commit: Commit | None
         parts.agreement(report),
         parts.placements(report),
         parts.memory(report),
+        channels(report),
         section("Notes", points(report.notes)) if report.notes else None,
         _making(report, recipe, commit),
     )
