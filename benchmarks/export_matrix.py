@@ -179,7 +179,8 @@ class Trained:
 def fit_recipe(name: str, samples: int) -> Trained:
     """Train as a recipe says, without the exports at its end."""
     from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback
-    from lightning_edge.cli.main import EdgeCLI, EdgeParser, EdgeTrainer
+    from lightning_edge.cli.main import EdgeCLI, EdgeParser
+    from lightning_edge.cli.trainer import EdgeTrainer
     from lightning_edge.network import Inputs
 
     quiet = [f"--trainer.{part}=false" for part in ("logger", "enable_checkpointing", "enable_progress_bar")]
@@ -316,7 +317,7 @@ def write(
     from lightning_edge import exporters
     from lightning_edge.errors import EdgeError
     from lightning_edge.exporters.verify import schemes
-    from lightning_edge.exporters.verify.agreement import agreement_of, rounding_of, violations_of
+    from lightning_edge.exporters.verify.agreement import agreement_of, judge_file, rounding_of
     from lightning_edge.measure import Tolerance
 
     scheme = row["scheme"]
@@ -339,11 +340,11 @@ def write(
             return None
     artifact, contents = staged.artifact, staged.artifact.contents
     tolerance = schemes.tolerance(scheme) if chosen else Tolerance()
-    violations, own = violations_of(network, agreement, tolerance, lambda: rounding_of(network, artifact, batches))
-    result = "pass" if own is None else f"pass: its own rounding moves it by {own.max_steps:.2g}"
+    judgement = judge_file(network, artifact, agreement, tolerance, lambda: rounding_of(network, artifact, batches))
+    passed = judgement.grade in ("exact", "close")
     places = contents.placements
     row |= {
-        "result": "; ".join(violations) or result,
+        "result": f"pass: {judgement.grade}" if passed else str(judgement),
         "top-1": None if regression else agreement.top1,
         "max": agreement.max_steps if scheme == "int8" else agreement.max_relative,
         "mean": agreement.mean_steps if scheme == "int8" else None,

@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 
 from lightning_edge import EdgeCompressionCallback, Quantize, exporters
-from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, torch_threads
+from lightning_edge.evaluation.evaluate import evaluate_module, torch_threads
+from lightning_edge.evaluation.refusals import raise_failures
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation, calibration_inputs
 from lightning_edge.measure import Timing, interleaved_latency

@@ -27,11 +27,19 @@ from lightning_edge.exporters.run.calls import TensorSpec, conform, stack
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S, Isolated
 from lightning_edge.exporters.run.not_run import NotRun
 from lightning_edge.exporters.run.runner import Runner
+from lightning_edge.exporters.run.time_limit import within
 from lightning_edge.exporters.target import TARGETS, Target, target
 from lightning_edge.measure import Agreement
 from lightning_edge.network import Inputs, sort_keywords
+from lightning_edge.regular_files import check_members, check_regular, kind_of
+from lightning_edge.verdict import Judgement
 
 Result = TypeVar("Result")
+
+# What flatbuffers and protocol buffers count bytes with ends here.
+MOST_BYTES = 2**31 - 1
+# A package's weights lie in a file of their own that has no such end; no device has room for more.
+MOST_PACKAGE_BYTES = 2**34
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +55,7 @@ class Artifact:
         runner: Runs one sample.
         load_ms: Wall time from the path to a runner that is ready, milliseconds; ``None`` where there is none.
         agreement: How far it lay from that network; ``None`` for a file that was not compared.
+        judgement: What was made of that; ``None`` for a file that was not compared.
         not_run: Why nothing on this machine can run it, and calling it is an error; ``None`` where it runs.
     """
 
@@ -58,6 +67,7 @@ class Artifact:
     runner: Runner = field(repr=False)
     load_ms: float | None
     agreement: Agreement | None = None
+    judgement: Judgement | None = None
     not_run: str | None = None
 
     @property
@@ -171,31 +181,33 @@ def load(
         isolated: Whether its runtime gets a process of its own, which ends with the artifact: what crashes there is a
             `RunnerError` here. With ``False`` it starts sooner, a call is not sent anywhere, and a crash is one of this
             process. Core ML's reference interpreter has no process of its own either way.
-        time_limit_s: Seconds that loading the file, or running one sample, may take before the process is ended; means
-            nothing without one.
+        time_limit_s: Seconds that reading what the file holds, loading it, or running one sample may take, each. A
+            process is ended then; without one only reading is limited.
 
     Raises:
-        RunnerError: If it is missing, cut short, or not what its suffix says.
+        RunnerError: If it is missing, no regular file, too large, cut short, or not what its suffix says.
         ValueError: If the suffix belongs to no target, or an argument is not allowed.
     """
     check_running(threads, time_limit_s)
     name, path = _existing(path)
-    contents = inspect_file(target(name), path, path.name)
+    contents = _inspected(target(name), path, time_limit_s)
     return open_file(name, path, contents, threads, isolated, time_limit_s)
 
 
-def contents_of(path: str | Path) -> Contents:
+def contents_of(path: str | Path, *, time_limit_s: float = DEFAULT_TIME_LIMIT_S) -> Contents:
     """Read what an exported file holds, without running it; its suffix says the target.
 
     Args:
         path: The file, or the folder of a Core ML package.
+        time_limit_s: Seconds that it may take.
 
     Raises:
-        RunnerError: If it is missing, cut short, or not what its suffix says.
-        ValueError: If the suffix belongs to no target.
+        RunnerError: If it is missing, no regular file, too large, cut short, or not what its suffix says.
+        ValueError: If the suffix belongs to no target, or the time is not above 0.
     """
+    check_running(1, time_limit_s)
     name, path = _existing(path)
-    return inspect_file(target(name), path, path.name)
+    return _inspected(target(name), path, time_limit_s)
 
 
 def _existing(path: str | Path) -> tuple[str, Path]:
@@ -205,9 +217,41 @@ def _existing(path: str | Path) -> tuple[str, Path]:
     if name is None:
         known = ", ".join(f"{target(name).suffix} ({name})" for name in TARGETS)
         raise ValueError(f"{path} has the suffix {path.suffix!r}; load() reads {known}")
-    if not path.exists():
-        raise RunnerError(f"{path} does not exist; export() writes it")
+    _check_place(path, target(name))
     return name, path
+
+
+def _check_place(path: Path, module: Target) -> None:
+    """Refuse what only has the name of a file, before anything of it is read: what lies there, its size, its mark."""
+    try:
+        kind, wanted = kind_of(path), "a folder" if module.writes_folder else "a file"
+        if kind != wanted:
+            raise RunnerError(f"{path} is {kind}; a {module.suffix} is {wanted}, as export() writes it")
+        if module.writes_folder:
+            check_members(path, MOST_PACKAGE_BYTES)
+            return
+        check_regular(path, MOST_BYTES)
+        place, mark = module.mark
+        with path.open("rb") as stream:
+            if stream.read(place + len(mark))[place:] != mark:
+                raise RunnerError(f"{path.name} is no {module.suffix} file: it does not begin as one. Export it again")
+    except FileNotFoundError as error:
+        raise RunnerError(f"{path} does not exist; export() writes it") from error
+    except OSError as error:
+        raise RunnerError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RunnerError(f"{error}. Export it again") from error
+
+
+def _inspected(module: Target, path: Path, time_limit_s: float) -> Contents:
+    module.import_reader()
+    try:
+        return within(time_limit_s, lambda: inspect_file(module, path, path.name))
+    except TimeoutError as error:
+        raise RunnerError(
+            f"{path.name} was not read within time_limit_s={time_limit_s:g}: it is very large, or made to be read "
+            "without end. If it is your own, give a larger time_limit_s"
+        ) from error
 
 
 def inspect_file(module: Target, path: Path, name: str) -> Contents:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_edge.errors import ExportError
+from lightning_edge.errors import AgreementError, ExportError
 from lightning_edge.exporters.artifact import Artifact, check_running, inspect_file, open_file, placed
 from lightning_edge.exporters.input_adapter import check_interface
 from lightning_edge.exporters.passes.trim_kernels import trim_kernels
@@ -19,7 +19,7 @@ from lightning_edge.exporters.staged import Staged
 from lightning_edge.exporters.target import TARGETS, Target, check_options
 from lightning_edge.exporters.target import target as target_of
 from lightning_edge.exporters.verify import schemes
-from lightning_edge.exporters.verify.agreement import agreement_of, check_agreement, check_batches, rounding_of
+from lightning_edge.exporters.verify.agreement import advice, agreement_of, check_batches, judge_file, rounding_of
 from lightning_edge.exporters.verify.contents import (
     check_activations,
     check_contents,
@@ -30,7 +30,8 @@ from lightning_edge.exporters.verify.contents import (
 )
 from lightning_edge.files import StagedPath, writing
 from lightning_edge.interface import Interface
-from lightning_edge.measure import Tolerance
+from lightning_edge.measure import Agreement, Tolerance
+from lightning_edge.verdict import Judgement, Strict, check_strict
 
 
 def stage(
@@ -116,14 +117,16 @@ def export(
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     max_fallback: float | None = None,
     interface: Interface | None = None,
+    strict: Strict = True,
     **options: Any,
 ) -> Artifact:
     """Write a network for a target, prove it, and put the file in place.
 
     The file is written beside ``path``, its own contents are inspected, it is loaded and run, and its outputs are
-    compared with the network's; only then does it replace what was at ``path``. A file that nothing on this machine
-    can run (ExecuTorch's for Core ML or Vulkan) is only inspected: that is an `ExportWarning`, its ``not_run`` says
-    why, and it has no ``agreement``.
+    compared with the network's; only then does it replace what was at ``path``. What came of that is the artifact's
+    ``judgement``: a file that differs is an `ExportWarning`, one that is broken an error. A file that nothing on this
+    machine can run (ExecuTorch's for Core ML or Vulkan) is only inspected: that is an `ExportWarning`, its ``not_run``
+    says why, and it has no ``agreement``.
 
     Args:
         model: A `Deployable`, a module trained with quantization (converted on a copy), or any module (exported in
@@ -131,8 +134,9 @@ def export(
         target: A key of `TARGETS`.
         path: The file to write, with the target's suffix; missing folders are made.
         inputs: One call's arguments, for a module that is not quantized.
-        batches: Inputs to compare on, each what `Inputs.of` reads; the network's own sample if not given.
-        tolerance: How far the file may lie from the network; by its scheme if not given.
+        batches: Inputs to compare on, each what `Inputs.of` reads. If not given: those a quantized module was
+            calibrated on, as far as it keeps them, else the network's own sample.
+        tolerance: How far a close file may lie from the network; by its scheme if not given.
         threads: Threads to run it with.
         isolated: As for `load`.
         time_limit_s: As for `load`.
@@ -140,6 +144,8 @@ def export(
             and not in the target's delegate; any if not given.
         interface: How the file is called: names, layout, pixels, labels. As the converters do it if not given;
             `load` takes what the network takes either way.
+        strict: The worst grade that is no error: ``"exact"`` or ``"close"``; ``True`` refuses broken files only, and
+            ``False`` none.
         options: The target's own options; for a float network also ``scheme="fp16"``, ``"int8_weight_only"``,
             ``"int4_weight_only"``, ``"int8_dynamic"`` or ``"int4_dynamic"``, as far as the target has it.
 
@@ -147,23 +153,48 @@ def export(
         The file, loaded.
 
     Raises:
-        AgreementError: If the file computes something else than the network.
+        AgreementError: If the file is worse than ``strict`` allows; nothing is written then.
         ExportError: If the target refuses the network, writes something else than asked, or cannot write.
         RunnerError: If the file does not load or run.
         ValueError: If an argument is not allowed.
     """
+    check_strict(strict)
     running: dict[str, Any] = {"threads": threads, "isolated": isolated, "time_limit_s": time_limit_s}
     running |= {"max_fallback": max_fallback, "interface": interface}
     with stage(model, target, path, inputs=inputs, **running, **options) as staged:
         if staged.artifact.not_run is not None:
             return staged.accept()
         compared = staged.network, staged.artifact
-        calls = None if batches is None else list(batches)
-        agreement = agreement_of(*compared, calls)
+        kept = staged.network.calibration
+        calls = list(batches) if batches is not None else None if kept is None else [kept]
         scheme = options.get("scheme")
         allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
-        check_agreement(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
-        return replace(staged.accept(), agreement=agreement)
+        agreement = None
+        try:
+            agreement = agreement_of(*compared, calls)
+            judgement = judge_file(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
+        except AgreementError as error:
+            judgement = Judgement("broken", (str(error),))
+        _tell(staged, agreement, judgement, strict)
+        return replace(staged.accept(), agreement=agreement, judgement=judgement)
+
+
+def _tell(staged: Staged, agreement: Agreement | None, judgement: Judgement, strict: Strict) -> None:
+    """Raise or warn of a file that is not close.
+
+    Raises:
+        AgreementError: If it is worse than ``strict`` allows.
+    """
+    file = f"{staged.artifact.target}: {staged.artifact.path.name}"
+    samples = 0 if agreement is None else agreement.samples
+    told = f"{judgement} (over {samples} sample{'s' * (samples != 1)})"
+    if not judgement.allowed(strict):
+        raise AgreementError(
+            f"{file} computes something else than the network it came from: {told}. Nothing was written. "
+            f"{advice(staged.network)}."
+        )
+    if judgement.grade in ("differs", "broken"):
+        warn_if(staged.artifact.target, f"{staged.artifact.path.name} {told}. {advice(staged.network)}")
 
 
 def _check_batch_size(interface: Interface, name: str, module: Target) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +31,7 @@ class Target(ABC):
         extra: The extra of lightning-edge that installs what it needs.
         needs: The top-level modules it needs.
         runtime_modules: Modules that running a file takes. They are imported before a load is timed.
+        reader_modules: Modules that `inspect` takes. They are imported before the time limit of reading begins.
         schemes: Names of the `schemes` that it has for float networks.
         int8_options: Those of its options that concern int8 networks only.
         activation_bits: Widths of quantized activations that its runtime has kernels for.
@@ -38,12 +39,15 @@ class Target(ABC):
         takes_images: Whether its files take pixels as images: as float32 in NCHW, whatever the layout.
         writes_folder: Whether its file is a folder.
         in_process: Whether its files run in this process, because their runtime is this package's own code.
+        mark: Bytes that each of its files has at a place near its beginning, by which another is told before it is
+            read; nothing where there are none.
     """
 
     suffix: ClassVar[str]
     extra: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
     runtime_modules: ClassVar[tuple[str, ...]] = ()
+    reader_modules: ClassVar[tuple[str, ...]] = ()
     schemes: ClassVar[tuple[str, ...]] = ()
     int8_options: ClassVar[frozenset[str]] = frozenset()
     activation_bits: ClassVar[frozenset[int]] = frozenset({8})
@@ -51,6 +55,7 @@ class Target(ABC):
     takes_images: ClassVar[bool] = False
     writes_folder: ClassVar[bool] = False
     in_process: ClassVar[bool] = False
+    mark: ClassVar[tuple[int, bytes]] = (0, b"")
 
     @abstractmethod
     def write(self, *network_and_path: Any, **options: Any) -> None:
@@ -85,6 +90,25 @@ class Target(ABC):
     def not_run_here(self, contents: Contents) -> str | None:
         """Say why this machine cannot run a file of these contents; ``None`` if it can."""
         return None
+
+    def import_reader(self) -> None:
+        """Import what reading a file takes.
+
+        Raises:
+            MissingExtraError: If it is not installed.
+        """
+        for name in self.reader_modules:
+            require(name, self.extra)
+
+    def sessions(self, threads: int, machine: str, features: Collection[str]) -> list[dict[str, Any]]:
+        """Say how the runner of `devices` opens a file: settings to try in turn; none where it has no such runtime.
+
+        Args:
+            threads: Threads to run it with.
+            machine: The device's architecture, as ``platform.machine`` names it.
+            features: Of its CPU's features those that decide which kernels a runtime takes.
+        """
+        return []
 
     def import_runtime(self) -> None:
         """Import what running a file takes.

@@ -22,6 +22,8 @@ _DEVIATIONS = 3.0
 # Differences are counted by size, so many sizes to each doubling.
 _SIZES_PER_OCTAVE = 16
 _LARGEST_OCTAVE = 100
+# Differences are summed up by position for outputs of up to so many values a sample.
+_POSITIONS = 2**20
 
 
 class Comparison:
@@ -118,6 +120,12 @@ class _OutputDifference:
         self.sum_abs = 0.0
         self.count = 0
         self.largest = 0.0
+        self.not_finite = False
+        self.signal = _Variance()
+        self.squares = 0.0
+        # Sum of the differences at each position of a sample, and the samples; None where samples differ in shape.
+        self.positions: Tensor | None = torch.zeros(())
+        self.samples = 0
         # Number and largest of the differences of about one size, by the size's logarithm; not those of zero.
         self.sizes: dict[int, tuple[int, float]] = {}
 
@@ -128,11 +136,22 @@ class _OutputDifference:
         difference = torch.where(before == after, 0.0, (after - before).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
         self.max_abs = max(self.max_abs, float(difference.max()))
         self.sum_abs += float(difference.sum())
+        self.squares += float(difference.square().sum())
         self.count += difference.numel()
+        self.not_finite |= bool(difference.isinf().any())
         self._count_sizes(difference[difference > 0])
+        self._add_positions(difference)
         finite = before[before.isfinite()]
         if finite.numel():
             self.largest = max(self.largest, float(finite.abs().max()))
+            self.signal.update(finite)
+
+    def _add_positions(self, difference: Tensor) -> None:
+        samples = difference if difference.dim() else difference[None]
+        total = samples.sum(0)
+        known = self.positions is not None and (not self.samples or self.positions.shape == total.shape)
+        self.positions = self.positions + total if known and total.numel() <= _POSITIONS else None  # type: ignore[operator]
+        self.samples += len(samples)
 
     def _count_sizes(self, differences: Tensor) -> None:
         limit = _LARGEST_OCTAVE * _SIZES_PER_OCTAVE
@@ -156,14 +175,56 @@ class _OutputDifference:
 
     def result(self, scale: Sequence[float | None]) -> OutputAgreement:
         """Sum up, in steps of ``scale`` where there is one: empty for a float network, ``None`` without a step."""
-        found = OutputAgreement(self.max_abs, _ratio(self.max_abs, self.largest))
+        found = OutputAgreement(
+            self.max_abs,
+            _ratio(self.max_abs, self.largest),
+            snr_db=self._signal_to_noise_db(),
+            not_finite=self.not_finite,
+        )
         if not scale:
             return found
         step = self.largest / _STEPS_PER_LARGEST if scale[0] is None else scale[0]
         mean = _ratio(self.sum_abs, step) / max(1, self.count)
+        worst = None if self.positions is None else float(self.positions.max()) / max(1, self.samples)
         return replace(
-            found, max_steps=_ratio(self.max_abs, step), mean_steps=mean, most_steps=_ratio(self.most(), step)
+            found,
+            max_steps=_ratio(self.max_abs, step),
+            mean_steps=mean,
+            most_steps=_ratio(self.most(), step),
+            worst_mean_steps=None if worst is None else _ratio(worst, step),
         )
+
+    def _signal_to_noise_db(self) -> float | None:
+        signal, noise = self.signal.result(), self.squares / max(1, self.count)
+        if not signal:
+            return None
+        if not noise:
+            return math.inf
+        return -math.inf if math.isinf(noise) else 10 * math.log10(signal / noise)
+
+
+class _Variance:
+    """Variance of values that come batch by batch, each batch's mean taken into account.
+
+    Source: Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances".
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self.squares = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Add a batch of finite values."""
+        count, mean = values.numel(), float(values.mean())
+        total, apart = self.count + count, mean - self.mean
+        self.squares += float((values - mean).square().sum()) + apart**2 * self.count * count / total
+        self.mean += apart * count / total
+        self.count = total
+
+    def result(self) -> float:
+        """Give the variance; 0 where there was no value."""
+        return self.squares / max(1, self.count)
 
 
 def _ratio(difference: float, unit: float) -> float:

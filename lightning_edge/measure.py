@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,22 +25,22 @@ _WARM_AFTER_NS = 1_000_000
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an exported file may lie from the network it came from; what is said of int8 holds for every output.
+    """How far an exported file may lie from the network it came from and be close; for int8, in every output.
 
-    A runtime rounds some values to the neighboring step, and later layers amplify that. The mean and the bulk of the
-    values do not depend on how many samples are looked at; the largest difference of all grows with them, and is there
-    for what the others do not see: one class of a thousand.
+    A runtime rounds some values to the neighboring step, and later layers amplify that. No default gets stricter with
+    the number of samples. The largest difference of all does, so that it has no limit unless you set one.
 
     Attributes:
-        max_steps: int8: largest difference of any output value, in quantization steps of that output. ``None`` for 3,
-            or for 1.5 times what the network's own rounding moves that output by on the same samples, if that is more:
-            how far it lies in float32, as it was trained, from itself in float64.
+        max_steps: int8: largest difference of any output value, in quantization steps of that output; any if ``None``.
         mean_steps: int8: mean difference, in quantization steps.
         top1: Smallest share of samples whose largest output is the same class; ``None`` if the outputs are no classes.
         max_relative: fp32: largest difference over the largest absolute output.
         most_steps: int8: difference that 99.9 % of an output's values stay within; in a small set, all but as many as
-            could be beyond it by chance (three standard deviations): none of 90 values, 3 of 640. ``None`` as for
-            ``max_steps``, of the same share of the values.
+            could be beyond it by chance (three standard deviations): none of 90 values, 3 of 640. ``None`` for 3, or
+            for 1.5 times what the network's own rounding moves as many values by on the same samples, if that is more:
+            how far it lies in float32, as it was trained, from itself in float64.
+        worst_mean_steps: int8: mean difference over the samples, at the position of an output where it is largest: one
+            class of a thousand, one pixel. ``None`` as for ``most_steps``.
 
     Raises:
         ValueError: If a value is negative or not a number, or ``top1`` is above 1.
@@ -50,9 +51,10 @@ class Tolerance:
     top1: float | None = 0.98
     max_relative: float = 1e-3
     most_steps: float | None = None
+    worst_mean_steps: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "mean_steps", "max_relative", "most_steps"):
+        for name in ("max_steps", "mean_steps", "max_relative", "most_steps", "worst_mean_steps"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"Tolerance({name}={value!r}) is not allowed; give a number of 0 or more")
@@ -86,11 +88,12 @@ class Tolerance:
     def _of_output(self, output: OutputAgreement, precision: Precision, own: OutputAgreement | None) -> list[str]:
         found = []
         if precision == "int8":
-            largest = _limit(self.max_steps, None if own is None else own.max_steps)
             most = _limit(self.most_steps, None if own is None else own.most_steps)
+            worst = _limit(self.worst_mean_steps, None if own is None else own.worst_mean_steps)
             for said, value, limit in (
-                ("largest difference", output.max_steps, largest),
+                ("largest difference", output.max_steps, math.inf if self.max_steps is None else self.max_steps),
                 ("difference of all but 0.1 % of the values", output.most_steps, most),
+                ("mean difference at the worst position", output.worst_mean_steps, worst),
                 ("mean difference", output.mean_steps, self.mean_steps),
             ):
                 if value is not None and not value <= limit + _ROUNDING_STEPS:
@@ -119,6 +122,11 @@ class OutputAgreement:
         max_steps: Largest difference in quantization steps of the output, ``None`` for float networks.
         mean_steps: Mean difference in quantization steps, ``None`` for float networks.
         most_steps: Difference that the bulk of the values stays within, see `Tolerance`; ``None`` for float networks.
+        worst_mean_steps: Mean difference over the samples where it is largest, see `Tolerance`; ``None`` for float
+            networks, and where outputs have a free size or more than a million values a sample.
+        snr_db: Signal to noise, decibels: the variance of the reference over the mean squared difference. ``None``
+            where the reference has no variance.
+        not_finite: Whether a value was not finite where the reference was, or otherwise than it.
     """
 
     max_abs: float = 0.0
@@ -126,6 +134,9 @@ class OutputAgreement:
     max_steps: float | None = None
     mean_steps: float | None = None
     most_steps: float | None = None
+    worst_mean_steps: float | None = None
+    snr_db: float | None = None
+    not_finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,7 +213,7 @@ class Latency:
         p50_ms: Median wall time, milliseconds.
         p95_ms: 95th percentile, milliseconds.
         p99_ms: 99th percentile, milliseconds.
-        throughput: Calls per second, over the sum of all timed calls.
+        throughput: Calls per second, one after the other, at the median.
         warmup: Calls made before timing.
         repeats: Calls timed.
     """
@@ -275,14 +286,19 @@ def interleaved_latency(
                     raise
                 failures[name] = error
                 del times_ns[name]
-    return {name: _latency(times[warmup:], warmup) for name, times in times_ns.items()}
+    return {name: latency_of(times[warmup:], warmup) for name, times in times_ns.items()}
 
 
-def _latency(times_ns: list[int], warmup: int) -> Latency:
+def latency_of(times_ns: Sequence[int], warmup: int = 0) -> Latency:
+    """Sum up the times of single calls.
+
+    Args:
+        times_ns: Nanoseconds that each call took, at least one.
+        warmup: Calls that were made before.
+    """
     milliseconds = torch.tensor(times_ns, dtype=torch.float64) / 1e6
     p50, p95, p99 = torch.quantile(milliseconds, torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64)).tolist()
-    total = max(float(milliseconds.sum()), 1e-9)
-    return Latency(p50, p95, p99, 1000 * len(times_ns) / total, warmup, len(times_ns))
+    return Latency(p50, p95, p99, 1000 / max(p50, 1e-9), warmup, len(times_ns))
 
 
 def parameter_count(module: nn.Module) -> int:

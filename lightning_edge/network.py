@@ -90,9 +90,14 @@ class Deployable(nn.Module):
             where the graph takes them as they come.
         interface: How the file is called, of a network in the form of one.
 
+    Attributes:
+        calibration: Samples that post-training quantization read, on the CPU; ``None`` where none are kept.
+
     Raises:
         ValueError: If ``precision`` is not one of the two.
     """
+
+    calibration: Inputs | None = None
 
     def __init__(
         self,

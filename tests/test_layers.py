@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from rows below its own and from its own room. A room is a folder or a module; of two
 # that fit, the longer name counts.
 ROWS = [
-    {"errors", "interface", "windows", "moved"},
+    {"errors", "interface", "windows", "moved", "verdict", "regular_files", "plain_values"},
+    {"reporting.devices"},
     {
+        "yaml_files",
         "reporting.rendering",
         "schedule",
         "contents",
@@ -24,6 +26,7 @@ ROWS = [
         "reporting.budget",
         "reporting.provenance",
     },
+    {"reporting.terminal"},
     {"reporting.typed"},
     {"reporting.html"},
     {"network", "succession", "reporting.report", "cli.config_errors"},
@@ -42,16 +45,17 @@ ROWS = [
     {"exporters.executorch", "exporters.micro"},
     {"exporters.pipeline"},
     {"exporters"},
-    {"reporting", "evaluation.validation"},
+    {"reporting", "evaluation.validation", "devices"},
     {"evaluation"},
     {"callbacks"},
-    {"zoo"},
+    {"zoo", "sweeps"},
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
+WITHOUT_TORCH |= {"plain_values", "regular_files", "verdict", "yaml_files", "devices.runner", "reporting.devices"}
 WITHOUT_TORCH |= {
     f"reporting.{name}"
-    for name in ("report", "rendering", "monitor", "budget", "provenance", "manifest", "typed", "read")
+    for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")
 }
 WITHOUT_TORCH |= {f"reporting.html.{path.stem}" for path in (ROOT / "lightning_edge/reporting/html").glob("*.py")}
 ROOMS = {
@@ -61,17 +65,20 @@ ROOMS = {
     "sklearn": ("zoo",),
     "torchao": ("quantization", "exporters.executorch"),
     "torch_pruning": ("pruning",),
-    "wandb": ("callbacks.tracking",),
+    "yaml": ("yaml_files", "sweeps.strict_yaml", "cli"),
+    "wandb": ("callbacks.tracking", "sweeps.tracking"),
+    "optuna": ("sweeps",),
     "executorch": ("exporters.executorch",),
     "coremltools": ("exporters.coreml",),
     "litert_torch": ("exporters.tflite",),
-    "ai_edge_litert": ("exporters.tflite",),
+    "ai_edge_litert": ("exporters.tflite", "devices.runner"),
+    "asyncssh": ("devices.ssh",),
     "ai_edge_quantizer": ("exporters.tflite",),
     "flatbuffers": ("exporters.tflite",),
     "ethosu": ("exporters.micro.vela",),
     "onnx": ("exporters.onnx",),
     "onnxscript": ("exporters.onnx",),
-    "onnxruntime": ("exporters.onnx",),
+    "onnxruntime": ("exporters.onnx", "devices.runner"),
     "openvino": ("exporters.onnx",),
     "transformers": (),
     "matplotlib": (),

@@ -40,7 +40,42 @@ def test_difference_is_counted_in_steps_of_the_output() -> None:
     found = agreement_of(torch.tensor([[0.0, 2.0], [4.0, 1.0]]), torch.tensor([[0.5, 2.0], [3.0, 1.0]]), 0.5)
     (output,) = found.outputs
     assert (found.samples, found.top1) == (2, 1.0)
-    assert output == OutputAgreement(max_abs=1.0, max_relative=0.25, max_steps=2.0, mean_steps=0.75, most_steps=2.0)
+    assert output == OutputAgreement(
+        max_abs=1.0,
+        max_relative=0.25,
+        max_steps=2.0,
+        mean_steps=0.75,
+        most_steps=2.0,
+        worst_mean_steps=1.5,  # the first position: 1 step and 2
+        snr_db=pytest.approx(10 * math.log10(2.1875 / 0.3125)),  # type: ignore[arg-type]
+    )
+
+
+def test_worst_position_is_that_of_the_largest_mean_over_samples_however_they_are_batched() -> None:
+    comparison = Comparison([1.0])
+    for _ in range(10):
+        comparison.update([torch.zeros(3, 4)], [torch.tensor([[0.0, 0.0, 0.0, 2.0]] * 3)])
+    comparison.update([torch.zeros(10, 4)], [torch.cat([torch.full((1, 4), 8.0), torch.zeros(9, 4)])])
+    (output,) = comparison.result().outputs
+    assert output.worst_mean_steps == pytest.approx((30 * 2 + 8) / 40)
+
+
+def test_positions_are_not_compared_where_outputs_have_a_free_size() -> None:
+    comparison = Comparison([1.0])
+    for size in (4, 5):
+        comparison.update([torch.zeros(1, size)], [torch.zeros(1, size)])
+    assert comparison.result().outputs[0].worst_mean_steps is None
+
+
+def test_signal_to_noise_does_not_depend_on_batches_and_is_of_what_varies() -> None:
+    values = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).double() + 100.0
+    comparison = Comparison()
+    for part in values.split(7):
+        comparison.update([part], [part + 0.1])
+    (output,) = comparison.result().outputs
+    assert output.snr_db == pytest.approx(10 * math.log10(float(values.var(correction=0)) / 0.01))
+    assert agreement_of(torch.zeros(1, 2), torch.ones(1, 2)).outputs[0].snr_db is None
+    assert agreement_of(torch.eye(2), torch.eye(2)).outputs[0].snr_db == math.inf
 
 
 def test_batches_of_different_size_count_by_sample() -> None:
@@ -123,7 +158,8 @@ def test_agreement_at_the_limits_is_no_violation() -> None:
 @pytest.mark.parametrize(
     ("precision", "found", "says"),
     [
-        ("int8", agreed(max_steps=3.5, mean_steps=0.1, most_steps=2.0), "3.5 quantization steps, allowed 3"),
+        ("int8", agreed(max_steps=3.5, mean_steps=0.1, most_steps=3.5), "3.5 quantization steps, allowed 3"),
+        ("int8", agreed(mean_steps=0.1, worst_mean_steps=3.5, max_steps=9.0), "at the worst position 3.5 quant"),
         ("int8", agreed(max_steps=3.0, mean_steps=0.7, most_steps=2.0), "mean difference 0.7"),
         (
             "int8",
@@ -140,27 +176,35 @@ def test_each_limit_is_held(precision: str, found: Agreement, says: str) -> None
     assert says in violations[0]
 
 
+def test_no_default_gets_stricter_with_the_number_of_samples() -> None:
+    one_value_far_off = agreed(max_steps=50.0, mean_steps=0.1, most_steps=1.0, worst_mean_steps=0.5)
+    assert Tolerance().violations(one_value_far_off, "int8") == []
+    (line,) = Tolerance(max_steps=5.0).violations(one_value_far_off, "int8")
+    assert "largest difference 50 quantization steps, allowed 5" in line
+
+
 def test_the_own_rounding_of_an_output_widens_its_limits() -> None:
-    def two(*largest: float, most: float = 2.0, mean: float = 0.1) -> Agreement:
-        outputs = [OutputAgreement(max_steps=steps, mean_steps=mean, most_steps=most) for steps in largest]
+    def two(*most: float, worst: float = 2.0, mean: float = 0.1) -> Agreement:
+        outputs = [OutputAgreement(max_steps=9.0, mean_steps=mean, most_steps=m, worst_mean_steps=worst) for m in most]
         return Agreement(9, 1.0, tuple(outputs))
 
     found = two(6.0, 2.0)
-    assert Tolerance().violations(found, "int8") == ["output '0': largest difference 6 quantization steps, allowed 3"]
+    told = "output '0': difference of all but 0.1 % of the values 6 quantization steps, allowed 3"
+    assert Tolerance().violations(found, "int8") == [told]
     assert Tolerance().violations(found, "int8", rounding=two(4.0, 0.0)) == []  # 1.5 times as far
     # Of another output it says nothing, and of what lies further off not enough.
-    assert Tolerance().violations(found, "int8", rounding=two(1.0, 9.0)) == Tolerance().violations(found, "int8")
-    assert "difference 6 quantization steps, allowed 4.5" in Tolerance().violations(found, "int8", (), two(3.0, 0.0))[0]
-    # The bulk is held to the bulk, and the mean to its limit.
-    bulk = two(8.0, most=7.0)
-    (line,) = Tolerance().violations(bulk, "int8", (), two(8.0, most=1.0))
-    assert "all but 0.1 % of the values 7 quantization steps, allowed 3" in line
-    assert Tolerance().violations(bulk, "int8", (), two(8.0, most=6.0)) == []
-    (line,) = Tolerance().violations(two(8.0, most=7.0, mean=0.7), "int8", (), two(8.0, most=6.0, mean=0.7))
+    assert Tolerance().violations(found, "int8", rounding=two(1.0, 9.0)) == [told]
+    assert "6 quantization steps, allowed 4.5" in Tolerance().violations(found, "int8", (), two(3.0, 0.0))[0]
+    # The worst position is held to the worst position, and the mean to its limit.
+    worst = two(2.0, worst=7.0)
+    (line,) = Tolerance().violations(worst, "int8", (), two(8.0, worst=1.0))
+    assert "worst position 7 quantization steps, allowed 3" in line
+    assert Tolerance().violations(worst, "int8", (), two(2.0, worst=6.0)) == []
+    (line,) = Tolerance().violations(two(2.0, worst=7.0, mean=0.7), "int8", (), two(2.0, worst=6.0, mean=0.7))
     assert "mean difference 0.7" in line
     # A limit that the user states holds.
-    assert len(Tolerance(max_steps=4.0).violations(found, "int8", rounding=two(5.0, 0.0))) == 1
-    assert len(Tolerance(most_steps=4.0).violations(bulk, "int8", rounding=two(8.0, most=6.0))) == 1
+    assert len(Tolerance(most_steps=4.0).violations(found, "int8", rounding=two(5.0, 0.0))) == 1
+    assert len(Tolerance(worst_mean_steps=4.0).violations(worst, "int8", rounding=two(2.0, worst=6.0))) == 1
 
 
 def test_the_output_that_is_off_is_named() -> None:

@@ -61,7 +61,8 @@ def test_wheel_holds_the_exporters(installed: Path, tmp_path: Path) -> None:
 
 def test_wheel_finds_and_prints_its_recipes(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from lightning_edge.cli.main import main, recipe_names, recipe_path\n"
+        "from lightning_edge.cli.config_files import recipe_names, recipe_path\n"
+        "from lightning_edge.cli.main import main\n"
         "print(*[recipe_path(name) for name in recipe_names()])\n"
         "main(['fit', '--config', 'recipe:quickstart', '--print_config'])"
     )
@@ -90,11 +91,23 @@ def test_wheel_holds_every_package(installed: Path) -> None:
 
 def test_extras_are_those_promised() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert {"executorch", "coreml", "tflite", "onnx", "openvino", "ethosu", "wandb", "all", "dev", "docs"} <= set(
-        extras
-    )
+    assert {
+        "executorch",
+        "coreml",
+        "tflite",
+        "onnx",
+        "openvino",
+        "ethosu",
+        "wandb",
+        "ssh",
+        "all",
+        "dev",
+        "docs",
+    } <= set(extras)
     (everything,) = extras["all"]
-    assert Requirement(everything).extras == {"executorch", "coreml", "tflite", "onnx", "ethosu", "wandb", "recipes"}
+    assert Requirement(everything).extras == {
+        *("executorch", "coreml", "tflite", "onnx", "ethosu", "wandb", "ssh", "recipes", "sweep")
+    }
 
 
 def test_constraints_satisfy_every_requirement() -> None:

@@ -135,6 +135,10 @@ class CoreML(Target):
         if not sparse_weights:
             compact(path, network.output_names(), network.interface)
 
+    def import_reader(self) -> None:
+        """Import coremltools, without its warnings."""
+        package.coremltools()
+
     def inspect(self, path: Path) -> Contents:
         """Read from a saved package which weights are int8 and which operations compute in float.
 

@@ -33,6 +33,11 @@ class ExecuTorch(Target):
     """ExecuTorch: ``.pte`` files."""
 
     suffix = ".pte"
+    mark = (4, b"ET")
+    reader_modules = (
+        "executorch.exir._serialize._program",
+        "executorch.backends.xnnpack.serialization.xnnpack_graph_serialize",
+    )
     extra = EXTRA
     needs = ("executorch",)
     runtime_modules = RUNTIME

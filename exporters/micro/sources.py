@@ -16,6 +16,7 @@ from lightning_edge.exporters.micro.operators import METHODS
 from lightning_edge.exporters.tflite.graph import op_name, parse
 from lightning_edge.exporters.tflite.read import contents
 from lightning_edge.files import StagedPath, writing
+from lightning_edge.regular_files import read_regular
 
 REGISTER_MACRO = "LIGHTNING_EDGE_REGISTER_OPERATORS"
 _BYTES_A_LINE = 16
@@ -31,6 +32,8 @@ _PREPARING_BYTES = 96
 _ZERO_POINT_BYTES = 4
 _MARGIN = 1.1
 _KIB = 1024
+# Its array takes five times as much as text; no microcontroller has a hundredth of it.
+_MOST_BYTES = 2**28
 _CONVOLUTIONS = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
 _OFFLINE_PLAN = "OfflineMemoryAllocation"
 
@@ -216,9 +219,11 @@ def _check(path: Path, model: Any, floats: tuple[str, ...], operators: tuple[str
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, _MOST_BYTES)
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror or error}; give a .tflite file") from error
+    except ValueError as error:
+        raise ExportError(f"{error}; give a .tflite file") from error
 
 
 @contextmanager

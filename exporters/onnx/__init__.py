@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from io import StringIO
@@ -21,7 +21,7 @@ from lightning_edge.exporters.onnx import graph as onnx_graph
 from lightning_edge.exporters.onnx import intermediates as onnx_inside
 from lightning_edge.exporters.onnx import read as onnx_file
 from lightning_edge.exporters.onnx import schemes as onnx_schemes
-from lightning_edge.exporters.onnx.passes import rewrite
+from lightning_edge.exporters.onnx.passes import PASSES, UNSIGNED_PASSES, rewrite
 from lightning_edge.exporters.onnx.passes import runtime_bugs as onnx_equivalents
 from lightning_edge.exporters.passes.base import run_passes
 from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
@@ -43,15 +43,25 @@ class ONNX(Target):
     """ONNX: ``.onnx`` files."""
 
     suffix = ".onnx"
+    mark = (0, b"\x08")  # the field of the version of the format, which is the first and has to be there
     extra = EXTRA
+    reader_modules = ("onnx",)
     needs = ("onnx", "onnxscript", "onnxruntime")
     runtime_modules = ("onnxruntime",)
     # ONNX can say 16 bits from opset 21 on; ONNX Runtime converts to them and back, and computes in float between.
     activation_bits = frozenset({8})
     takes_batches = True
     schemes = get_args(Scheme)
+    int8_options = frozenset({"weights"})
 
-    def write(self, network: Deployable, path: Path, *, scheme: Scheme | None = None) -> None:
+    def write(
+        self,
+        network: Deployable,
+        path: Path,
+        *,
+        scheme: Scheme | None = None,
+        weights: Literal["int8", "uint8"] = "int8",
+    ) -> None:
         """Convert the network and write it, weights and all in one file.
 
         Args:
@@ -60,6 +70,8 @@ class ONNX(Target):
             scheme: How a float network's weights are stored: ``"fp16"``, which computes in float16 as well and takes
                 and gives float32; in 8 bits and dequantized before use; or in 8 bits with activations quantized on the
                 fly.
+            weights: Type of an int8 network's weights. With ``"uint8"`` sums are exact in every session, also a default
+                one on x86 without VNNI; with ``"int8"`` a CPU with VNNI is up to twice as fast.
 
         Raises:
             ExportError: If torch.onnx refuses the network.
@@ -68,7 +80,7 @@ class ONNX(Target):
             model = _convert(_in_half(network) if scheme == "fp16" else network)
             onnx_graph.name_outputs(model, network.output_names(), network.interface.inputs)
             if network.precision == "int8":
-                rewrite(model)
+                rewrite(model, UNSIGNED_PASSES if weights == "uint8" else PASSES)
             elif scheme is not None and scheme != "fp16":
                 onnx_schemes.rewrite(model, scheme)
             onnx_equivalents.padded_maxima(onnx_graph.Graph(model))
@@ -102,6 +114,10 @@ class ONNX(Target):
             RunnerError: If an input is of no fixed shape but for the batch, or is no tensor of numbers.
         """
         return _OnnxRuntime(path, threads)
+
+    def sessions(self, threads: int, machine: str, features: Collection[str]) -> list[dict[str, Any]]:
+        """Say how ONNX Runtime opens a file on a device."""
+        return _sessions(threads, machine, features)
 
 
 TARGET = ONNX()
@@ -186,7 +202,8 @@ class _OnnxRuntime(Runner):
         self.inputs = tuple(_spec(value.name, value.shape, value.type) for value in self._session.get_inputs())
         self._names = [value.name for value in self._session.get_inputs()]
         count = "1 thread" if threads == 1 else f"{threads} threads"
-        self.runtime = f"ONNX Runtime {version('onnxruntime')}, CPU, {count}"
+        exact = ", session.x64quantprecision=1" if sums_overflow() else ""
+        self.runtime = f"ONNX Runtime {version('onnxruntime')}, CPU, {count}{exact}"
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one sample."""
@@ -204,30 +221,54 @@ class _OnnxRuntime(Runner):
 
 def _session(data: bytes, threads: int) -> Any:
     onnxruntime = require("onnxruntime", EXTRA)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.use_deterministic_compute = True
-    options.log_severity_level = 4  # it raises its errors as well, and its warnings are for who writes kernels
-    for exact in ("1", "0") if sums_overflow() else ("0",):
-        options.add_session_config_entry("session.x64quantprecision", exact)
+    *attempts, last = _sessions(threads, platform.machine(), _features())
+    for settings in (*attempts, last):
+        options = onnxruntime.SessionOptions()
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        for name, value in settings["options"].items():
+            setattr(options, name, value)
+        for name, value in settings["entries"].items():
+            options.add_session_config_entry(name, value)
         try:
             return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            # It copies int8 weights under another name for that, and fails in files where two layers share one; those
-            # that `write` makes have none.
-            if exact == "0" or "replace the existing tensor" not in str(error):
+            # It copies int8 weights under another name for exact kernels, and fails in files where two layers share
+            # one; those that `write` makes have none.
+            if settings is last or "replace the existing tensor" not in str(error):
                 raise
     raise AssertionError("unreachable")
 
 
-def sums_overflow() -> bool:
-    """Whether ONNX Runtime's own choice of int8 kernels adds pairs of products in 16 bits here, which overflow.
+def _sessions(threads: int, machine: str, features: Collection[str]) -> list[dict[str, Any]]:
+    """Settings of a session in plain values, to be tried in turn: operations run one after the other."""
+    options = {
+        "intra_op_num_threads": threads,
+        "inter_op_num_threads": 1,
+        "use_deterministic_compute": True,
+        "log_severity_level": 4,  # it raises its errors as well, and its warnings are for who writes kernels
+    }
+    exact = ("1", "0") if sums_overflow(machine, features) else ("0",)
+    return [{"options": options, "entries": {"session.x64quantprecision": value}} for value in exact]
+
+
+def sums_overflow(machine: str | None = None, features: Collection[str] | None = None) -> bool:
+    """Whether ONNX Runtime's own choice of int8 kernels adds pairs of products in 16 bits, which overflow.
 
     It does on x86 without VNNI. Its exact kernels are slower, so that they are not asked for elsewhere.
+
+    Args:
+        machine: The architecture; that of this machine if not given.
+        features: Those of ``avx512_vnni`` and ``avx_vnni`` that the CPU has; those of this machine's if not given.
     """
+    machine = platform.machine() if machine is None else machine
+    features = _features() if features is None else features
+    return machine.lower() in ("x86_64", "amd64") and not features
+
+
+def _features() -> list[str]:
+    """What this machine's CPU has of the features that decide it."""
     has = torch.cpu.get_capabilities()
-    return platform.machine().lower() in ("x86_64", "amd64") and not (has.get("avx512_vnni") or has.get("avx_vnni"))
+    return [name for name in ("avx512_vnni", "avx_vnni") if has.get(name)]
 
 
 @final

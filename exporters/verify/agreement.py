@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from lightning_edge.comparison import Comparison
 from lightning_edge.errors import AgreementError
 from lightning_edge.exporters.artifact import Artifact
 from lightning_edge.exporters.run.calls import stack
-from lightning_edge.exporters.verify.contents import warn_if
 from lightning_edge.exporters.verify.divergence import explanation
 from lightning_edge.exporters.verify.exact import exact
+from lightning_edge.exporters.verify.judge import judge
 from lightning_edge.measure import Agreement, Tolerance
 from lightning_edge.network import Deployable, Inputs, flatten_outputs, sort_keywords
+from lightning_edge.verdict import Judgement, MetricChange
 
 
 def agreement_of(network: Deployable, artifact: Artifact, batches: Iterable[Any] | None = None) -> Agreement:
@@ -91,52 +93,36 @@ def check_batches(network: Deployable, artifact: Artifact) -> None:
         )
 
 
-def violations_of(
-    network: Deployable, agreement: Agreement, tolerance: Tolerance, rounding: Callable[[], Agreement]
-) -> tuple[list[str], Agreement | None]:
-    """Say what lies outside a tolerance, the network's own rounding looked at where something of int8 seems to.
-
-    Returns:
-        A line each; and what that rounding moves the outputs by, ``None`` where it was not looked at.
-    """
-    if not tolerance.violations(agreement, network.precision):
-        return [], None
-    own = rounding() if network.precision == "int8" and None in (tolerance.max_steps, tolerance.most_steps) else None
-    return tolerance.violations(agreement, network.precision, network.output_names(), own), own
-
-
-def check_agreement(
+def judge_file(
     network: Deployable,
     artifact: Artifact,
     agreement: Agreement,
     tolerance: Tolerance,
     rounding: Callable[[], Agreement],
-) -> None:
-    """Make sure that the file computes what the network does.
+    change: MetricChange | None = None,
+) -> Judgement:
+    """Judge a file, and say of one that is not close where it begins to differ.
 
     Args:
         network: What was exported.
         artifact: The file.
         agreement: How far it lies from the network.
-        tolerance: How far it may.
+        tolerance: How far a close one may.
         rounding: Finds what the network's own rounding moves its outputs by, on the same samples.
-
-    Raises:
-        AgreementError: If it lies outside the tolerance; the message holds the figures.
+        change: The user's metric of both, if there is one.
     """
-    violations, own = violations_of(network, agreement, tolerance, rounding)
-    if own is not None and not violations:
-        warn_if(
-            artifact.target,
-            f"{artifact.path.name} lies {agreement.max_steps:.4g} quantization steps off at most, with 99.9 % of the "
-            f"values {agreement.most_steps:.4g}. The network's own rounding moves it as far: between float32 and "
-            f"float64 by {own.max_steps:.4g} and {own.most_steps:.4g}. That is how hardly trained networks are; "
-            "max_steps and most_steps of Tolerance set limits that hold anyway",
+    names = network.output_names()
+    found = judge(agreement, network.precision, tolerance, names=names, rounding=rounding, change=change)
+    if found.grade in ("exact", "close"):
+        return found
+    return replace(found, reasons=(*found.reasons, explanation(network, artifact)))
+
+
+def advice(network: Deployable) -> str:
+    """Say what to do about a file that is not what was wanted; one sentence or two."""
+    if network.precision == "int8":
+        return (
+            "Keep the layer that differs in float (skip=[...] of Quantize or quantize) or leave the target out; what "
+            "counts as close is set by tolerance=Tolerance(...)"
         )
-    if violations:
-        raise AgreementError(
-            f"{artifact.target}: {artifact.path.name} computes something else than the network it came from: "
-            f"{'; '.join(violations)} (over {agreement.samples} samples). Nothing was written. "
-            f"{explanation(network, artifact)}. Keep the layer that differs in float (skip=[...] of Quantize or "
-            "quantize) or leave the target out; if you accept the differences, state a wider tolerance=Tolerance(...)."
-        )
+    return "Leave the target out, or report it as a fault; what counts as close is set by tolerance=Tolerance(...)"

@@ -16,8 +16,12 @@ from torchmetrics import Metric
 
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.callbacks.tracking import log_report
-from lightning_edge.errors import EdgeError, MissingExtraError
-from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures
+from lightning_edge.devices.device import Device
+from lightning_edge.devices.settings import DeviceSettings
+from lightning_edge.errors import DeviceError, EdgeError, MissingExtraError
+from lightning_edge.evaluation.evaluate import evaluate_module
+from lightning_edge.evaluation.on_devices import check_devices, raise_device_failures
+from lightning_edge.evaluation.refusals import raise_failures
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs, check_data, check_split
 from lightning_edge.exporters import check_target_installed
@@ -26,10 +30,12 @@ from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import is_quantized
 from lightning_edge.reporting.budget import Budget
+from lightning_edge.reporting.devices import failures
 from lightning_edge.reporting.monitor import Mode, Monitor, direction
 from lightning_edge.reporting.report import Report
 from lightning_edge.reporting.rows import over_budget
 from lightning_edge.surgery import find_network
+from lightning_edge.verdict import Strict, check_strict
 
 
 @final
@@ -37,18 +43,18 @@ class DeviceEvaluationCallback(Callback):
     """Export to every target when training is done, and report how well and how fast each file does.
 
     Every file is run on the whole validation set, in the user's own validation loop, and compared there with the
-    network it came from; a file that lies outside the tolerance is not kept. The report is written beside the files as
-    ``report.json``, ``report.md`` and ``report.html``, with a ``manifest.json`` of the files, printed as a table, and
-    logged as ``edge/<target>/<name>``. With an `EdgeCompressionCallback` in the Trainer the int8 files are those of
-    the network it trained; otherwise the trained network is quantized after training. ``Trainer(fast_dev_run=True)``
-    goes through all of it and keeps no file.
+    network it came from. A file that loads and runs is kept, with a verdict: exact, close, differs or broken. The
+    report is written beside the files as ``report.json``, ``report.md`` and ``report.html``, with a ``manifest.json``
+    of the files, printed as a table, and logged as ``edge/<target>/<name>``. With an `EdgeCompressionCallback` in the
+    Trainer the int8 files are those of the network it trained; otherwise the trained network is quantized after
+    training. ``Trainer(fast_dev_run=True)`` goes through all of it and keeps no file.
 
     Args:
         targets: Targets to export to: ``"executorch"``, ``"coreml"``, ``"tflite"``, ``"onnx"``.
         dirpath: Folder for the files and the report.
         module: Name of the network, as for `EdgeCompressionCallback`; found by itself, or taken from there.
         split: ``"validate"`` or ``"test"``: which of the user's loops gives the metrics.
-        tolerance: How far a file may lie from the network it came from.
+        tolerance: How far a file may lie from the network it came from and be close.
         options: A target's own options, by target: ``{"tflite": {"io": "float"}}``.
         timing: Warm-up, repeats and threads of the latency measurement, and the time limit of a call.
         calibration_batches: Batches of training data for post-training quantization; 0 for none.
@@ -58,11 +64,14 @@ class DeviceEvaluationCallback(Callback):
         mode: ``"max"`` if higher is better, ``"min"`` if lower; needed where the metric's name does not tell.
         metrics: Metrics by name, updated with ``(outputs, target)`` of batches ``(inputs, target)``, in place of the
             module's own step.
-        strict: Whether a target that fails is an error after the report is written, or only a warning.
+        strict: What is an error after the report is written, and else a warning. ``True``: a target that fails, and a
+            broken file. ``"close"`` or ``"exact"``: also a file with a worse verdict. ``False``: nothing.
         budget: What a file may cost. One that costs more is kept, said to in the report, and warned of.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that a file may leave to its runtime's own CPU
             kernels; a target with more fails. Any if not given.
         interface: How the files are called: names, layout, pixels, labels.
+        devices: Devices to run the files on as well: names that ``devices.yaml`` describes, or `Device` objects.
+        on_devices: What is measured on devices, and of how many samples.
 
     Attributes:
         settings: The arguments that say which files are made, and how they are tested, timed and judged.
@@ -86,12 +95,15 @@ class DeviceEvaluationCallback(Callback):
         metric: str | None = None,
         mode: Mode | None = None,
         metrics: dict[str, Metric] | None = None,
-        strict: bool = True,
+        strict: Strict = True,
         budget: Budget | None = None,
         max_fallback: float | None = None,
         interface: Interface | None = None,
+        devices: list[str | Device] | None = None,
+        on_devices: DeviceSettings | None = None,
     ) -> None:
         check_split(split)
+        check_strict(strict)
         if calibration_batches < 0:
             raise ValueError(f"calibration_batches={calibration_batches} is not allowed; give 0 or more")
         self.settings = EvaluationSettings(
@@ -105,6 +117,8 @@ class DeviceEvaluationCallback(Callback):
             budget=budget,
             max_fallback=max_fallback,
             interface=interface,
+            devices=devices or [],
+            on_devices=on_devices or DeviceSettings(),
         )
         self.module = module
         self.split = split
@@ -120,12 +134,16 @@ class DeviceEvaluationCallback(Callback):
             ValueError: If there will be nothing to evaluate on.
             CompressionError: If the network cannot be found.
             MissingExtraError: If a target's packages are not installed; with ``strict=False`` that is a warning.
+            DeviceError: If a device is not described, cannot be reached or lacks a runtime; with ``strict=False`` the
+                latter two are a warning.
             EdgeError: If the folder cannot be written to.
         """
         self.report = None
         check_data(trainer, self.split)
         find_network(pl_module, self._module(trainer))
         self._check_installed()
+        if trainer.is_global_zero:
+            self._check_devices()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             dirpath = self.settings.dirpath
             try:
@@ -146,11 +164,19 @@ class DeviceEvaluationCallback(Callback):
                     raise MissingExtraError(f"targets={given}: {error}, or leave {name!r} out") from error
                 rank_zero_warn(f"There will be no file for {name!r}: {error}")
 
+    def _check_devices(self) -> None:
+        problems = check_devices(self.settings)
+        if problems and self.strict:
+            raise DeviceError("\n".join(problems))
+        for problem in problems:
+            rank_zero_warn(f"Nothing may be measured on {problem}")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, write, print and log; then raise if a target failed.
 
         Raises:
-            ExportError: If a target failed and ``strict`` is set; the report has the others.
+            ExportError: If a target failed or a verdict is worse than ``strict`` allows; the report has all.
+            DeviceError: If a device failed and ``strict`` is not ``False``.
         """
         if not trainer.is_global_zero:
             return
@@ -165,10 +191,16 @@ class DeviceEvaluationCallback(Callback):
             log_report(trainer.loggers, self.report, folder, trainer.global_step)
         for message in over_budget(self.report):
             rank_zero_warn(message)
-        if self.strict:
-            raise_failures(self.report)
+        for row in self.report.rows:
+            if row.verdict in ("differs", "broken"):
+                rank_zero_warn(f"{row.label} {row.judgement}")
+        if self.strict is not False:
+            raise_failures(self.report, self.strict)
+            raise_device_failures(self.report)
         for row in self.report.failures:
             rank_zero_warn(f"{row.label} failed: {row.error}")
+        for line in failures(self.report.devices):
+            rank_zero_warn(f"failed on a device: {line}")
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> Report:
         name = self._module(trainer)

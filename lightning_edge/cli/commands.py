@@ -1,17 +1,19 @@
-"""Commands on files alone: what `lightning-edge` does without a configuration and a Trainer."""
+"""Commands that take no configuration of LightningCLI: on files, and on sweeps."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 
+from lightning_edge.cli import front, reports, sweep
 from lightning_edge.cli import microcontroller as firmware
-from lightning_edge.cli import reports
 from lightning_edge.reporting import verification
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "front": front.main,
     "microcontroller": firmware.main,
     "report": reports.main,
+    "sweep": sweep.main,
     "verify": verification.main,
 }
 

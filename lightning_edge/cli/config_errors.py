@@ -26,8 +26,6 @@ _UNION = re.compile(r"^Subtypes: \[(?P<types>.*)\]$(?s:.*?)^Given value: (?P<val
 _REQUIRED = re.compile(r"the following arguments are required: (?P<names>.+)")
 _ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<name>\S+) is abstract")
 _NO_CONFIG = re.compile(r"^Unexpected config:(?P<text>(?s:.*))$")
-_YAML = re.compile(r"^Problems parsing config:(?P<text>(?s:.*))$")
-_PLACE = re.compile(r"in \"[^\"]*\", line (?P<line>\d+), column (?P<column>\d+)")
 _CLASS_KEYS = ("class_path", "init_args")
 _WIDTH = 100
 
@@ -48,8 +46,10 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         message: What jsonargparse says.
         options: Every key the parser accepts, dotted.
     """
-    if match := _YAML.search(message) or _NO_CONFIG.search(message):
-        return _unreadable(match["text"].strip(), message)
+    if match := _NO_CONFIG.search(message):
+        text = match["text"].strip()
+        given = repr(text.splitlines()[0]) if text else "an empty file"
+        return f"--config: given {given}\n  allowed: a YAML file of keys, such as trainer:, model: and data:"
     leaf = _deepest(message)
     text = "\n".join(leaf.lines)
     key = ".".join(leaf.keys)
@@ -78,20 +78,6 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     else:
         return message
     return "\n".join([*facts, "", "in full:", indent(message, "  ")])
-
-
-def _unreadable(text: str, message: str) -> str:
-    """Say what is wrong with a file that is no configuration at all, and where."""
-    if message.startswith("Unexpected"):
-        given = repr(text.splitlines()[0]) if text else "an empty file"
-        return f"--config: given {given}\n  allowed: a YAML file of keys, such as trainer:, model: and data:"
-    places = list(_PLACE.finditer(text))
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not _PLACE.search(line)]
-    where = f"line {places[-1]['line']}, column {places[-1]['column']}: " if places else ""
-    # YAML says first what it was doing, and last what it found.
-    found = lines[-1] if lines else "it cannot be read"
-    hint = "\n  YAML is indented by spaces, not by tabs" if "cannot start any token" in found else ""
-    return f"--config: {where}{found}{hint}\n\nin full:\n{indent(message, '  ')}"
 
 
 def _deepest(message: str) -> _Leaf:

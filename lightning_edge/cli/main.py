@@ -1,85 +1,36 @@
-"""The command line: LightningCLI, recipes by name, `export` and `evaluate`, and errors that start with the cause."""
+"""The command line: LightningCLI, recipes by name, and errors that start with the cause."""
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import zipfile
-from argparse import ArgumentError
-from collections.abc import Iterable
-from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ActionConfigFile
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
-from torch import nn
 
-from lightning_edge import exporters, record
-from lightning_edge.callbacks.compression import EdgeCompressionCallback
-from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback, recipe_of
+from lightning_edge import exporters
 from lightning_edge.cli import commands
 from lightning_edge.cli.config_errors import cause, explain
+from lightning_edge.cli.config_files import ConfigFile
+from lightning_edge.cli.trainer import EdgeTrainer
 from lightning_edge.errors import EdgeError, first_line
-from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, raise_over_budget
 from lightning_edge.evaluation.settings import check_targets
-from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs
-from lightning_edge.exporters import Artifact, deployable
-from lightning_edge.interface import Interface
-from lightning_edge.network import Inputs
-from lightning_edge.quantization import float_copy, is_quantized
 from lightning_edge.quantization.network import CHILD
-from lightning_edge.record import load_compressed
-from lightning_edge.reporting.report import Report
-from lightning_edge.reporting.rows import of_artifact, write_manifest
-from lightning_edge.surgery import find_network
 
-RECIPE = "recipe:"
 _OF_FILES = (
     "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources, report "
-    "FOLDER [FOLDER ...] makes the page of a report or puts several side by side."
+    "FOLDER [FOLDER ...] makes the page of a report or puts several side by side. "
+    "On many trainings: sweep FILE runs them, front FOLDER chooses among them."
 )
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 # How torch begins when the weights of a checkpoint are not those of the module.
 _MISFIT = "Error(s) in loading state_dict"
-_Callback = TypeVar("_Callback", bound=Callback)
-
-
-def recipe_names() -> list[str]:
-    """List the recipes that ship with this package."""
-    files = resources.files("lightning_edge.recipes").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-def recipe_path(name: str) -> Path:
-    """Find the file of a recipe, in a checkout as in an installed wheel.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
-    if name not in recipe_names():
-        raise ValueError(f"there is no recipe {name!r}. Recipes: {', '.join(recipe_names())}")
-    return Path(str(resources.files("lightning_edge.recipes") / f"{name}.yaml"))
-
-
-class _ConfigFile(ActionConfigFile):
-    """``--config`` that also takes ``recipe:<name>``."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        if isinstance(values, str) and values.startswith(RECIPE):
-            try:
-                values = str(recipe_path(values.removeprefix(RECIPE)))
-            except ValueError as error:
-                raise ArgumentError(None, str(error)) from error
-        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
 
 
 class EdgeParser(LightningArgumentParser):
@@ -93,147 +44,6 @@ class EdgeParser(LightningArgumentParser):
         options = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
         sys.stderr.write(f"error: {explain(message, options)}\n")
         sys.exit(2)
-
-
-class EdgeTrainer(Trainer):
-    """A Trainer that can also export and evaluate what another run has trained."""
-
-    callbacks: list[Callback]
-
-    def export(
-        self,
-        model: LightningModule,
-        ckpt_path: str,
-        datamodule: LightningDataModule | None = None,
-        targets: list[str] | None = None,
-        dirpath: str | None = None,
-        batches: int = 8,
-        max_fallback: float | None = None,
-        interface: Interface | None = None,
-    ) -> list[Artifact]:
-        """Write the network of a checkpoint for each target, int8 if it was trained so, and prove each file.
-
-        Args:
-            model: The module the checkpoint was written by, newly made.
-            ckpt_path: The checkpoint.
-            datamodule: Where the validation data is, if not in ``model``.
-            targets: Targets to export to: those of the DeviceEvaluationCallback, or all.
-            dirpath: Folder for the files: that of the DeviceEvaluationCallback, or ``artifacts``.
-            batches: Validation batches on which each file is compared with the network.
-            max_fallback: Share of the multiply-accumulates that may run outside the target's delegate.
-            interface: How the files are called: that of the DeviceEvaluationCallback, if it has one.
-
-        Raises:
-            EdgeError: If the checkpoint does not load or a file cannot be made.
-            ValueError: If a target is unknown.
-        """
-        callback = self._callback(targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface)
-        settings = callback.settings
-        if batches < 1:
-            raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
-        network = find_network(self._load(model, ckpt_path, callback.module, "validate", datamodule), callback.module)
-        loaders = _loader(datamodule or model, "val_dataloader")
-        inputs = calibration_inputs(model, loaders, batches, callback.module, datamodule)
-        finished = deployable(network, None if is_quantized(network) else inputs[0])
-        artifacts, rows = [], []
-        for target in settings.targets:
-            path = Path(settings.dirpath) / f"model-{finished.precision}{exporters.target(target).suffix}"
-            options = exporters.options_of(target, finished.precision, settings.options)
-            given: dict[str, Any] = {"max_fallback": settings.max_fallback, "interface": settings.interface, **options}
-            artifact = exporters.export(finished, target, path, batches=inputs, tolerance=settings.tolerance, **given)
-            print(f"{path}: {artifact.precision}, {artifact.size_bytes:,} bytes")
-            rows.append(of_artifact(artifact, options.get("scheme")))
-            artifacts.append(artifact)
-        write_manifest(Report(type(model).__name__, "validate", rows), Path(settings.dirpath), recipe_of(self))
-        return artifacts
-
-    def evaluate(
-        self,
-        model: LightningModule,
-        ckpt_path: str,
-        datamodule: LightningDataModule | None = None,
-        targets: list[str] | None = None,
-        dirpath: str | None = None,
-        split: Split | None = None,
-        max_fallback: float | None = None,
-        interface: Interface | None = None,
-    ) -> Report:
-        """Export the network of a checkpoint, validate and time every file, and write the report.
-
-        Settings that are not given are those of the configuration's DeviceEvaluationCallback.
-
-        Args:
-            model: The module the checkpoint was written by, newly made.
-            ckpt_path: The checkpoint.
-            datamodule: Where the data is, if not in ``model``.
-            targets: Targets to export to, all of them without a callback.
-            dirpath: Folder for the files and the report, ``artifacts`` without a callback.
-            split: The loop that gives the metrics, ``validate`` without a callback.
-            max_fallback: Share of the multiply-accumulates that may run outside the target's delegate.
-            interface: How the files are called: that of the DeviceEvaluationCallback, if it has one.
-
-        Raises:
-            EdgeError: If the checkpoint does not load, a file cannot be made or is over its budget; the report has all.
-            ValueError: If a target is unknown.
-        """
-        callback = self._callback(targets, dirpath=dirpath, max_fallback=max_fallback, interface=interface)
-        settings = callback.settings
-        split = split or callback.split
-        self._load(model, ckpt_path, callback.module, split, datamodule)
-        loaders = _loader(datamodule or model, "val_dataloader" if split == "validate" else "test_dataloader")
-        limit = self.limit_val_batches if split == "validate" else self.limit_test_batches
-        validation = Validation(model, loaders, callback.module, split, limit, datamodule, callback.metrics)
-
-        def calibration() -> list[Inputs]:
-            if datamodule is not None:
-                datamodule.setup("fit")
-            loader = _loader(datamodule or model, "train_dataloader")
-            return calibration_inputs(model, loader, callback.calibration_batches, callback.module, datamodule)
-
-        report = evaluate_module(
-            validation,
-            settings,
-            calibration=calibration if callback.calibration_batches else None,
-            baseline=_float_network(ckpt_path, find_network(model, callback.module)),
-            recipe=recipe_of(self),
-            tell=print,
-        )
-        Console().print(report.table())
-        raise_failures(report)
-        raise_over_budget(report)
-        return report
-
-    def _load(
-        self,
-        model: LightningModule,
-        ckpt_path: str,
-        name: str | None,
-        split: Split,
-        datamodule: LightningDataModule | None,
-    ) -> nn.Module:
-        """Set everything up as a run of this Trainer would, then load the checkpoint."""
-        model.trainer = self
-        if datamodule is not None:
-            datamodule.prepare_data()
-            datamodule.setup(split)
-        model.prepare_data()
-        # All of it now: a module may build its network here, and after the weights are loaded it would be another one.
-        for stage in ("fit", split):
-            model.setup(stage)
-        model.configure_model()
-        return load_compressed(ckpt_path, model, name)
-
-    def _callback(self, targets: list[str] | None, **others: Any) -> DeviceEvaluationCallback:
-        """The configuration's callback, or a default one, with the settings that were given in place of its own."""
-        found = _first(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
-        callback = copy.copy(found)
-        settings = callback.settings if targets is None else callback.settings.for_targets(targets)
-        given = {name: value for name, value in others.items() if value is not None}
-        callback.settings = replace(settings, **given)
-        compression = _first(self.callbacks, EdgeCompressionCallback)
-        if compression is not None and compression.module is not None:
-            callback.module = compression.module
-        return callback
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -262,7 +72,7 @@ class EdgeCLI(LightningCLI):
         kwargs.setdefault("epilog", _OF_FILES)
         parser = self.parser_class(**kwargs)
         help_text = "Configuration file in YAML or JSON, or recipe:<name>. May be given several times."
-        parser.add_argument("-c", "--config", action=_ConfigFile, help=help_text)
+        parser.add_argument("-c", "--config", action=ConfigFile, help=help_text)
         return parser
 
     @staticmethod
@@ -362,31 +172,6 @@ def _is_told(error: Exception) -> bool:
         traceback = traceback.tb_next
     raised_in = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
     return isinstance(error, TypeError | ValueError) and raised_in.partition(".")[0] == "lightning_edge"
-
-
-def _loader(source: LightningModule | LightningDataModule, name: str) -> Any:
-    """The dataloader of a module that has one, for there is nothing to compare on otherwise.
-
-    Raises:
-        EdgeError: If it has none.
-    """
-    if not is_overridden(name, source):
-        raise EdgeError(f"{type(source).__name__} has no {name}; give it one, or another data module by data:")
-    return getattr(source, name)()
-
-
-def _first(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback | None:
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
-
-
-def _float_network(ckpt_path: str, network: nn.Module) -> nn.Module | None:
-    """The float network that quantization-aware training began with, which the checkpoint keeps."""
-    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True).get(record.KEY) or {}
-    if saved.get("float_state") is None:
-        return None
-    baseline = float_copy(network)
-    baseline.load_state_dict(saved["float_state"])
-    return baseline
 
 
 def _debugging() -> bool:

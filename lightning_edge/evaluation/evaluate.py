@@ -5,28 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
-from lightning_edge.errors import BudgetError, EdgeError, ExportError
+from lightning_edge.errors import AgreementError, EdgeError, first_line
+from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
+from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import Artifact, deployable, options_of, stage
 from lightning_edge.exporters import target as target_module
 from lightning_edge.exporters.program import check_numbers
-from lightning_edge.exporters.verify.agreement import check_agreement
+from lightning_edge.exporters.verify.agreement import judge_file
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.measure import Agreement, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
-from lightning_edge.network import Deployable, Inputs, sort_keywords
+from lightning_edge.network import Deployable, Inputs, flatten_outputs, sort_keywords
 from lightning_edge.pruning import Prune
 from lightning_edge.pruning.cutting import channels_of
 from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
@@ -34,8 +36,18 @@ from lightning_edge.quantization.calibration_check import in_words
 from lightning_edge.record import changes_of
 from lightning_edge.reporting.monitor import Monitor, choose
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
-from lightning_edge.reporting.rows import compared, described, judged, over_budget, recorded, timed, without_gain, write
+from lightning_edge.reporting.rows import (
+    compared,
+    described,
+    given_verdict,
+    judged,
+    recorded,
+    timed,
+    without_gain,
+    write,
+)
 from lightning_edge.surgery import find_network
+from lightning_edge.verdict import Judgement, MetricChange
 
 # Share of values outside their range that a report speaks of: more than the outliers that calibration leaves out.
 _CLIPPED = 0.05
@@ -56,8 +68,8 @@ def evaluate_module(
     """Export a trained network to every target, validate and time each file, and write report and manifest beside them.
 
     The int8 network is the one in the module if it was trained with quantizers; else the trained network is quantized
-    after training, from ``calibration``. A target that fails is a row with an error and does not stop the others:
-    follow this with `raise_failures`.
+    after training, from ``calibration``. A file that loads and runs is kept, with its verdict. A target that fails is
+    a row with an error and does not stop the others: follow this with `refusals.raise_failures`.
 
     Args:
         validation: The user's module and the loop that gives its metrics.
@@ -76,34 +88,14 @@ def evaluate_module(
     return write(report, Path(settings.dirpath), recipe)
 
 
-def raise_failures(report: Report) -> None:
-    """Raise one error that names every file that could not be made.
-
-    Raises:
-        ExportError: If there is one.
-    """
-    if report.failures:
-        lines = "\n".join(f"  {row.label}: {row.error}" for row in report.failures)
-        raise ExportError(f"{len(report.failures)} of the files could not be made; the report has the others:\n{lines}")
-
-
-def raise_over_budget(report: Report) -> None:
-    """Raise one error that names every file to ship that exceeds its budget.
-
-    Raises:
-        BudgetError: If there is one.
-    """
-    if told := over_budget(report):
-        raise BudgetError("\n".join([*told, "Make the network smaller, or state another budget"]))
-
-
 @dataclass(frozen=True)
 class _Candidate:
-    """A network that files are made of, where its weights come from, and its outputs over the split."""
+    """A network that files are made of, where its weights come from, and its outputs and metrics over the split."""
 
     network: Deployable
     source: Source
     reference: Reference
+    metrics: Mapping[str, float]
 
 
 @final
@@ -117,7 +109,9 @@ class _Evaluation:
         self._rows: list[Row] = []
         self._timed: dict[int, Callable[[], int]] = {}
         self._warnings: list[str] = []
-        self._notes: list[str] = []
+        self._notes: list[str] = left_out(settings)
+        self._accepted: list[DeviceFile] = []
+        self._monitor: Monitor | None = None
 
     def run(
         self,
@@ -137,20 +131,20 @@ class _Evaluation:
             )
 
         float_reference = Reference(float_network)
-        self._torch_row("fp32", "float", float_reference, float_network)
-        sample = float_reference.call
-        candidates: list[_Candidate] = []
-        if settings.fp32_files:
-            candidates.append(_Candidate(deployable(float_network, sample), "float", float_reference))
-        calibration_batches, int8 = self._int8_candidates(trained, float_network, calibration, float_reference.calls)
-        candidates += int8[-1:]
+        metrics = self._torch_row("fp32", "float", float_reference, float_network)
+        self._choose_monitor(watched)
+        floats = _Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics)
+        calibration_batches, int8 = self._int8_candidates(trained, floats, calibration)
+        self._compare_quantizations()
+        candidates = [floats] * settings.fp32_files + int8[-1:]
 
         for target in settings.targets:
             for candidate in candidates:
                 self._file_row(target, candidate)
         self._time()
+        on_devices = run_on_devices(self._accepted, self._validation, settings, self._tell)
         self._notes += without_gain(self._rows)
-        monitor = self._compare_quantizations(watched)
+        monitor = self._monitor
         seed = os.environ.get("PL_GLOBAL_SEED")
         return Report(
             model=type(self._validation.pl_module).__name__,
@@ -167,6 +161,7 @@ class _Evaluation:
             notes=tuple(self._notes),
             channels=channels_of(change for change in changes_of(trained) if change["phase"] == Prune.name),
             versions=installed_versions(),
+            devices=on_devices,
         )
 
     def _note_metrics(self) -> None:
@@ -181,11 +176,7 @@ class _Evaluation:
             )
 
     def _int8_candidates(
-        self,
-        trained: nn.Module,
-        float_network: nn.Module,
-        calibration: Callable[[], Sequence[Inputs]] | None,
-        validation: Sequence[Inputs],
+        self, trained: nn.Module, floats: _Candidate, calibration: Callable[[], Sequence[Inputs]] | None
     ) -> tuple[int, list[_Candidate]]:
         """Give the number of calibration batches, and the int8 networks there are, the one to ship last."""
         found: list[_Candidate] = []
@@ -195,38 +186,57 @@ class _Evaluation:
             try:
                 inputs = calibration()
                 batches = len(inputs)
-                quantized = quantize(float_network, inputs)
-                if findings := check_calibration(quantized, validation, max_clipped=_CLIPPED):
+                quantized = quantize(floats.network.graph, inputs)
+                if findings := check_calibration(quantized, floats.reference.calls, max_clipped=_CLIPPED):
                     self._warnings.append(in_words(findings))
-                found.append(self._int8_candidate(convert(quantized), "post-training"))
+                found.append(self._int8_candidate(convert(quantized), "post-training", floats))
             except EdgeError as error:
                 if is_quantized(trained):
                     self._warn(f"There is no post-training baseline to compare with: {error}")
                 else:
                     self._rows.append(Row("torch", "int8", "post-training", error=str(error)))
+                    self._tell(f"FAILED: {self._rows[-1].label}: {first_line(error)}")
         elif not is_quantized(trained):
             self._notes.append("There is no int8 network: none was trained, and no calibration data was given.")
         if is_quantized(trained):
-            found.append(self._int8_candidate(convert(trained), "trained"))
+            found.append(self._int8_candidate(convert(trained), "trained", floats))
         return batches, found
 
-    def _int8_candidate(self, network: Deployable, source: Source) -> _Candidate:
+    def _int8_candidate(self, network: Deployable, source: Source, floats: _Candidate) -> _Candidate:
         reference = Reference(exact(network))
-        self._torch_row("int8", source, reference, network.graph)
-        return _Candidate(network, source, reference)
+        comparison = Comparison(class_scores=not floats.reference.reconstructs)
+        metrics = self._torch_row("int8", source, reference, network.graph, floats.reference, comparison)
+        change = self._change(floats.metrics, metrics)
+        label, float_network, calls = self._rows[-1].label, floats.reference.network, floats.reference.calls
+        if told := noise_warning(label, comparison.result(), change, float_network, calls):
+            self._warn(told)
+        return _Candidate(network, source, reference, metrics)
 
-    def _torch_row(self, precision: Precision, source: Source, reference: Reference, held: nn.Module) -> None:
+    def _torch_row(
+        self,
+        precision: Precision,
+        source: Source,
+        reference: Reference,
+        held: nn.Module,
+        floats: Reference | None = None,
+        comparison: Comparison | None = None,
+    ) -> Mapping[str, float]:
+        """Add the row of a network in torch, compared with the float one where that is given; gives its metrics."""
         row = Row("torch", precision, source, runtime=f"PyTorch {torch.__version__}", size_bytes=module_bytes(held))
         self._tell(f"Validating {row.label}")
-        metrics = self._validation.run(reference.answers())
+        answer = reference.answers()
+        if floats is not None and comparison is not None:
+            answer = _compared_with(floats.answers(), answer, comparison)
+        metrics = self._validation.run(answer)
         # A converted graph in torch computes on float numbers in int8 steps, at a speed that means nothing.
         self._rows.append(replace(row, metrics=metrics, is_reference=precision == "int8"))
         if precision == "fp32":
             call = reference.call
             self._timed[len(self._rows) - 1] = stopwatch(lambda: reference.network(*call.args, **call.kwargs))
+        return metrics
 
     def _file_row(self, target: str, candidate: _Candidate) -> None:
-        """Add the row of one file; whatever goes wrong with the file is the row's error."""
+        """Add the row of one file; whatever goes wrong with the file is the row's error, told at once."""
         row = Row(target, candidate.network.precision, candidate.source)
         self._tell(f"Exporting and validating {row.label}")
         self._rows.append(row)
@@ -238,6 +248,11 @@ class _Evaluation:
             # Not one of ours: still no reason to lose the other targets after a long training.
             _log.error("%s failed", self._rows[-1].label, exc_info=True)
             self._rows[-1] = replace(self._rows[-1], error=f"{type(error).__name__}: {error}")
+        row = self._rows[-1]
+        if row.error is not None:
+            self._tell(f"FAILED: {row.label}, there is no such file: {row.error}")
+        elif row.verdict is not None:
+            self._tell(f"{row.label} {row.judgement}")
 
     def _fill_last_row(self, target: str, candidate: _Candidate) -> None:
         """Export, validate and accept one file; the last row keeps what was found, should a later step fail."""
@@ -262,18 +277,25 @@ class _Evaluation:
             # Where a file cannot run here, its contents are all that can be told; the warnings say so.
             runs = staged.artifact.not_run is None
             if runs:
-                self._validate_last_row(staged.artifact, candidate, settings.tolerance_for(options.get("scheme")))
+                tolerance = settings.tolerance_for(options.get("scheme"))
+                self._validate_last_row(staged.artifact, candidate, tolerance)
             artifact = staged.accept()
         self._rows[-1] = replace(self._rows[-1], path=artifact.path.name, sha256=digest(artifact.path))
         if runs and not artifact.runner.is_reference:
             self._timed[len(self._rows) - 1] = artifact.timed_call(sort_keywords(reference.call).tensors)
+        if runs and settings.devices:
+            self._accepted.append(DeviceFile.of(self._rows[-1], artifact, network, reference, tolerance))
 
     def _validate_last_row(self, artifact: Artifact, candidate: _Candidate, tolerance: Tolerance) -> None:
-        """Validate a file in its network's place, and refuse one that lies outside the tolerance."""
+        """Validate a file in its network's place, and judge it."""
         network, reference = candidate.network, candidate.reference
         scales = network.output_scales if network.precision == "int8" else ()
         comparison = Comparison(scales, class_scores=not reference.reconstructs)
-        metrics = self._validation.run(reference.answers(artifact, comparison, artifact.sees))
+        try:
+            metrics = self._validation.run(reference.answers(artifact, comparison, artifact.sees))
+        except AgreementError as error:
+            self._rows[-1] = given_verdict(self._rows[-1], Judgement("broken", (str(error),)))
+            return
         agreement = comparison.result()
         memory = artifact.runner.peak_memory_bytes()
         self._rows[-1] = compared(replace(self._rows[-1], metrics=metrics, peak_memory_bytes=memory), agreement)
@@ -281,8 +303,17 @@ class _Evaluation:
         def rounding() -> Agreement:
             return reference.rounding(network, self._validation.run, artifact.sees)
 
-        with self._recorded():
-            check_agreement(network, artifact, agreement, tolerance, rounding)
+        change = self._change(candidate.metrics, metrics)
+        judgement = judge_file(network, artifact, agreement, tolerance, rounding, change)
+        self._rows[-1] = given_verdict(self._rows[-1], judgement)
+
+    def _change(self, before: Mapping[str, float], after: Mapping[str, float]) -> MetricChange | None:
+        """The metric that decides, before and after; ``None`` where there is none."""
+        monitor = self._monitor
+        if monitor is None or monitor.metric not in before or monitor.metric not in after:
+            return None
+        name = monitor.metric
+        return MetricChange(name, before[name], after[name], monitor.mode == "max")
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -305,32 +336,29 @@ class _Evaluation:
         for index, error in failures.items():
             self._rows[int(index)] = replace(self._rows[int(index)], error=f"while it was timed: {error}")
 
-    def _compare_quantizations(self, watched: Sequence[Monitor]) -> Monitor | None:
-        """Give the metric that decides; warn where it says that training with quantizers was worse than without."""
-        monitor = self._settings.monitor
+    def _choose_monitor(self, watched: Sequence[Monitor]) -> None:
+        """Choose the metric that decides among those of the float network."""
+        names = list(self._rows[-1].metrics)
+        asked = self._settings.monitor
+        if asked is not None and asked.metric not in names:
+            self._warn(f"metric={asked.metric!r} is not among the metrics of {self._validation.step}: {names}")
+            asked = None
+        self._monitor = asked or choose(names, watched)
+
+    def _compare_quantizations(self) -> None:
+        """Warn where the deciding metric says that training with quantizers was worse than without."""
         rows = {row.source: row for row in self._rows if row.target == "torch" and row.error is None}
-        names = list(rows["float"].metrics)
-        if monitor is not None and monitor.metric not in names:
-            self._warn(f"metric={monitor.metric!r} is not among the metrics of {self._validation.step}: {names}")
-            monitor = None
-        monitor = monitor or choose(names, watched)
         if "trained" not in rows or "post-training" not in rows:
-            return monitor
-        if monitor is None:
+            return
+        if self._monitor is None:
             self._notes.append(
                 "Trained and post-training quantization were not compared: no metric's name tells whether higher is "
                 "better; give metric=... and mode=..."
             )
-            return None
-        trained, after = (rows[source].metrics[monitor.metric] for source in ("trained", "post-training"))
-        if monitor.worse(trained, after):
-            self._warn(
-                f"Quantization-aware training is worse than post-training quantization: {monitor.metric} {trained:.4f} "
-                f"against {after:.4f} on the {self._validation.split} split ({monitor.mode} is better). Lower the "
-                "learning rate (3 to 10 times), start later, move fold_batch_norm, or keep the most sensitive layers "
-                "float (Quantize(skip=[...]); lightning_edge.sensitivity names them). Or ship the post-training one."
-            )
-        return monitor
+        elif told := training_warning(
+            self._monitor, rows["trained"].metrics, rows["post-training"].metrics, self._validation.split
+        ):
+            self._warn(told)
 
     def _warn(self, message: str) -> None:
         self._warnings.append(message)
@@ -346,3 +374,16 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _compared_with(
+    floats: Callable[..., Any], answer: Callable[..., Any], comparison: Comparison
+) -> Callable[..., Any]:
+    """Answer calls, and collect how far each answer lies from the float network's."""
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        outputs = answer(*args, **kwargs)
+        comparison.update(flatten_outputs(floats(*args, **kwargs)), flatten_outputs(outputs))
+        return outputs
+
+    return both

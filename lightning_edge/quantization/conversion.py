@@ -48,7 +48,9 @@ def convert(module: nn.Module) -> Deployable:
     with quiet_torchao():
         converted = convert_pt2e(prepared, fold_quantize=True)
     inputs = child.inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    return Deployable(converted, inputs, "int8", tuple(_output_scales(converted)), child.call.match)
+    made = Deployable(converted, inputs, "int8", tuple(_output_scales(converted)), child.call.match)
+    made.calibration = child.calibration
+    return made
 
 
 def _widen(graph: GraphModule) -> None:

@@ -35,7 +35,12 @@ class QuantizedForward(nn.Module):
         graph: The prepared graph.
         inputs: A call of the network, on the CPU.
         batch_norms: Those that became part of weights in the graph.
+
+    Attributes:
+        calibration: Samples that post-training quantization read, on the CPU; ``None`` where none are kept.
     """
+
+    calibration: Inputs | None
 
     def __init__(
         self, network: nn.Module, graph: GraphModule, inputs: Inputs, batch_norms: tuple[FoldedBatchNorm, ...] = ()
@@ -52,6 +57,7 @@ class QuantizedForward(nn.Module):
             self.register_buffer(name, getattr(graph, name), persistent=False)
         self.shared = sorted(roots - set(self.constants))
         self.inputs = inputs
+        self.calibration = None
         self.call = CallShape(type(network), inputs)
         self.batch_norms = batch_norms
         # A tensor: a number that changes in every call would be compiled anew in every call.

@@ -13,6 +13,10 @@ from lightning_edge.quantization.network import attach, float_copy, quantized_fo
 from lightning_edge.quantization.plan import LinearWeights, check_linear_weights, check_plan
 from lightning_edge.surgery import in_mode
 
+# Of the first calibration batch so much is kept, for `export` to compare its files on.
+_KEPT_SAMPLES = 32
+_KEPT_BYTES = 2**24
+
 
 def quantize(
     model: nn.Module,
@@ -55,6 +59,7 @@ def quantize(
             inputs = Inputs.of(batch)
             if child is None:
                 child = attach(network, inputs, averaging=None, plan=joined, linear_weights=scales)
+                child.calibration = _first_samples(inputs)
             calibrate(network, inputs)
     if child is None:
         raise ValueError("calibration_batches is empty; give at least one batch of what the network is fed")
@@ -64,6 +69,16 @@ def quantize(
 
         warn_of(check_calibration(network, validation_batches))
     return network
+
+
+def _first_samples(inputs: Inputs) -> Inputs | None:
+    """Copy the first samples of a batch, as many as are kept; ``None`` where one alone is too large."""
+    kept = inputs.sample(size=_KEPT_SAMPLES)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in kept.tensors)
+    fitting = kept.batch_size * _KEPT_BYTES // max(1, size)
+    if not fitting:
+        return None
+    return kept.sample(size=min(kept.batch_size, fitting)).map(lambda tensor: tensor.detach().cpu().clone())
 
 
 def calibrate(network: nn.Module, inputs: Inputs) -> None:

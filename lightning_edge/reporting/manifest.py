@@ -7,7 +7,6 @@ refused, never half understood. Knows no torch.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -15,18 +14,39 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_edge.contents import Endpoint, Placement, Placements
-from lightning_edge.errors import ManifestError
+from lightning_edge.errors import ManifestError, printable
 from lightning_edge.files import replace_text
 from lightning_edge.interface import Interface
+from lightning_edge.plain_values import (
+    as_count,
+    as_list,
+    as_number,
+    as_numbers,
+    as_object,
+    as_optional,
+    as_typed,
+    as_whole,
+    check_keys,
+    cut,
+    shortened,
+)
+from lightning_edge.regular_files import read_regular
 from lightning_edge.reporting.budget import Excess, Verdict
 from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.report import Report, Row, without_infinities
+from lightning_edge.verdict import GRADES
 
 NAME = "manifest.json"
 SCHEMA = 1
+# Recipe, labels and names of many files come to some hundred thousand.
+MOST_BYTES = 2**24
 
 # Fields of files in manifests of earlier versions.
 _NO_LONGER_WRITTEN = {"floor_bytes"}
+_NOT_YET_WRITTEN: dict[str, Any] = {"verdict": None, "verdict_reason": None}
+# What a file system takes: bytes of a name, and characters of a path with room for the folder's own.
+_LONGEST_NAME, _LONGEST_PATH = 255, 1024
+_MOST_TOLD = 400
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _AGREEMENT = ("samples", "top1", "max_steps", "mean_steps", "max_relative")
 _LATENCY = ("p50_ms", "p95_ms", "p99_ms", "throughput", "load_ms")
@@ -56,6 +76,8 @@ class FileEntry:
         budget: Whether it keeps its budget, if there is one.
         interface: How the file is called, beyond what `inputs` and `outputs` say.
         not_run: Why nothing could run the file where it was made, so that nothing is stated of what it computes.
+        verdict: What its agreement comes to, as in a `Row`.
+        verdict_reason: Why it is that.
     """
 
     path: str
@@ -77,6 +99,8 @@ class FileEntry:
     budget: Verdict | None
     interface: Interface
     not_run: str | None = None
+    verdict: str | None = None
+    verdict_reason: str | None = None
 
     @classmethod
     def of(cls, row: Row) -> FileEntry:
@@ -104,6 +128,8 @@ class FileEntry:
             budget=row.budget,
             interface=row.interface or Interface(),
             not_run=row.not_run,
+            verdict=row.verdict,
+            verdict_reason=row.verdict_reason,
         )
 
 
@@ -159,22 +185,28 @@ class Manifest:
         """
         path = Path(path)
         path = path / NAME if path.is_dir() else path
+        name = printable(str(path))
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path, MOST_BYTES).decode("utf-8")
         except FileNotFoundError as error:
             raise ManifestError(
-                f"there is no {path}. Give a folder that lightning-edge export or evaluate has written to"
+                f"there is no {name}. Give a folder that lightning-edge export or evaluate has written to"
             ) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise ManifestError(f"{path} cannot be read: {error}. Export again to write it anew") from error
-        try:
-            return _manifest(json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once))
-        except RecursionError as error:
-            raise ManifestError(f"{path} is no manifest: it is nested too deeply") from error
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ManifestError(
-                f"{path} is no manifest that can be used: {error}. Export again to write it anew"
-            ) from (error)
+                f"{name} cannot be read: {printable(str(error))}. Export again to write it anew"
+            ) from error
+        try:
+            plain = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once)
+            _check_texts(plain)
+            return _manifest(plain)
+        except RecursionError as error:
+            raise ManifestError(f"{name} is no manifest: it is nested too deeply") from error
+        except (ValueError, OverflowError) as error:
+            told = cut(printable(str(error)), _MOST_TOLD)
+            raise ManifestError(f"{name} is no manifest that can be used: {told}. Export again to write it anew") from (
+                error
+            )
 
 
 def check_path(path: str) -> None:
@@ -184,6 +216,11 @@ def check_path(path: str) -> None:
         ValueError: If it is absolute, empty, climbs up or is not written with ``/``.
     """
     parts = path.split("/")
+    if len(path) > _LONGEST_PATH or any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in parts):
+        raise ValueError(
+            f"the path {shortened(path)} is longer than a path is: {_LONGEST_NAME} bytes for a name, {_LONGEST_PATH} "
+            "characters in all"
+        )
     windows = "\\" in path or ":" in path
     if not path or windows or "\0" in path or PurePosixPath(path).is_absolute() or {"", ".", ".."} & {*parts}:
         raise ValueError(
@@ -193,6 +230,14 @@ def check_path(path: str) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number that JSON has")
+
+
+def _check_texts(plain: Any) -> None:
+    """Refuse halves of surrogate pairs, which JSON can write and nothing can print or name a file by."""
+    try:
+        json.dumps(plain, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start]!r} in it is half a character and no text") from error
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -205,171 +250,128 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _manifest(value: Any) -> Manifest:
     """Build a manifest from parsed JSON; the schema first, since all else depends on it."""
-    given = _object(value, "it")
+    given = as_object(value, "it")
     schema = given.get("schema")
     if type(schema) is not int:
-        raise ValueError(f"its schema is {schema!r} and not a number")
+        raise ValueError(f"its schema is {shortened(schema)} and not a number")
     if schema != SCHEMA:
         newer = "a newer lightning-edge wrote it; update to read it" if schema > SCHEMA else "there is none such"
-        raise ValueError(f"its schema is {schema} and this version reads {SCHEMA}: {newer}")
+        raise ValueError(f"its schema is {shortened(schema)} and this version reads {SCHEMA}: {newer}")
     _keys(given, Manifest, "it")
-    files = tuple(_file(entry, f"files[{index}]") for index, entry in enumerate(_list(given["files"], "files")))
+    files = tuple(_file(entry, f"files[{index}]") for index, entry in enumerate(as_list(given["files"], "files")))
     paths = [entry.path for entry in files]
     if len({*paths}) < len(paths):
         raise ValueError(f"{next(path for path in paths if paths.count(path) > 1)!r} is named twice")
-    versions = _object(given["versions"], "versions")
+    versions = as_object(given["versions"], "versions")
     return Manifest(
-        model=_typed(given["model"], str, "model"),
+        model=as_typed(given["model"], str, "model"),
         files=files,
-        versions={name: _typed(text, str, f"versions.{name}") for name, text in versions.items()},
+        versions={name: as_typed(text, str, f"versions.{name}") for name, text in versions.items()},
         git=_commit(given["git"]),
-        recipe=_optional(given["recipe"], str, "recipe"),
+        recipe=as_optional(given["recipe"], str, "recipe"),
     )
 
 
 def _commit(value: Any) -> Commit | None:
     if value is None:
         return None
-    given = _object(value, "git")
+    given = as_object(value, "git")
     _keys(given, Commit, "git")
-    return Commit(_typed(given["commit"], str, "git.commit"), _typed(given["dirty"], bool, "git.dirty"))
+    return Commit(as_typed(given["commit"], str, "git.commit"), as_typed(given["dirty"], bool, "git.dirty"))
 
 
 def _file(value: Any, where: str) -> FileEntry:
-    given = {name: entry for name, entry in _object(value, where).items() if name not in _NO_LONGER_WRITTEN}
+    given = {name: entry for name, entry in as_object(value, where).items() if name not in _NO_LONGER_WRITTEN}
+    given = {**_NOT_YET_WRITTEN, **given}
     _keys(given, FileEntry, where)
-    path = _typed(given["path"], str, f"{where}.path")
+    verdict = as_optional(given["verdict"], str, f"{where}.verdict")
+    if verdict is not None and verdict not in GRADES:
+        raise ValueError(f"{where}.verdict is {shortened(verdict)} and not one of {', '.join(GRADES)}")
+    path = as_typed(given["path"], str, f"{where}.path")
     check_path(path)
-    digest = _typed(given["sha256"], str, f"{where}.sha256")
+    digest = as_typed(given["sha256"], str, f"{where}.sha256")
     if not _DIGEST.fullmatch(digest):
         raise ValueError(f"{where}.sha256 is {digest!r} and not 64 hexadecimal digits")
-    precision = _typed(given["precision"], str, f"{where}.precision")
+    precision = as_typed(given["precision"], str, f"{where}.precision")
     if precision not in ("fp32", "int8"):
         raise ValueError(f"{where}.precision is {precision!r} and not 'fp32' or 'int8'")
     return FileEntry(
         path=path,
-        target=_typed(given["target"], str, f"{where}.target"),
+        target=as_typed(given["target"], str, f"{where}.target"),
         precision=precision,
-        source=_typed(given["source"], str, f"{where}.source"),
-        scheme=_optional(given["scheme"], str, f"{where}.scheme"),
+        source=as_typed(given["source"], str, f"{where}.source"),
+        scheme=as_optional(given["scheme"], str, f"{where}.scheme"),
         sha256=digest,
-        size_bytes=_count(given["size_bytes"], f"{where}.size_bytes"),
-        compressed_bytes=_count(given["compressed_bytes"], f"{where}.compressed_bytes"),
+        size_bytes=as_count(given["size_bytes"], f"{where}.size_bytes"),
+        compressed_bytes=as_count(given["compressed_bytes"], f"{where}.compressed_bytes"),
         inputs=_endpoints(given["inputs"], f"{where}.inputs"),
         outputs=_endpoints(given["outputs"], f"{where}.outputs"),
         sample=_endpoints(given["sample"], f"{where}.sample"),
-        metrics=_numbers(given["metrics"], f"{where}.metrics"),
-        agreement=_numbers(given["agreement"], f"{where}.agreement"),
-        latency=_numbers(given["latency"], f"{where}.latency"),
-        runtime=_optional(given["runtime"], str, f"{where}.runtime"),
+        metrics=as_numbers(given["metrics"], f"{where}.metrics"),
+        agreement=as_numbers(given["agreement"], f"{where}.agreement"),
+        latency=as_numbers(given["latency"], f"{where}.latency"),
+        runtime=as_optional(given["runtime"], str, f"{where}.runtime"),
         placements=_placements(given["placements"], f"{where}.placements"),
         budget=_verdict(given["budget"], f"{where}.budget"),
         interface=_interface(given["interface"], f"{where}.interface"),
-        not_run=_optional(given["not_run"], str, f"{where}.not_run"),
+        verdict=verdict,
+        verdict_reason=as_optional(given["verdict_reason"], str, f"{where}.verdict_reason"),
+        not_run=as_optional(given["not_run"], str, f"{where}.not_run"),
     )
 
 
 def _interface(value: Any, where: str) -> Interface:
-    given = _object(value, where)
+    given = as_object(value, where)
     _keys(given, Interface, where)
     return Interface.of(given)
 
 
 def _endpoints(value: Any, where: str) -> tuple[Endpoint, ...]:
-    return tuple(_endpoint(entry, f"{where}[{index}]") for index, entry in enumerate(_list(value, where)))
+    return tuple(_endpoint(entry, f"{where}[{index}]") for index, entry in enumerate(as_list(value, where)))
 
 
 def _endpoint(value: Any, where: str) -> Endpoint:
-    given = _object(value, where)
+    given = as_object(value, where)
     _keys(given, Endpoint, where)
     zero_point = given["zero_point"]
     return Endpoint(
-        name=_optional(given["name"], str, f"{where}.name"),
-        shape=tuple(_count(size, f"{where}.shape") for size in _list(given["shape"], f"{where}.shape")),
-        dtype=_typed(given["dtype"], str, f"{where}.dtype"),
-        scale=None if given["scale"] is None else _number(given["scale"], f"{where}.scale"),
-        zero_point=None if zero_point is None else _typed(zero_point, int, f"{where}.zero_point"),
+        name=as_optional(given["name"], str, f"{where}.name"),
+        shape=tuple(as_count(size, f"{where}.shape") for size in as_list(given["shape"], f"{where}.shape")),
+        dtype=as_typed(given["dtype"], str, f"{where}.dtype"),
+        scale=None if given["scale"] is None else as_number(given["scale"], f"{where}.scale"),
+        zero_point=None if zero_point is None else as_whole(zero_point, f"{where}.zero_point"),
     )
 
 
 def _placements(value: Any, where: str) -> Placements | None:
     if value is None:
         return None
-    given = _object(value, where)
+    given = as_object(value, where)
     _keys(given, Placements, where)
     ops = []
-    for index, entry in enumerate(_list(given["ops"], f"{where}.ops")):
+    for index, entry in enumerate(as_list(given["ops"], f"{where}.ops")):
         place = f"{where}.ops[{index}]"
-        op = _object(entry, place)
+        op = as_object(entry, place)
         _keys(op, Placement, place)
-        names = [_typed(op[name], str, f"{place}.{name}") for name in ("op", "place")]
-        ops.append(Placement(*names, *(_count(op[name], f"{place}.{name}") for name in ("count", "macs"))))
-    return Placements(_typed(given["told_by"], str, f"{where}.told_by"), tuple(ops))
+        names = [as_typed(op[name], str, f"{place}.{name}") for name in ("op", "place")]
+        ops.append(Placement(*names, *(as_count(op[name], f"{place}.{name}") for name in ("count", "macs"))))
+    return Placements(as_typed(given["told_by"], str, f"{where}.told_by"), tuple(ops))
 
 
 def _verdict(value: Any, where: str) -> Verdict | None:
     if value is None:
         return None
-    given = _object(value, where)
+    given = as_object(value, where)
     _keys(given, Verdict, where)
     exceeded = []
-    for entry in _list(given["exceeded"], f"{where}.exceeded"):
-        excess = _object(entry, f"{where}.exceeded")
+    for entry in as_list(given["exceeded"], f"{where}.exceeded"):
+        excess = as_object(entry, f"{where}.exceeded")
         _keys(excess, Excess, f"{where}.exceeded")
-        numbers = (_number(excess[name], f"{where}.exceeded.{name}") for name in ("limit", "value"))
-        exceeded.append(Excess(_typed(excess["name"], str, f"{where}.exceeded.name"), *numbers))
-    names = (_typed(name, str, f"{where}.not_measurable") for name in _list(given["not_measurable"], where))
-    return Verdict(_typed(given["status"], str, f"{where}.status"), tuple(exceeded), tuple(names))
+        numbers = (as_number(excess[name], f"{where}.exceeded.{name}") for name in ("limit", "value"))
+        exceeded.append(Excess(as_typed(excess["name"], str, f"{where}.exceeded.name"), *numbers))
+    names = (as_typed(name, str, f"{where}.not_measurable") for name in as_list(given["not_measurable"], where))
+    return Verdict(as_typed(given["status"], str, f"{where}.status"), tuple(exceeded), tuple(names))
 
 
 def _keys(given: Mapping[str, Any], kind: type, where: str) -> None:
-    wanted = [entry.name for entry in fields(kind)]
-    missing = [name for name in wanted if name not in given]
-    more = [name for name in given if name not in wanted]
-    if missing or more:
-        told = [f"lacks {', '.join(map(repr, missing))}"] * bool(missing)
-        told += [f"has {', '.join(map(repr, more))}, which a manifest of this schema has not"] * bool(more)
-        raise ValueError(f"{where} {' and '.join(told)}")
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    return _typed(value, dict, where)  # type: ignore[no-any-return]
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    return _typed(value, list, where)  # type: ignore[no-any-return]
-
-
-def _typed(value: Any, kind: type, where: str) -> Any:
-    if type(value) is not kind:
-        names = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false"}
-        raise ValueError(f"{where} is {_shortened(value)} and not {names[kind]}")
-    return value
-
-
-def _optional(value: Any, kind: type, where: str) -> Any:
-    return None if value is None else _typed(value, kind, where)
-
-
-def _count(value: Any, where: str) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{where} is {_shortened(value)} and not a whole number of 0 or more")
-    return value
-
-
-def _number(value: Any, where: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{where} is {_shortened(value)} and not a finite number")
-    return value  # type: ignore[no-any-return]
-
-
-def _numbers(value: Any, where: str) -> dict[str, float | None]:
-    return {
-        name: None if number is None else _number(number, f"{where}.{name}")
-        for name, number in _object(value, where).items()
-    }
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    check_keys(given, [entry.name for entry in fields(kind)], where, "a manifest of this schema")

@@ -11,20 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lightning_edge.contents import Endpoint, Placements
 from lightning_edge.files import replace_text
 from lightning_edge.interface import Interface
 from lightning_edge.reporting import rendering
 from lightning_edge.reporting.budget import Verdict
+from lightning_edge.reporting.devices import DeviceRow
 from lightning_edge.reporting.html.fit import report_page
 from lightning_edge.reporting.provenance import Commit
-
-if TYPE_CHECKING:
-    from rich.console import Group
+from lightning_edge.reporting.terminal import ReportTable
+from lightning_edge.verdict import Grade, Judgement, Strict
 
 Source = Literal["float", "post-training", "trained"]
+
+# Verdicts as numbers, for loggers.
+_VERDICTS: dict[Grade, int] = {"exact": 3, "close": 2, "differs": 1, "broken": 0}
+_FAILED = -1.0
 
 _PACKAGES = (
     "lightning-edge",
@@ -84,6 +88,9 @@ class Row:
         budget: Whether it keeps its budget, if there is one.
         interface: How the file is called, as it says.
         not_run: Why nothing on this machine could run the file, so that there is no number of what it computes.
+        verdict: What its agreement comes to: ``"exact"``, ``"close"``, ``"differs"`` or ``"broken"``; ``None`` where
+            nothing was compared.
+        verdict_reason: Why it is that, one line.
     """
 
     target: str
@@ -122,6 +129,15 @@ class Row:
     budget: Verdict | None = None
     interface: Interface | None = None
     not_run: str | None = None
+    verdict: Grade | None = None
+    verdict_reason: str | None = None
+
+    @property
+    def judgement(self) -> Judgement | None:
+        """The verdict and its reason as one."""
+        if self.verdict is None:
+            return None
+        return Judgement(self.verdict, () if self.verdict_reason is None else (self.verdict_reason,))
 
     @property
     def label(self) -> str:
@@ -162,6 +178,7 @@ class Report:
         notes: How something was done, or why it was not.
         versions: Versions of Python, the platform and what is installed.
         channels: Channels that each layer made before it was pruned and makes now, by the name of the layer.
+        devices: What was found of the files on devices.
     """
 
     model: str
@@ -178,11 +195,16 @@ class Report:
     notes: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    devices: Sequence[DeviceRow] = ()
 
     @property
     def failures(self) -> list[Row]:
         """Rows of files that could not be made."""
         return [row for row in self.rows if row.error is not None]
+
+    def refused(self, strict: Strict) -> list[Row]:
+        """Rows of files with a worse verdict than ``strict`` allows, see `Judgement.allowed`."""
+        return [row for row in self.rows if row.judgement is not None and not row.judgement.allowed(strict)]
 
     @property
     def over_budget(self) -> list[Row]:
@@ -194,17 +216,20 @@ class Report:
     def metrics(self) -> dict[str, float]:
         """Flatten to ``edge/<target>/<name>`` for int8 and ``edge/<target>/fp32_<name>`` for fp32.
 
-        Where the int8 network was trained, its post-training baseline is ``edge/torch/post_training_<name>``. Rows with
-        an error and values that are not known are left out.
+        Where the int8 network was trained, its post-training baseline is ``edge/torch/post_training_<name>``. The
+        verdict is a number: 3 exact, 2 close, 1 differs, 0 broken, -1 there is no file. Of rows with an error it is all
+        there is; values that are not known are left out. On devices it is ``edge/<device>/<target>/<name>``, with
+        what was measured before an error.
         """
         trained = any(row.source == "trained" for row in self.rows)
         flat: dict[str, float] = {}
         for row in self.rows:
-            if row.error is not None:
-                continue
             prefix = "fp32_" if row.precision == "fp32" else ""
             if trained and row.source == "post-training":
                 prefix = "post_training_"
+            if row.error is not None:
+                flat[f"edge/{row.target}/{prefix}verdict"] = _FAILED
+                continue
             values: dict[str, float | None] = {
                 "size_bytes": row.size_bytes,
                 "compressed_bytes": row.compressed_bytes,
@@ -223,11 +248,14 @@ class Report:
                 "int8_weight_share": row.int8_weight_share,
                 "fallback_share": row.fallback_share,
                 "within_budget": row.within_budget,
+                "verdict": None if row.verdict is None else _VERDICTS[row.verdict],
                 **row.metrics,
             }
             for name, value in values.items():
                 if value is not None:
                     flat[f"edge/{row.target}/{prefix}{name}"] = float(value)
+        for found in self.devices:
+            flat.update(found.flat())
         return flat
 
     def to_json(self) -> str:
@@ -238,9 +266,9 @@ class Report:
         """Write as Markdown: what it costs and how well it does, how true it is to its network, how it was measured."""
         return rendering.markdown(self)
 
-    def table(self) -> Group:
-        """Draw as tables of the `rich` package, for a terminal."""
-        return rendering.terminal_table(self)
+    def table(self) -> ReportTable:
+        """Draw as tables of the `rich` package, as wide as the terminal."""
+        return ReportTable(self)
 
     def metric_names(self) -> list[str]:
         """Names of the user's metrics, the monitored one first."""

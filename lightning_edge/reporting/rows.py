@@ -16,10 +16,12 @@ from lightning_edge.reporting.manifest import Manifest
 from lightning_edge.reporting.monitor import Monitor
 from lightning_edge.reporting.provenance import commit_of
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
+from lightning_edge.verdict import Judgement
 
 # Medians of calls in turn lie closer to each other than this where two files are equally fast.
 _SLOWER = 1.1
-_SOURCES: dict[Precision, Source] = {"fp32": "float", "int8": "trained"}
+# Where the weights of a file come from that was exported by itself.
+SOURCES: dict[Precision, Source] = {"fp32": "float", "int8": "trained"}
 
 
 @contextmanager
@@ -70,9 +72,11 @@ def of_artifact(artifact: Artifact, scheme: str | None = None) -> Row:
     """Give the row of a file that was exported by itself, from a network as it is."""
     # A scheme's integers are a float network's: its row is that of one, as in a report.
     precision: Precision = artifact.precision if scheme is None else "fp32"
-    row = described(Row(artifact.target, precision, _SOURCES[precision], scheme=scheme), artifact)
+    row = described(Row(artifact.target, precision, SOURCES[precision], scheme=scheme), artifact)
     if artifact.agreement is not None:
         row = compared(row, artifact.agreement)
+    if artifact.judgement is not None:
+        row = given_verdict(row, artifact.judgement)
     return replace(row, path=artifact.path.name, sha256=digest(artifact.path))
 
 
@@ -87,6 +91,11 @@ def compared(row: Row, agreement: Agreement) -> Row:
         most_steps=agreement.most_steps,
         max_relative=agreement.max_relative,
     )
+
+
+def given_verdict(row: Row, judgement: Judgement) -> Row:
+    """Add what was made of how far it lay from that network."""
+    return replace(row, verdict=judgement.grade, verdict_reason="; ".join(judgement.reasons) or None)
 
 
 def timed(row: Row, latency: Latency) -> Row:

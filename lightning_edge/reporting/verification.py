@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from lightning_edge import exporters
 from lightning_edge.contents import Endpoint
-from lightning_edge.errors import EdgeError, ManifestError
-from lightning_edge.exporters.artifact import size_bytes
+from lightning_edge.errors import EdgeError, ManifestError, printable
+from lightning_edge.exporters.artifact import MOST_BYTES, MOST_PACKAGE_BYTES, size_bytes
 from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
-from lightning_edge.reporting.manifest import FileEntry, Manifest
+from lightning_edge.plain_values import shortened
+from lightning_edge.regular_files import check_members, check_regular, kind_of
+from lightning_edge.reporting.manifest import NAME, FileEntry, Manifest
 from lightning_edge.reporting.report import digest
 from lightning_edge.reporting.rows import sample_of
 
@@ -27,7 +30,29 @@ if TYPE_CHECKING:
 Check = Literal["exists", "digest", "bytes", "contents", "runs"]
 CHECKS: tuple[Check, ...] = ("exists", "digest", "bytes", "contents", "runs")
 
+# What a manifest states and nobody can see of the files: it was measured, or chosen, where they were made.
+UNCHECKED = (
+    "compressed_bytes",
+    "metrics",
+    "agreement",
+    "latency",
+    "runtime",
+    "placements",
+    "budget",
+    "source",
+    "not_run",
+    "verdict",
+    "verdict_reason",
+    "model",
+    "versions",
+    "git",
+    "recipe",
+)
+
 _AGAIN = "Export it again, or take it from where the manifest came from"
+_INSIDE = "Put the file itself here"
+# Numbers in a sample of a file: more than any network takes, and a fraction of a machine's memory.
+_LARGEST_SAMPLE = 2**28
 
 
 @dataclass(frozen=True)
@@ -49,8 +74,8 @@ class Finding:
     advice: str
 
     def __str__(self) -> str:
-        """Say all of it in one line."""
-        return f"{self.path}: {self.check}: expected {self.expected}, found {self.found}. {self.advice}"
+        """Say all of it in one line, control characters of names escaped."""
+        return printable(f"{self.path}: {self.check}: expected {self.expected}, found {self.found}. {self.advice}")
 
 
 def verify(folder: str | Path) -> list[Finding]:
@@ -59,7 +84,8 @@ def verify(folder: str | Path) -> list[Finding]:
     Each has to be there, with the digest and the bytes that are stated, and hold what is stated: precision, inputs and
     outputs with their names, shapes, types and quantization, read from the file again. Then it is loaded and run on a
     sample of the stated shape. A file whose digest differs is looked into but not run: it is not what was proven.
-    Nor is one that nothing on this machine can run: no finding, but no proof either, see `not_run`.
+    Nor is one that nothing on this machine can run: no finding, but no proof either, see `not_run`. Nothing outside the
+    folder is read: a link that leaves it is a finding. What the manifest says beyond that (`UNCHECKED`) is not checked.
 
     Args:
         folder: The folder.
@@ -71,7 +97,7 @@ def verify(folder: str | Path) -> list[Finding]:
         ManifestError: If there is no manifest, or it cannot be used.
     """
     folder = Path(folder)
-    manifest = Manifest.read(folder)
+    manifest = _manifest_in(folder)
     return [finding for entry in manifest.files for finding in _findings(folder, entry, manifest)]
 
 
@@ -81,7 +107,7 @@ def unlisted(folder: str | Path) -> list[str]:
     Raises:
         ManifestError: If there is no manifest, or it cannot be used.
     """
-    known = {entry.path for entry in Manifest.read(folder).files}
+    known = {entry.path for entry in _manifest_in(Path(folder)).files}
     suffixes = {exporters.target(name).suffix for name in exporters.TARGETS}
     return sorted(path.name for path in Path(folder).iterdir() if path.suffix in suffixes and path.name not in known)
 
@@ -94,7 +120,9 @@ def not_run(folder: str | Path) -> dict[str, str]:
     """
     folder = Path(folder)
     found = {}
-    for entry in Manifest.read(folder).files:
+    for entry in _manifest_in(folder).files:
+        if _misplaced(folder, entry) is not None or _not_of_target(entry) is not None:
+            continue  # a finding of `verify`
         try:
             reason = exporters.target(entry.target).not_run_here(exporters.contents_of(folder / entry.path))
         except (EdgeError, ValueError):
@@ -114,6 +142,7 @@ def table(manifest: Manifest, findings: Sequence[Finding], waiting: Collection[s
     """
     from rich.box import SIMPLE
     from rich.table import Table
+    from rich.text import Text
 
     drawn = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for header in ("File", *(check.capitalize() for check in CHECKS)):
@@ -124,7 +153,8 @@ def table(manifest: Manifest, findings: Sequence[Finding], waiting: Collection[s
         cells = ["FAILED" if check in failed else "-" if check in skipped else "ok" for check in CHECKS]
         if entry.path in waiting and cells[-1] == "ok":
             cells[-1] = "not run"
-        drawn.add_row(entry.path, *cells, style="red" if failed else None)
+        # As text: brackets in a name are no markup.
+        drawn.add_row(Text(printable(entry.path)), *cells, style="red" if failed else None)
     return drawn
 
 
@@ -136,28 +166,85 @@ def _skipped(failed: set[Check]) -> set[Check]:
 
 
 def _findings(folder: Path, entry: FileEntry, manifest: Manifest) -> Iterator[Finding]:
+    if (misplaced := _misplaced(folder, entry)) is not None:
+        yield misplaced
+        return
+    if (mismatch := _not_of_target(entry)) is not None:
+        yield mismatch
+        return
     path = folder / entry.path
-    if not path.exists():
-        yield Finding(entry.path, "exists", "a file of that name", "none", _AGAIN)
-        return
-    if not path.resolve().is_relative_to(folder.resolve()):
-        found = f"a link to {path.resolve()}"
-        yield Finding(entry.path, "exists", "a file in this folder", found, "Put the file itself here")
-        return
     before = [*_bytes(path, entry, manifest), *_contents(path, entry)]
     yield from before
     if not {finding.check for finding in before} & {"digest", "contents"}:
         yield from _run(path, entry)
 
 
+def _manifest_in(folder: Path) -> Manifest:
+    """Read the manifest of a folder, and none that lies elsewhere.
+
+    Raises:
+        ManifestError: If there is none, or it cannot be used.
+    """
+    if not folder.is_dir():
+        raise ManifestError(f"{printable(str(folder))} is no folder. Give one that holds exported files and {NAME}")
+    if (folder / NAME).exists() and not _inside(folder / NAME, folder):
+        raise ManifestError(f"{printable(str(folder / NAME))} is a link out of its folder. {_INSIDE}")
+    return Manifest.read(folder)
+
+
+def _misplaced(folder: Path, entry: FileEntry) -> Finding | None:
+    """Find a file that is not there, is no file, or lies outside the folder, a member of a package too."""
+    path = folder / entry.path
+    try:
+        kind = kind_of(path)
+        if not _inside(path, folder):
+            found = f"a link to {path.resolve()}"
+            return Finding(entry.path, "exists", "a file in this folder", found, _INSIDE)
+        if kind not in ("a file", "a folder"):
+            return Finding(entry.path, "exists", "a file", kind, _AGAIN)
+        if kind == "a folder":
+            # Not behind links: a digest is one of what is in the package.
+            link = next((member for member in path.rglob("*") if member.is_symlink()), None)
+            if link is not None:
+                found = f"the link {link.relative_to(path)} in it"
+                return Finding(entry.path, "exists", "a package of files", found, "Put the files themselves there")
+            check_members(path, MOST_PACKAGE_BYTES)
+        else:
+            check_regular(path, MOST_BYTES)
+    except FileNotFoundError:
+        return Finding(entry.path, "exists", "a file of that name", "none", _AGAIN)
+    except (OSError, ValueError, RuntimeError) as error:  # resolve() tells of links in a circle by a RuntimeError
+        return Finding(entry.path, "exists", "a file that can be read", str(error), _AGAIN)
+    return None
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _not_of_target(entry: FileEntry) -> Finding | None:
+    """Find a target that this version does not have, or whose files have another suffix."""
+    if entry.target not in exporters.TARGETS:
+        found = f"the target {shortened(entry.target)}"
+        return Finding(entry.path, "contents", f"one of {', '.join(exporters.TARGETS)}", found, "Update lightning-edge")
+    suffix = exporters.target(entry.target).suffix
+    if Path(entry.path).suffix == suffix:
+        return None
+    return Finding(entry.path, "contents", f"a {suffix} file, as {entry.target} has", Path(entry.path).suffix, _AGAIN)
+
+
 def _bytes(path: Path, entry: FileEntry, manifest: Manifest) -> Iterator[Finding]:
-    found = digest(path)
-    if found != entry.sha256:
+    size = size_bytes(path)
+    if size <= max(file.size_bytes for file in manifest.files):
+        found = digest(path)
         other = next((file.path for file in manifest.files if file.sha256 == found), None)
         told = found if other is None else f"{found}, which is that of {other}: the files were swapped"
+    else:
+        found, told = "", "another one, since it is larger than any file of the manifest"  # however large: not read
+    if found != entry.sha256:
         yield Finding(entry.path, "digest", entry.sha256, told, _AGAIN)
-    if size_bytes(path) != entry.size_bytes:
-        yield Finding(entry.path, "bytes", f"{entry.size_bytes:,} bytes", f"{size_bytes(path):,}", _AGAIN)
+    if size != entry.size_bytes:
+        yield Finding(entry.path, "bytes", f"{entry.size_bytes:,} bytes", f"{size:,}", _AGAIN)
 
 
 def _contents(path: Path, entry: FileEntry) -> Iterator[Finding]:
@@ -204,6 +291,8 @@ def _run(path: Path, entry: FileEntry) -> Iterator[Finding]:
 
 def _sample(endpoint: Endpoint, interface: Interface) -> Tensor:
     """A sample that any network takes: the same numbers from 0 to 1 each time, zeros for integers and pixels."""
+    if prod(endpoint.shape) > _LARGEST_SAMPLE:
+        raise ValueError(f"a sample of shape {list(endpoint.shape)} has more than {_LARGEST_SAMPLE:,} numbers")
     if interface.pixels is not None and len(endpoint.shape) == IMAGE_DIMENSIONS:
         return torch.zeros(endpoint.shape, dtype=torch.uint8)
     dtype = getattr(torch, endpoint.dtype, None)
@@ -248,9 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     Console().print(table(manifest, findings, waiting))
     for path, reason in waiting.items():
-        print(f"{path} was not run: {reason}")
+        print(printable(f"{path} was not run: {reason}"))
     if others:
-        print(f"not in the manifest, and not looked at: {', '.join(others)}")
+        print(printable(f"not in the manifest, and not looked at: {', '.join(others)}"))
+    print(f"stated in the manifest, and not checked: {', '.join(UNCHECKED)}")
     for finding in findings:
         sys.stderr.write(f"{finding}\n")
     return 1 if findings else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import yaml
 
 from lightning_edge import CompressionError, exporters
 from lightning_edge.cli.config_errors import explain
-from lightning_edge.cli.main import main, recipe_names, recipe_path
+from lightning_edge.cli.config_files import recipe_names, recipe_path
+from lightning_edge.cli.main import main
 from lightning_edge.interface import Interface
 from lightning_edge.reporting.manifest import Manifest
 from lightning_edge.zoo.digits import DigitsDataModule
@@ -183,6 +185,29 @@ def test_evaluate_writes_the_report(
     assert "executorch int8" in capfd.readouterr().out
 
 
+def test_evaluate_runs_on_the_devices_of_a_file(
+    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(trained)
+    boards = {"bench": {"class_path": "lightning_edge.devices.Local"}}
+    (trained / "devices.yaml").write_text(yaml.safe_dump(boards))
+    command = ("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt")
+    command = (*command, "--targets", "[onnx]", "--dirpath", str(tmp_path), "--trainer.limit_val_batches", "2")
+    run(*command, "--devices", "[bench]")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["device"], row["precision"], row["error"]) for row in found["devices"]] == [
+        ("bench", "fp32", None),
+        ("bench", "int8", None),
+    ]
+    assert found["devices"][1]["metrics"] == found["rows"][-1]["metrics"]
+    assert "bench: onnx int8" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as exit_info:
+        run(*command, "--devices", "[pi4]")
+    assert exit_info.value.code == 1
+    assert "error: devices.yaml describes no device 'pi4', but bench." in capfd.readouterr().err
+
+
 def test_export_of_an_unknown_target_says_which_there_are(
     trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,16 +357,24 @@ def test_mistake_is_answered_with_its_innermost_line(
     assert "usage:" not in error
 
 
+# Nine lists of nine: 9 ** 9 values where the aliases are filled in.
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 9)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "--config: given an empty file\n  allowed: a YAML file of keys, "),
         ("- a\n- b\n", "--config: given '- a'\n  allowed: a YAML file of keys, "),
-        ("trainer:\n\tmax_epochs: 1\n", "--config: line 2, column 1: found character"),
-        ("trainer: {max_epochs: 1\n", "--config: line 2, column 1: did not find expected ',' or '}'\n"),
+        ("trainer:\n\tmax_epochs: 1\n", "--config: {file}: line 2, column 1: found character"),
+        ("trainer: {max_epochs: 1\n", "--config: {file}: line 2, column 1: expected ',' or '}}', but got"),
+        ("trainer: {}\nmodel: a\ntrainer: {}\n", "--config: {file}: line 3, column 1: 'trainer' is given twice"),
+        (BOMB, "--config: {file}: line 6, column 5: there are more than 100,000 values with the aliases filled in"),
         ("trainer: [1]\nmodel: lightning_edge.zoo.task.Classifier\n", ""),
     ],
-    ids=["empty", "a list", "tabs", "open brace", "list for a group"],
+    ids=["empty", "a list", "tabs", "open brace", "key twice", "aliases", "list for a group"],
 )
 def test_file_that_is_no_configuration_is_told(
     config: Path, run: Run, capfd: pytest.CaptureFixture[str], text: str, expected: str
@@ -351,8 +384,16 @@ def test_file_that_is_no_configuration_is_told(
         run("fit", "--config", str(config))
     assert exit_info.value.code == 2
     error = capfd.readouterr().err
-    assert error.startswith(f"error: {expected}")
+    assert error.startswith(f"error: {expected.format(file=config)}")
     assert "Traceback" not in error
+
+
+def test_a_pipe_is_no_configuration(config: Path, run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe.yaml")
+    with pytest.raises(SystemExit) as exit_info:
+        run("fit", "--config", "pipe.yaml")
+    assert exit_info.value.code == 2
+    assert capfd.readouterr().err == "error: --config: pipe.yaml is a named pipe and not a file\n"
 
 
 def change(config: Path, **trainer: object) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from lightning_edge.cli.main import main, recipe_names, recipe_path
+from lightning_edge.cli.config_files import recipe_names, recipe_path
+from lightning_edge.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -26,7 +27,8 @@ from torchmetrics import Accuracy, MeanSquaredError
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Prune, Quantize
 from lightning_edge.contents import Placements
 from lightning_edge.errors import BudgetError, EdgeError, ExportError, MissingExtraError
-from lightning_edge.evaluation.evaluate import evaluate_module, raise_failures, raise_over_budget
+from lightning_edge.evaluation.evaluate import evaluate_module
+from lightning_edge.evaluation.refusals import raise_failures, raise_over_budget
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import TARGETS, Contents, ExportWarning, Target, TensorSpec, load, options_of
@@ -198,7 +200,8 @@ def test_settings_are_stated(fitted: Fitted) -> None:
 
 
 def test_table_is_printed(fitted: Fitted) -> None:
-    assert "Classifier on the device" in fitted.printed
+    assert "Classifier" in fitted.printed
+    assert "on the device" not in fitted.printed
     assert "executorch int8" in fitted.printed
 
 
@@ -218,6 +221,7 @@ class Stub:
     def __init__(self) -> None:
         self.networks: dict[str, Deployable] = {}
         self.offset = 0.0
+        self.extra_column = False
         self.refusal: Exception | None = None
         self.warning: str | None = None
         self.is_reference = False
@@ -265,7 +269,10 @@ class Stub:
             inputs = tuple(TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in network.inputs.tensors)
 
             def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-                return [output + stub.offset for output in flatten_outputs(network(*tensors))]
+                outputs = flatten_outputs(network(*tensors))
+                if stub.extra_column:
+                    return [torch.cat([output, output[:, :1]], 1) for output in outputs]
+                return [output + stub.offset for output in outputs]
 
         return StubRunner()
 
@@ -285,11 +292,12 @@ def evaluate(
     validation: Validation | None = None,
     calibration: Callable[[], list[Inputs]] | None = None,
     baseline: nn.Module | None = None,
+    tell: Callable[[str], None] = str,
     **chosen: Any,
 ) -> Report:
     validation = validation or Validation(module or Classifier(), VALIDATION)
     settings = EvaluationSettings(["stub"], folder, timing=QUICK, **chosen)
-    return evaluate_module(validation, settings, calibration=calibration, baseline=baseline)
+    return evaluate_module(validation, settings, calibration=calibration, baseline=baseline, tell=tell)
 
 
 def calibration() -> list[Inputs]:
@@ -320,23 +328,33 @@ def test_float_files_can_be_left_out(stub: Stub, tmp_path: Path) -> None:
     assert [row.label for row in report.rows if row.target == "stub"] == ["stub int8 (post-training)"]
 
 
-def test_file_that_computes_something_else_is_not_kept_and_the_old_one_stays(stub: Stub, tmp_path: Path) -> None:
-    (tmp_path / "model-fp32.stub").write_text("old")
-    stub.offset = 0.5
+def test_file_that_differs_is_kept_with_its_verdict(stub: Stub, tmp_path: Path) -> None:
+    stub.offset = 0.05
+    told: list[str] = []
+    report = evaluate(tmp_path, tell=told.append)
+    row = report.rows[1]
+    assert (row.verdict, row.error, row.path, row.samples) == ("differs", None, "model-fp32.stub", 72)
+    assert "of the largest output, allowed 0.001" in str(row.verdict_reason)
+    assert "val_acc is" in str(row.verdict_reason)  # what it costs
+    assert f"stub fp32 {row.judgement}" in told
+    (entry,) = Manifest.read(tmp_path).files
+    assert (entry.verdict, entry.verdict_reason) == (row.verdict, row.verdict_reason)
+    assert json.loads((tmp_path / "report.json").read_text())["rows"][1]["verdict"] == "differs"
+    assert report.metrics()["edge/stub/fp32_verdict"] == 1.0
+    raise_failures(report)
+    with pytest.raises(ExportError, match=r"1 of the files compute something else.*strict='close'.*\n  stub fp32 diff"):
+        raise_failures(report, "close")
+
+
+def test_broken_file_is_kept_and_an_error_when_all_is_written(stub: Stub, tmp_path: Path) -> None:
+    stub.offset = math.nan
     report = evaluate(tmp_path)
-    (failed,) = report.failures
-    assert "computes something else" in str(failed.error)
-    assert failed.samples == 72
-    assert failed.metrics
-    assert (failed.path, failed.sha256, failed.p50_ms) == (None, None, None)
-    assert {path.name: path.read_text() for path in tmp_path.glob("*.stub")} == {"model-fp32.stub": "old"}
-    kept = ["manifest.json", "model-fp32.stub", "report.html", "report.json", "report.md"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == kept
-    assert Manifest.read(tmp_path).files == ()
-    with pytest.raises(
-        ExportError, match=r"1 of the files could not be made.*\n  stub fp32: .*computes something else"
-    ):
+    assert (report.rows[1].verdict, report.failures) == ("broken", [])
+    assert (tmp_path / "model-fp32.stub").is_file()
+    assert Manifest.read(tmp_path).files[0].verdict == "broken"
+    with pytest.raises(ExportError, match=r"stub fp32 broken: values are not finite"):
         raise_failures(report)
+    raise_failures(report, strict=False)
 
 
 def test_report_and_page_tell_what_was_cut(stub: Stub, tmp_path: Path) -> None:
@@ -351,22 +369,39 @@ def test_report_and_page_tell_what_was_cut(stub: Stub, tmp_path: Path) -> None:
     assert "What was cut" in (tmp_path / "report.html").read_text()
 
 
-def test_tolerance_is_the_users(stub: Stub, tmp_path: Path) -> None:
-    stub.offset = 0.5
-    assert evaluate(tmp_path, tolerance=Tolerance(max_relative=1e9)).failures == []
+def test_file_with_outputs_of_another_shape_is_broken(stub: Stub, tmp_path: Path) -> None:
+    stub.extra_column = True
+    row = evaluate(tmp_path).rows[1]
+    assert (row.verdict, row.metrics) == ("broken", {})
+    assert "the outputs have shapes" in str(row.verdict_reason)
 
 
-def test_a_file_as_far_off_as_the_own_rounding_of_the_network_is_kept_and_told(
-    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The stub's file is the network in float32, so that it lies as far off as that; here nothing is near enough.
-    monkeypatch.setattr("lightning_edge.measure._MAX_STEPS", -1.0)
-    report = evaluate(tmp_path, calibration=calibration, fp32_files=False)
-    assert report.failures == []
-    assert [warning for warning in report.warnings if "own rounding moves it as far" in warning]
-    stub.offset = 0.5
-    (failed,) = evaluate(tmp_path, calibration=calibration, fp32_files=False).failures
-    assert "largest difference" in str(failed.error)
+def test_tolerance_says_what_is_close(stub: Stub, tmp_path: Path) -> None:
+    stub.offset = 0.05
+    assert evaluate(tmp_path, tolerance=Tolerance(max_relative=1e9)).rows[1].verdict == "close"
+
+
+def test_failure_is_told_when_it_happens_and_is_a_number_in_the_loggers(stub: Stub, tmp_path: Path) -> None:
+    stub.refusal = ExportError("no such operation")
+    told: list[str] = []
+    report = evaluate(tmp_path, tell=told.append)
+    assert "FAILED: stub fp32, there is no such file: no such operation" in told
+    assert report.metrics()["edge/stub/fp32_verdict"] == -1.0
+
+
+class WithoutMetrics(Classifier):
+    validation_step = L.LightningModule.validation_step  # type: ignore[assignment]
+
+
+def test_int8_network_that_is_noise_beside_float_is_told_with_its_layers(stub: Stub, tmp_path: Path) -> None:
+    module = WithoutMetrics()
+    evaluated = evaluate(tmp_path, module, calibration=calibration)
+    assert not [warning for warning in evaluated.warnings if "int8 leaves little" in warning]
+    # Ranges of data a thousand times as large leave one step to what comes.
+    with pytest.warns(UserWarning, match="int8 leaves little of the float network's outputs: signal to noise is"):
+        report = evaluate(tmp_path, module, calibration=lambda: [Inputs.of(images * 1000) for images, _ in TRAINING])
+    (told,) = [warning for warning in report.warnings if "int8 leaves little" in warning]
+    assert "The layers that lose most by themselves: " in told
 
 
 @pytest.mark.parametrize("refusal", [ExportError("no such operation"), MemoryError("out of memory")])

@@ -357,6 +357,26 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
     assert path.read_bytes() != b"old"
 
 
+def test_a_file_that_differs_is_written_with_a_warning(tmp_path: Path) -> None:
+    strict = Tolerance(max_relative=0.0, mean_steps=0.0, max_steps=0.0, top1=None)
+    path = tmp_path / "net.onnx"
+    with pytest.warns(ExportWarning, match=r"net\.onnx differs: .* \(over 16 samples\)\. Leave the target out"):
+        artifact = export(network(SMALL, "fp32"), "onnx", path, batches=batches(SMALL), tolerance=strict, scheme="fp16")
+    assert artifact.judgement is not None
+    assert artifact.judgement.grade == "differs"
+    assert path.is_file()
+
+
+@pytest.mark.parametrize(("given", "kept"), [(100, 32), (5, 5)])
+def test_files_are_compared_on_samples_of_the_calibration_where_no_batches_are_given(
+    tmp_path: Path, given: int, kept: int
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    artifact = export(quantize(model, [torch.randn(given, 4), torch.randn(9, 4)]), "tflite", tmp_path / "net.tflite")
+    assert artifact.agreement is not None
+    assert artifact.agreement.samples == kept
+
+
 def test_an_int8_network_in_a_float_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = tflite.TARGET.write
     writes(monkeypatch, lambda network_, path: write(in_file_form(network(SMALL, "fp32")), path))
@@ -530,7 +550,7 @@ def test_load_refuses_what_it_cannot_read(tmp_path: Path, exported: Path) -> Non
         with pytest.raises(RunnerError, match=r"cut\.tflite is no \.tflite file: .*Export it again"):
             load(tmp_path / "cut.tflite")
     (tmp_path / "foreign.tflite").write_bytes(b"something else altogether" * 100)
-    with pytest.raises(RunnerError, match="does not start as a TensorFlow Lite file does"):
+    with pytest.raises(RunnerError, match=r"foreign\.tflite is no \.tflite file: it does not begin as one"):
         load(tmp_path / "foreign.tflite")
 
 

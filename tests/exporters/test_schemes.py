@@ -215,6 +215,7 @@ def test_a_tolerance_of_the_user_comes_first(tmp_path: Path) -> None:
             inputs=samples(),
             scheme="int8_weight_only",
             tolerance=Tolerance(max_relative=1e-6, top1=None),
+            strict="close",
         )
 
 

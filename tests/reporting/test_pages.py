@@ -6,7 +6,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from pages import FLOAT, HOSTILE, INT8, LONG, OVER, REPORT, REPORTS, TORCH, front, read, trial, words
@@ -108,16 +108,10 @@ def test_a_reference_interpreter_is_not_timed() -> None:
     assert "Median latency" not in found
 
 
-@dataclass(frozen=True)
-class _Judged(Row):
-    verdict: str | None = None
-    verdict_reason: str | None = None
-
-
 def test_a_verdict_is_a_word_a_color_and_a_shape() -> None:
     shapes = set()
     for word in ("exact", "close", "differs", "broken"):
-        row = _Judged(**{**vars(INT8), "verdict": word, "verdict_reason": "since it is so"})
+        row = replace(INT8, verdict=word, verdict_reason="since it is so")
         page = report_page(replace(REPORT, rows=(TORCH, FLOAT, row)))
         assert "since it is so" in words(page)
         (cell,) = set(

@@ -51,6 +51,8 @@ ROWS = (
             (Placement("CONV_2D", "delegate", 9, 12_000), Placement("SOFTMAX", "cpu", 1, 0)),
         ),
         budget=Verdict("exceeded", (Excess("size_bytes", 98_000, 98_496),), ("peak_memory_bytes",)),
+        verdict="close",
+        verdict_reason="0.25 quantization steps off on average",
     ),
     Row("coreml", "int8", "trained", error="coreml: no such | operation", metrics={"val_acc": 0.1}),
 )
@@ -84,9 +86,12 @@ def test_metrics_are_flat_by_target() -> None:
     assert all(isinstance(value, float) for value in found.values())
 
 
-def test_metrics_leave_out_what_failed_and_what_is_not_known() -> None:
+def test_metrics_hold_of_what_failed_the_verdict_alone_and_not_what_is_not_known() -> None:
     found = REPORT.metrics()
-    assert not [name for name in found if name.startswith("edge/coreml")]
+    assert {name: value for name, value in found.items() if name.startswith("edge/coreml")} == {
+        "edge/coreml/verdict": -1.0
+    }
+    assert found["edge/tflite/verdict"] == 2.0
     assert "edge/torch/load_ms" not in found
 
 
@@ -113,8 +118,9 @@ def test_markdown_is_a_table_with_a_cell_for_every_column() -> None:
     table = [line for line in text.splitlines() if line.startswith("|")]
     first = table[: len(ROWS) + 2]
     assert {line.replace("\\|", "").count("|") for line in first} == {first[0].count("|")}
-    assert first[0].startswith("| Candidate | val_acc | val_loss | Size |")
+    assert first[0].startswith("| Candidate | Verdict | val_acc | val_loss | Size |")
     cells = (
+        "close",
         "0.8800",
         "0.5000",
         "98,496",
@@ -128,6 +134,8 @@ def test_markdown_is_a_table_with_a_cell_for_every_column() -> None:
         "-",
     )
     assert f"| tflite int8 (trained) | {' | '.join(cells)} |" in first
+    assert "- tflite int8 (trained) close: 0.25 quantization steps off on average" in text.splitlines()
+    assert first[-1].startswith("| coreml int8 (trained) | no file |")
 
 
 def test_markdown_shows_no_latency_of_a_reference_and_says_why() -> None:
@@ -144,7 +152,7 @@ def test_a_file_that_was_not_run_says_so_in_place_of_numbers() -> None:
     first, second = [line for line in lines if line.startswith("| executorch int8 (trained)")]
     head = next(line for line in lines if line.startswith("| Candidate"))
     assert first.count("|") == head.count("|")
-    assert first.split(" | ")[1:3] == ["not run", "not run"]  # its metrics
+    assert first.split(" | ")[1:4] == ["not run"] * 3  # its verdict and metrics
     assert first.endswith("| 100 | - |" + " not run |" * 6 + " 64 |")
     assert second.startswith("| executorch int8 (trained) |" + " not run |" * 5 + " - |")
     assert "- executorch int8 (trained): there is no | GPU" in lines[lines.index("## Not run here") :]
@@ -213,15 +221,45 @@ def test_an_int8_file_that_gains_nothing_is_told(int8: dict[str, Any], told: lis
     assert [line.partition(" Measure")[0] for line in found] == told
 
 
-def test_terminal_table_fits_80_columns() -> None:
-    console = Console(width=80)
+def drawn(report: Report, width: int) -> list[str]:
+    console = Console(width=width)
     with console.capture() as captured:
-        console.print(REPORT.table())
-    text = captured.get()
-    parts = ("0.8800", "98,496", " no ", "99.50%", "0.500", "1.000", "1800.0", "856,064", "-*")
-    for part in (*parts, "FAILED: coreml: no such"):
-        assert part in text, part
+        console.print(report.table())
+    return captured.get().splitlines()
+
+
+def tables(lines: list[str]) -> int:
+    return sum(line.strip().startswith("─") for line in lines)
+
+
+def test_terminal_tables_fit_80_columns_with_every_metric_and_no_broken_number() -> None:
+    lines = drawn(REPORT, 80)
+    text = "\n".join(lines)
+    for part in ("0.8800", "0.5000", "98,496", "70,000", "no", "99.50%", "0.500", "1.000", "1800", "856,064", "-*"):
+        assert part in text.split(), part
+    assert "coreml int8 (trained) FAILED: coreml: no such | operation" in lines
     assert "…" not in text
+    assert max(map(len, lines)) <= 80
+    assert tables(lines) == 2
+
+
+def test_a_wide_terminal_gets_one_table() -> None:
+    assert tables(drawn(REPORT, 220)) == 1
+
+
+def test_many_metrics_with_long_names_are_all_there() -> None:
+    metrics = {f"val_a_metric_with_a_long_name_{index}": index + 0.25 for index in range(9)}
+    text = "\n".join(drawn(replace(REPORT, rows=(replace(ROWS[0], metrics=metrics),)), 80))
+    assert all(name in text for name in metrics)
+    assert all(f"{value:.4f}" in text for value in metrics.values())
+
+
+def test_text_of_others_is_no_markup() -> None:
+    row = replace(ROWS[4], error="[/red] [bold]", metrics={"[/x]": 1.0})
+    lines = drawn(replace(REPORT, model="[/blue]", rows=(row,)), 120)
+    assert any("[/red] [bold]" in line for line in lines)
+    assert any("[/x]" in line for line in lines)
+    assert lines[0].startswith("[/blue]")
 
 
 def test_files_are_written_and_replaced(tmp_path: Path) -> None:

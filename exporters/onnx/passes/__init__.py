@@ -19,6 +19,7 @@ from lightning_edge.exporters.onnx.passes.qdq import (
     zero_points,
 )
 from lightning_edge.exporters.onnx.passes.runtime_bugs import lone_softmaxes, subtractions
+from lightning_edge.exporters.onnx.passes.unsigned_weights import unsigned_weights
 
 GraphPass = Callable[[Graph], None]
 
@@ -40,9 +41,15 @@ PASSES: tuple[GraphPass, ...] = (
 )
 
 
-def rewrite(model: Any) -> None:
-    """Run `PASSES` on the graph of an int8 model, in place."""
+UNSIGNED_PASSES: tuple[GraphPass, ...] = (
+    *PASSES,
+    unsigned_weights,  # after zero_points: that leaves weights of int8 only
+)
+
+
+def rewrite(model: Any, passes: tuple[GraphPass, ...] = PASSES) -> None:
+    """Run passes on the graph of an int8 model, in place."""
     graph = Graph(model)
-    for apply in PASSES:
+    for apply in passes:
         apply(graph)
         graph.settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,14 +17,13 @@ from deployables import batches, network
 from torch import Tensor, nn
 
 from lightning_edge.comparison import Comparison
-from lightning_edge.errors import AgreementError
 from lightning_edge.evaluation.reference import Reference
-from lightning_edge.exporters import Artifact, ExportWarning, deployable, export, load
+from lightning_edge.exporters import Artifact, deployable, export, load
 from lightning_edge.exporters.coreml.mil.interpreter import Constant
 from lightning_edge.exporters.coreml.package import read
 from lightning_edge.exporters.run.runner import Intermediate, Runner
 from lightning_edge.exporters.tflite import graph as tflite_graph
-from lightning_edge.exporters.verify.agreement import agreement_of, check_agreement, rounding_of
+from lightning_edge.exporters.verify.agreement import agreement_of, judge_file, rounding_of
 from lightning_edge.exporters.verify.divergence import Divergence, explanation, first_divergence
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.measure import Tolerance
@@ -87,27 +87,30 @@ def test_the_layer_with_the_fault_is_named(
 ) -> None:
     artifact = damaged(good, tmp_path / "bad.tflite", what, layer)
     agreement = agreement_of(layers, artifact, images)
-    says = (
-        rf"tflite: bad\.tflite computes something else .* quantization steps, allowed .* The first layer that differs "
-        rf"is '{name}' \((CONV_2D|FULLY_CONNECTED) \d+ in the file\): .* Keep the layer that differs in float .*toler"
+    found = judge_file(layers, artifact, agreement, Tolerance(), lambda: rounding_of(layers, artifact, images))
+    assert found.grade == "broken"
+    assert re.search(
+        rf"quantization steps, allowed .*The first layer that differs is '{name}' "
+        rf"\((CONV_2D|FULLY_CONNECTED) \d+ in the file\)",
+        str(found),
     )
-    with pytest.raises(AgreementError, match=says):
-        check_agreement(layers, artifact, agreement, Tolerance(), lambda: rounding_of(layers, artifact, images))
 
 
-def test_what_the_own_rounding_of_a_network_moves_is_accepted_and_told(
+def test_what_the_own_rounding_of_a_network_moves_is_close(
     good: Artifact, layers: Deployable, images: list[Tensor]
 ) -> None:
     found = agreement_of(layers, good, images)
     (output,) = found.outputs
-    found = replace(found, outputs=(replace(output, max_steps=5.0),))
-    own = replace(found, outputs=(replace(output, max_steps=6.0),))
-    with pytest.warns(ExportWarning, match=r"lies 5 quantization steps off at most.* float32 and float64 by 6 and"):
-        check_agreement(layers, good, found, Tolerance(), lambda: own)
-    with pytest.raises(AgreementError, match="largest difference 5 quantization steps, allowed 3"):
-        check_agreement(layers, good, found, Tolerance(), lambda: agreement_of(layers, good, images))
-    with pytest.raises(AgreementError, match="largest difference 5 quantization steps, allowed 4"):
-        check_agreement(layers, good, found, Tolerance(max_steps=4.0), lambda: own)
+    found = replace(found, outputs=(replace(output, max_steps=5.0, most_steps=5.0),))
+    own = replace(found, outputs=(replace(output, most_steps=6.0),))
+    close = judge_file(layers, good, found, Tolerance(), lambda: own)
+    assert close.grade == "close"
+    assert "the network's own rounding moves it as far" in close.reasons
+    differs = judge_file(layers, good, found, Tolerance(), lambda: agreement_of(layers, good, images))
+    assert differs.grade == "differs"
+    assert "difference of all but 0.1 % of the values 5 quantization steps, allowed 3" in str(differs)
+    differs = judge_file(layers, good, found, Tolerance(max_steps=4.0), lambda: own)
+    assert "largest difference 5 quantization steps, allowed 4" in str(differs)
 
 
 def test_the_own_rounding_is_that_of_float32_against_the_exact_values(

@@ -1,0 +1,62 @@
+"""What ``--config`` takes: files, recipes by name, and no file that would be misread in silence or never be read."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentError
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile
+
+from lightning_edge.yaml_files import parse_yaml, read_yaml
+
+RECIPE = "recipe:"
+
+
+def recipe_names() -> list[str]:
+    """List the recipes that ship with this package."""
+    files = resources.files("lightning_edge.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Find the file of a recipe, in a checkout as in an installed wheel.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    if name not in recipe_names():
+        raise ValueError(f"there is no recipe {name!r}. Recipes: {', '.join(recipe_names())}")
+    return Path(str(resources.files("lightning_edge.recipes") / f"{name}.yaml"))
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config`` that also takes ``recipe:<name>``."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Read one configuration into ``cfg``."""
+        if isinstance(values, str) and values.startswith(RECIPE):
+            try:
+                values = str(recipe_path(values.removeprefix(RECIPE)))
+            except ValueError as error:
+                raise ArgumentError(None, str(error)) from error
+        elif isinstance(values, str):
+            try:
+                _read_strictly(values)
+            except ValueError as error:
+                raise ArgumentError(None, f"--config: {error}") from error
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+
+
+def _read_strictly(given: str) -> None:
+    """Refuse a configuration that jsonargparse would take in silence, or never come to an end with.
+
+    Raises:
+        ValueError: If it is no regular file, or not the YAML that `yaml_files` reads.
+    """
+    if os.path.lexists(given):
+        read_yaml(given)
+    elif "\n" in given or ":" in given:  # the configuration itself
+        parse_yaml(given, "the text")

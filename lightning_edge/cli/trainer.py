@@ -1,0 +1,258 @@
+"""`export` and `evaluate` of the command line: a Trainer that looks at what another run has trained."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.console import Console
+from torch import nn
+
+from lightning_edge import exporters, record
+from lightning_edge.callbacks.compression import EdgeCompressionCallback
+from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback, recipe_of
+from lightning_edge.errors import EdgeError, ExportError
+from lightning_edge.evaluation.evaluate import evaluate_module
+from lightning_edge.evaluation.on_devices import raise_device_failures, require_devices
+from lightning_edge.evaluation.refusals import raise_failures, raise_over_budget
+from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs
+from lightning_edge.exporters import Artifact, deployable
+from lightning_edge.interface import Interface
+from lightning_edge.measure import Tolerance
+from lightning_edge.network import Deployable, Inputs
+from lightning_edge.quantization import float_copy, is_quantized
+from lightning_edge.record import load_compressed
+from lightning_edge.reporting.budget import Budget
+from lightning_edge.reporting.report import Report, Row
+from lightning_edge.reporting.rows import SOURCES, of_artifact, write_manifest
+from lightning_edge.surgery import find_network
+from lightning_edge.verdict import Strict, check_strict
+
+_Callback = TypeVar("_Callback", bound=Callback)
+
+
+class EdgeTrainer(Trainer):
+    """A Trainer that can also export and evaluate what another run has trained."""
+
+    callbacks: list[Callback]
+
+    def export(
+        self,
+        model: LightningModule,
+        ckpt_path: str,
+        datamodule: LightningDataModule | None = None,
+        targets: list[str] | None = None,
+        dirpath: str | None = None,
+        batches: int = 8,
+        max_fallback: float | None = None,
+        interface: Interface | None = None,
+        tolerance: Tolerance | None = None,
+        options: dict[str, dict[str, Any]] | None = None,
+        strict: Strict | None = None,
+    ) -> list[Artifact]:
+        """Write the network of a checkpoint for each target, int8 if it was trained so, and prove each file.
+
+        Args:
+            model: The module the checkpoint was written by, newly made.
+            ckpt_path: The checkpoint.
+            datamodule: Where the validation data is, if not in ``model``.
+            targets: Targets to export to: those of the DeviceEvaluationCallback, or all.
+            dirpath: Folder for the files: that of the DeviceEvaluationCallback, or ``artifacts``.
+            batches: Validation batches on which each file is compared with the network.
+            max_fallback: Share of the multiply-accumulates that may run outside the target's delegate.
+            interface: How the files are called: that of the DeviceEvaluationCallback, if it has one.
+            tolerance: How far a file may lie from the network and be close.
+            options: A target's own options, by target.
+            strict: The worst verdict that is no error, see `lightning_edge.export`; broken files are, if not given.
+
+        Raises:
+            EdgeError: If the checkpoint does not load or a file cannot be made; the others are made.
+            ValueError: If a target is unknown.
+        """
+        given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
+        callback = self._callback(targets, strict, dirpath=dirpath, **given)
+        settings = callback.settings
+        if batches < 1:
+            raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
+        network = find_network(self._load(model, ckpt_path, callback.module, "validate", datamodule), callback.module)
+        loaders = _loader(datamodule or model, "val_dataloader")
+        inputs = calibration_inputs(model, loaders, batches, callback.module, datamodule)
+        finished = deployable(network, None if is_quantized(network) else inputs[0])
+        artifacts: list[Artifact] = []
+        rows: list[Row] = []
+        for target in settings.targets:
+            try:
+                row, artifact = _exported(finished, target, inputs, callback)
+            except EdgeError as error:
+                # Told now: the other targets may take long.
+                sys.stderr.write(f"FAILED: {target}: {error}\n")
+                rows.append(Row(target, finished.precision, SOURCES[finished.precision], error=str(error)))
+            else:
+                artifacts.append(artifact)
+                rows.append(row)
+        report = Report(type(model).__name__, "validate", rows)
+        write_manifest(report, Path(settings.dirpath), recipe_of(self))
+        if report.failures:
+            names = ", ".join(row.target for row in report.failures)
+            raise ExportError(f"{len(report.failures)} of {len(rows)} files could not be made: {names}; see above")
+        return artifacts
+
+    def evaluate(
+        self,
+        model: LightningModule,
+        ckpt_path: str,
+        datamodule: LightningDataModule | None = None,
+        targets: list[str] | None = None,
+        dirpath: str | None = None,
+        split: Split | None = None,
+        max_fallback: float | None = None,
+        interface: Interface | None = None,
+        tolerance: Tolerance | None = None,
+        options: dict[str, dict[str, Any]] | None = None,
+        budget: Budget | None = None,
+        strict: Strict | None = None,
+        devices: list[str] | None = None,
+    ) -> Report:
+        """Export the network of a checkpoint, validate and time every file, and write the report.
+
+        Settings that are not given are those of the configuration's DeviceEvaluationCallback.
+
+        Args:
+            model: The module the checkpoint was written by, newly made.
+            ckpt_path: The checkpoint.
+            datamodule: Where the data is, if not in ``model``.
+            targets: Targets to export to, all of them without a callback.
+            dirpath: Folder for the files and the report, ``artifacts`` without a callback.
+            split: The loop that gives the metrics, ``validate`` without a callback.
+            max_fallback: Share of the multiply-accumulates that may run outside the target's delegate.
+            interface: How the files are called: that of the DeviceEvaluationCallback, if it has one.
+            tolerance: How far a file may lie from the network and be close.
+            options: A target's own options, by target.
+            budget: What a file may cost.
+            strict: What is an error beside a file over its budget, see `DeviceEvaluationCallback`.
+            devices: Devices to run the files on as well, by name: those of the DeviceEvaluationCallback, if any.
+
+        Raises:
+            EdgeError: If the checkpoint does not load, a device cannot be reached, a file cannot be made, has a worse
+                verdict than ``strict`` allows, or is over its budget; the report has all.
+            ValueError: If a target is unknown.
+        """
+        given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
+        callback = self._callback(targets, strict, dirpath=dirpath, budget=budget, devices=devices, **given)
+        settings = callback.settings
+        require_devices(settings)
+        split = split or callback.split
+        self._load(model, ckpt_path, callback.module, split, datamodule)
+        loaders = _loader(datamodule or model, "val_dataloader" if split == "validate" else "test_dataloader")
+        limit = self.limit_val_batches if split == "validate" else self.limit_test_batches
+        validation = Validation(model, loaders, callback.module, split, limit, datamodule, callback.metrics)
+
+        def calibration() -> list[Inputs]:
+            if datamodule is not None:
+                datamodule.setup("fit")
+            loader = _loader(datamodule or model, "train_dataloader")
+            return calibration_inputs(model, loader, callback.calibration_batches, callback.module, datamodule)
+
+        report = evaluate_module(
+            validation,
+            settings,
+            calibration=calibration if callback.calibration_batches else None,
+            baseline=_float_network(ckpt_path, find_network(model, callback.module)),
+            recipe=recipe_of(self),
+            tell=print,
+        )
+        Console().print(report.table())
+        raise_failures(report, callback.strict)
+        raise_device_failures(report)
+        raise_over_budget(report)
+        return report
+
+    def _load(
+        self,
+        model: LightningModule,
+        ckpt_path: str,
+        name: str | None,
+        split: Split,
+        datamodule: LightningDataModule | None,
+    ) -> nn.Module:
+        """Set everything up as a run of this Trainer would, then load the checkpoint."""
+        model.trainer = self
+        if datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup(split)
+        model.prepare_data()
+        # All of it now: a module may build its network here, and after the weights are loaded it would be another one.
+        for stage in ("fit", split):
+            model.setup(stage)
+        model.configure_model()
+        return load_compressed(ckpt_path, model, name)
+
+    def _callback(self, targets: list[str] | None, strict: Strict | None, **others: Any) -> DeviceEvaluationCallback:
+        """The configuration's callback, or a default one, with the settings that were given in place of its own."""
+        found = _first(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
+        callback = copy.copy(found)
+        settings = callback.settings if targets is None else callback.settings.for_targets(targets)
+        given = {name: value for name, value in others.items() if value is not None}
+        callback.settings = replace(settings, **given)
+        if strict is not None:
+            check_strict(strict)
+            callback.strict = strict
+        compression = _first(self.callbacks, EdgeCompressionCallback)
+        if compression is not None and compression.module is not None:
+            callback.module = compression.module
+        return callback
+
+
+def _exported(
+    network: Deployable, target: str, inputs: list[Inputs], callback: DeviceEvaluationCallback
+) -> tuple[Row, Artifact]:
+    """Write and prove one file, and say what it is."""
+    settings = callback.settings
+    path = Path(settings.dirpath) / f"model-{network.precision}{exporters.target(target).suffix}"
+    options = exporters.options_of(target, network.precision, settings.options)
+    artifact = exporters.export(
+        network,
+        target,
+        path,
+        batches=inputs,
+        tolerance=settings.tolerance_for(options.get("scheme")),
+        max_fallback=settings.max_fallback,
+        interface=settings.interface,
+        strict=callback.strict,
+        **options,
+    )
+    verdict = "" if artifact.judgement is None else f", {artifact.judgement}"
+    print(f"{path}: {artifact.precision}, {artifact.size_bytes:,} bytes{verdict}")
+    return of_artifact(artifact, options.get("scheme")), artifact
+
+
+def _loader(source: LightningModule | LightningDataModule, name: str) -> Any:
+    """The dataloader of a module that has one, for there is nothing to compare on otherwise.
+
+    Raises:
+        EdgeError: If it has none.
+    """
+    if not is_overridden(name, source):
+        raise EdgeError(f"{type(source).__name__} has no {name}; give it one, or another data module by data:")
+    return getattr(source, name)()
+
+
+def _first(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback | None:
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def _float_network(ckpt_path: str, network: nn.Module) -> nn.Module | None:
+    """The float network that quantization-aware training began with, which the checkpoint keeps."""
+    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True).get(record.KEY) or {}
+    if saved.get("float_state") is None:
+        return None
+    baseline = float_copy(network)
+    baseline.load_state_dict(saved["float_state"])
+    return baseline
