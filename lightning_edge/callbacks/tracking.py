@@ -1,4 +1,4 @@
-"""The report in the Trainer's loggers, and what only Weights & Biases takes: the table and the files with their hashes.
+"""The report in the Trainer's loggers, and what only Weights & Biases takes: table, page, and files with their hashes.
 
 wandb is imported only where a run of it exists. Nothing it raises reaches a training.
 """
@@ -77,7 +77,12 @@ def _log_wandb(run: Any, report: Report, folder: Path) -> None:
     import wandb
 
     columns, data = table_of(report)
-    run.log({"edge/report": wandb.Table(columns=[*columns], data=data, allow_mixed_types=True)})
+    shown: dict[str, Any] = {"edge/report": wandb.Table(columns=[*columns], data=data, allow_mixed_types=True)}
+    if (folder / "report.html").is_file():
+        with (folder / "report.html").open(encoding="utf-8") as opened:
+            # As it is: what wandb would put into it is loaded from its server.
+            shown["edge/page"] = wandb.Html(opened, inject=False)
+    run.log(shown)
     artifact = wandb.Artifact(
         f"edge-{run.id}", type="edge-model", metadata={"sha256": hashes(report, folder), "versions": report.versions}
     )
@@ -92,7 +97,7 @@ def _log_wandb(run: Any, report: Report, folder: Path) -> None:
 def _paths(report: Report, folder: Path) -> list[Path]:
     names = [
         "report.json",
-        *filter(lambda name: (folder / name).exists(), ["manifest.json"]),
+        *filter(lambda name: (folder / name).exists(), ["report.md", "report.html", "manifest.json"]),
         *(row.path for row in report.rows if row.path is not None),
     ]
     return [folder / name for name in names]

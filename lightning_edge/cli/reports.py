@@ -55,7 +55,12 @@ def _write(places: Sequence[Path], to: Path | None) -> Path:
         raise ValueError(f"--to {to} is no name of a page; give one that ends in .html")
     if len(places) == 1 and (places[0].name == FRONT or (places[0] / FRONT).exists()):
         place = places[0] / FRONT if places[0].is_dir() else places[0]
-        return replace_text(to or place.parent / PAGE, sweep_page(read_front(place)))
+        front = read_front(place)
+        try:
+            page = sweep_page(front)
+        except ValueError as error:
+            raise EdgeError(f"{place} is no sweep that can be used: {error}. Give the folder of a sweep") from error
+        return replace_text(to or place.parent / PAGE, page)
     if len(places) > MOST:
         raise ValueError(f"{len(places)} reports are given; {MOST} at most can be read side by side")
     found = [read_report(place) for place in places]

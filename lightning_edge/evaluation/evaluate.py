@@ -31,8 +31,11 @@ from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
 from lightning_edge.network import Deployable, Inputs, flatten_outputs, sort_keywords
 from lightning_edge.one_run import only_run
+from lightning_edge.pruning import Prune
+from lightning_edge.pruning.cutting import channels_of
 from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
 from lightning_edge.quantization.calibration_check import in_words
+from lightning_edge.record import changes_of
 from lightning_edge.reporting.monitor import Monitor, choose
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
 from lightning_edge.reporting.rows import (
@@ -159,6 +162,7 @@ class _Evaluation:
             seed=int(seed) if seed else None,
             warnings=tuple(self._warnings),
             notes=tuple(self._notes),
+            channels=channels_of(change for change in changes_of(trained) if change["phase"] == Prune.name),
             versions=installed_versions(),
             devices=on_devices,
         )

@@ -18,6 +18,21 @@ def cuts_of(changes: Iterable[Change]) -> list[Change]:
     return [change for change in changes if change["kind"] == "cut"]
 
 
+def channels_of(changes: Iterable[Change]) -> dict[str, tuple[int, int]]:
+    """Give the channels that each cut layer made at first and makes in the end, by the name of the layer.
+
+    Args:
+        changes: What pruning did to a network, oldest first.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for change in cuts_of(changes):
+        for layer, counts in change["attributes"].items():
+            for made in counts.keys() & {"out_channels", "out_features"}:
+                before, after = counts[made]
+                found[layer] = (found.get(layer, (before, after))[0], after)
+    return {layer: (before, after) for layer, (before, after) in found.items() if before != after}
+
+
 def make_cut(network: nn.Module, change: Change) -> Succession:
     """Take the recorded channels out of a network, in place; parameters stay the same objects.
 

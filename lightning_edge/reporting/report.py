@@ -177,6 +177,7 @@ class Report:
         warnings: What the user should look at.
         notes: How something was done, or why it was not.
         versions: Versions of Python, the platform and what is installed.
+        channels: Channels that each layer made before it was pruned and makes now, by the name of the layer.
         devices: What was found of the files on devices.
     """
 
@@ -193,6 +194,7 @@ class Report:
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     devices: Sequence[DeviceRow] = ()
 
     @property

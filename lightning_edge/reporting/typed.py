@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -124,13 +125,18 @@ def _dataclass(kind: type, given: Mapping[str, Any], where: str, unknown: list[s
     ]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(map(repr, missing))}")
-    kinds = get_type_hints(kind)
+    kinds = _types_of(kind)
     values = {
         name: built(kinds[name], given[name], name if where == "it" else f"{where}.{name}", unknown)
         for name in known
         if name in given
     }
     return kind(**values)
+
+
+@cache
+def _types_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _first(kinds: Sequence[Any], value: Any) -> Any:

@@ -139,11 +139,14 @@ def test_offline_run_holds_metrics_table_and_files_with_their_hashes(
     assert rows["tflite int8 (trained)"]["float_ops"] == "a, b"
     assert rows["executorch int8 (trained)"]["error"] == "refused"
 
+    (page,) = tmp_path.rglob("offline-run-*/files/media/html/**/*.html")
+    assert page.read_text() == (folder / "report.html").read_text()
+
     artifacts = {record.artifact.type: record.artifact for record in records(tmp_path) if record.HasField("artifact")}
     found = artifacts["edge-model"]
     metadata = json.loads(found.metadata)
     assert metadata["sha256"] == {
-        "report.json": digest(folder / "report.json"),
+        **{name: digest(folder / name) for name in ("report.json", "report.md", "report.html")},
         "model-int8.tflite": digest(folder / "model-int8.tflite"),
         "model-int8.mlpackage/Data/weight.bin": digest(folder / "model-int8.mlpackage" / "Data" / "weight.bin"),
     }
@@ -214,7 +217,10 @@ def test_table_has_a_value_for_every_column(report: Report) -> None:
 
 
 def test_hashes_leave_out_files_that_were_not_made(report: Report, folder: Path) -> None:
-    assert set(hashes(report, folder)) == {"report.json", "model-int8.tflite", "model-int8.mlpackage/Data/weight.bin"}
+    written = {"report.json", "report.md", "report.html"}
+    assert set(hashes(report, folder)) == {*written, "model-int8.tflite", "model-int8.mlpackage/Data/weight.bin"}
+    (folder / "report.html").unlink()
+    assert "report.html" not in hashes(report, folder)
 
 
 def test_server_that_does_not_answer_makes_the_run_offline(tmp_path: Path, report: Report, folder: Path) -> None:

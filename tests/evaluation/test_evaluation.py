@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, MeanSquaredError
 
-from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Quantize
+from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Prune, Quantize
 from lightning_edge.contents import Placements
 from lightning_edge.errors import BudgetError, EdgeError, ExportError, MissingExtraError
 from lightning_edge.evaluation.evaluate import evaluate_module
@@ -355,6 +355,18 @@ def test_broken_file_is_kept_and_an_error_when_all_is_written(stub: Stub, tmp_pa
     with pytest.raises(ExportError, match=r"stub fp32 broken: values are not finite"):
         raise_failures(report)
     raise_failures(report, strict=False)
+
+
+def test_report_and_page_tell_what_was_cut(stub: Stub, tmp_path: Path) -> None:
+    module = Classifier()
+    evaluation = DeviceEvaluationCallback(["stub"], str(tmp_path), timing=QUICK, calibration_batches=2)
+    phases = [Prune(params=0.5, start=0, end=0, round_to=2), Quantize(start=0.5)]
+    trainer(EdgeCompressionCallback(phases), evaluation).fit(module, TRAINING, VALIDATION)
+    assert evaluation.report is not None
+    assert evaluation.report.channels == {"0": (8, module.net[0].out_channels)}
+    assert module.net[0].out_channels < 8
+    assert json.loads((tmp_path / "report.json").read_text())["channels"] == {"0": [8, module.net[0].out_channels]}
+    assert "What was cut" in (tmp_path / "report.html").read_text()
 
 
 def test_file_with_outputs_of_another_shape_is_broken(stub: Stub, tmp_path: Path) -> None:

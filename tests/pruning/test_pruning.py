@@ -17,7 +17,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.pruning import Prune, plan
 from lightning_edge.pruning.copies import bare_copy
-from lightning_edge.pruning.cutting import make_cut
+from lightning_edge.pruning.cutting import channels_of, make_cut
 from lightning_edge.pruning.groups import trace
 from lightning_edge.pruning.importance import CRITERIA, score
 from lightning_edge.pruning.verification import find_fault
@@ -387,6 +387,13 @@ def test_record_repeats_and_undoes_the_cut() -> None:
     fresh, before = copy.deepcopy(MobileNetV2()), state(network)
     changes = follow_schedule(Prune(macs=0.5, start=0, end=2), EPOCHS, network, inputs)
     assert len(changes) == 2
+    whole, cut = dict(MobileNetV2().named_modules()), dict(network.named_modules())
+    told = channels_of(changes)
+    assert told
+    for name, layer in cut.items():
+        if isinstance(layer, nn.Conv2d):
+            first = whole[name].out_channels
+            assert told.get(name, (first, first)) == (first, layer.out_channels), name
     file = io.BytesIO()
     torch.save(changes, file)
     file.seek(0)

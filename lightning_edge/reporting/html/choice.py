@@ -44,7 +44,7 @@ class Choice:
 
 def verdict_of(row: Row) -> tuple[str | None, str | None]:
     """How true a file is to its network, in a word, and why; ``None`` where that was not judged."""
-    return getattr(row, "verdict", None), getattr(row, "verdict_reason", None)
+    return row.verdict, row.verdict_reason
 
 
 def state_of(report: Report, row: Row) -> State:

@@ -13,9 +13,10 @@ from lightning_edge.reporting.html.choice import (
     names_of,
     state_of,
     timed,
+    verdict_of,
 )
 from lightning_edge.reporting.html.markup import Markup, join, tag
-from lightning_edge.reporting.html.page import page, pictures, points, quiet, section, table
+from lightning_edge.reporting.html.page import page, pictures, points, quiet, section, table, without
 from lightning_edge.reporting.html.parts import milliseconds, plain_axis, state_cell, verdict_cell
 from lightning_edge.reporting.html.scatter import Point, Side, scatter
 from lightning_edge.reporting.html.words import ABSENT, clipped, fixed, known, number, share, signed, size
@@ -118,10 +119,17 @@ def _chosen(reports: Mapping[str, Report], metric: str | None) -> Markup:
             continue
         first = first or choice.row
         cells.append([name, choice.row.label, *_figures(choice.row, first, metric), verdict_cell(choice.row)])
+    if not _judged(reports):
+        headers, cells = without(headers, cells, "Agreement")
     return section(
         "What each report would ship",
         table(headers, cells, "The smallest file that can ship and is about as good as the best", ("File",)),
     )
+
+
+def _judged(reports: Mapping[str, Report]) -> bool:
+    """Whether any file was judged on how true it is to its network."""
+    return any(verdict_of(row)[0] for report in reports.values() for row in report.rows)
 
 
 def _figures(row: Row, first: Row, metric: str | None) -> list[object]:
@@ -236,6 +244,8 @@ def _files(reports: Mapping[str, Report], metric: str | None) -> Markup:
         "Change",
     ]
     headers += ["Same top class", "Agreement"]
+    if not _judged(reports):
+        headers, cells = without(headers, cells, "Agreement")
     return section("File by file", table(headers, cells, "Every candidate", ("Report", "State")))
 
 

@@ -18,6 +18,7 @@ from lightning_edge.reporting.html.choice import (
 )
 from lightning_edge.reporting.html.markup import Markup, join, tag, text
 from lightning_edge.reporting.html.page import page, points, quiet, section, state, table, tiles
+from lightning_edge.reporting.html.pruned import channels
 from lightning_edge.reporting.html.words import clipped, known, number, signed, times
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def report_page(report: Report, recipe: str | None = None, commit: Commit | None
     choice = choose_file(report)
     return page(
         f"{report.model} on the device",
-        tag("h1", f"{report.model} on the device"),
+        tag("h1", f"{clipped(report.model, _LONGEST_NAME)} on the device"),
         _headline(report, choice),
         _attention(report),
         parts.files(report, None if choice is None else choice.row),
@@ -49,6 +50,7 @@ def report_page(report: Report, recipe: str | None = None, commit: Commit | None
         parts.agreement(report),
         parts.placements(report),
         parts.memory(report),
+        channels(report),
         section("Notes", points(report.notes)) if report.notes else None,
         _making(report, recipe, commit),
     )
@@ -83,7 +85,7 @@ def _headline(report: Report, choice: Choice | None) -> Markup:
                 else signed(difference)
             )
             told.append(f"{clipped(metric, _LONGEST_NAME)} {words if difference else 'the same'}")
-        shown.append((metric, number(now), than))
+        shown.append((clipped(metric, _LONGEST_NAME), number(now), than))
     if timed(row):
         than = "the float file was not timed"
         if before is not None and timed(before) and row.p50_ms and before.p50_ms:

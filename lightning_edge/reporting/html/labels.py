@@ -12,8 +12,8 @@ _ANGLES = tuple(
     sorted((math.pi * eighth / 8 for eighth in range(16)), key=lambda angle: round(abs(math.sin(angle)), 6))
 )
 _DISTANCES = (9.0, 15.0, 23.0, 33.0, 45.0, 60.0, 78.0, 100.0)
-# Mean widths of sans-serif letters, a little on the wide side, as shares of the size of the font.
-_LETTER, _CAPITAL, _NARROW, _WIDE = 0.57, 0.7, 0.32, 1.05
+# Widths of letters as shares of the size of the font, in the widest sans-serif that systems come with.
+_LETTER, _CAPITAL, _NARROW, _WIDE = 0.63, 0.76, 0.4, 1.0
 _NARROW_LETTERS = frozenset("ijlt.,:;'|!()[] ")
 
 
@@ -54,9 +54,9 @@ def width(words: str, font_size: float) -> float:
 def _share(letter: str) -> float:
     if letter in _NARROW_LETTERS:
         return _NARROW
-    if unicodedata.east_asian_width(letter) in "WF":
+    if unicodedata.east_asian_width(letter) in "WF" or letter in "mwMW%@\N{HORIZONTAL ELLIPSIS}":
         return _WIDE
-    return _CAPITAL if letter.isupper() or letter in "mw%@" else _LETTER
+    return _CAPITAL if letter.isupper() else _LETTER
 
 
 def place(

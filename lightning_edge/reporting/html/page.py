@@ -85,6 +85,12 @@ def table(
     return tag("div", drawn, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
+def without(headers: list[object], rows: list[list[object]], name: str) -> tuple[list[object], list[list[object]]]:
+    """Leave a column out of what is to be a table."""
+    place = headers.index(name)
+    return headers[:place] + headers[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
+
+
 def _widest(rows: Sequence[Sequence[object]], column: int) -> int:
     return max(0 if isinstance(row[column], Markup) else len(str(row[column])) for row in rows)
 

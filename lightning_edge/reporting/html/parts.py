@@ -20,9 +20,9 @@ from lightning_edge.reporting.html.choice import (
     verdict_of,
 )
 from lightning_edge.reporting.html.markup import Markup
-from lightning_edge.reporting.html.page import pictures, quiet, section, state, table
+from lightning_edge.reporting.html.page import pictures, quiet, section, state, table, without
 from lightning_edge.reporting.html.scatter import Point, Side, scatter
-from lightning_edge.reporting.html.words import ABSENT, fixed, known, number, share, size, times
+from lightning_edge.reporting.html.words import ABSENT, clipped, fixed, known, number, share, size, times
 
 if TYPE_CHECKING:
     from lightning_edge.contents import Place
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # With more points than this, labels of all of them would cover each other.
 _CROWDED = 6
+_LONGEST_HEADER = 32
 _VERDICTS = {"exact": "good", "close": "near", "differs": "warn", "broken": "bad"}
 _PLACES: tuple[Place, ...] = ("delegate", "neural engine", "gpu", "any unit", "cpu or gpu", "cpu")
 _UNDECIDED: tuple[Place, ...] = ("any unit", "cpu or gpu")
@@ -78,7 +79,7 @@ def files(report: Report, chosen: Row | None) -> Markup:
     headers: list[object] = [
         "File",
         "State",
-        *metrics[:4],
+        *(clipped(metric, _LONGEST_HEADER) for metric in metrics[:4]),
         "Bytes",
         "Of float",
         "p50 ms",
@@ -104,7 +105,7 @@ def files(report: Report, chosen: Row | None) -> Markup:
             ]
         )
     if not any(verdict_of(row)[0] for row in rows):
-        headers, cells = _without(headers, cells, "Agreement")
+        headers, cells = without(headers, cells, "Agreement")
     marked = [number for number, row in enumerate(report.rows) if row is chosen]
     shown = _scatters(report, rows)
     return section(
@@ -116,11 +117,6 @@ def files(report: Report, chosen: Row | None) -> Markup:
         table(headers, cells, "All candidates", ("State", "In the folder"), marked),
         quiet(f"{len(metrics) - 4} more metrics are in report.json.") if len(metrics) > 4 else None,
     )
-
-
-def _without(headers: list[object], cells: list[list[object]], name: str) -> tuple[list[object], list[list[object]]]:
-    place = headers.index(name)
-    return headers[:place] + headers[place + 1 :], [row[:place] + row[place + 1 :] for row in cells]
 
 
 def _of_float(report: Report, row: Row) -> str:
@@ -316,7 +312,7 @@ def agreement(report: Report) -> Markup:
     headers += ["int8 weights", "Computed in float", "Why"]
     if not any(verdict_of(row)[0] for row in rows):
         for name in ("Verdict", "Why"):
-            headers, cells = _without(headers, cells, name)
+            headers, cells = without(headers, cells, name)
     return section(
         "How true each file is to its network",
         pictures(

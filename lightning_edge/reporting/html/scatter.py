@@ -16,6 +16,8 @@ _HEIGHT = 300.0
 _RIGHT, _TOP, _BOTTOM = 14.0, 30.0, 44.0
 _LONGEST_LABEL = 26
 _LONGEST_TITLE = 44
+# More would not find places, and take seconds to look for them.
+_MOST_LABELS = 40
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,17 @@ def _frame(area: Box, across: Axis, up: Axis, x: Side, y: Side) -> list[Markup]:
 
 
 def _way(way: Sequence[int], points: Sequence[Point], places: Sequence[tuple[float, float]]) -> Markup:
-    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in (places[number] for number in way))
+    # Markup, since of a long front no corner may be cut off.
+    corners = Markup(" ".join(f"{x:.1f},{y:.1f}" for x, y in (places[number] for number in way)))
     return tag("polyline", points=corners, class_=f"way c{points[way[-1]].color}")
 
 
 def _labels(points: Sequence[Point], places: Sequence[tuple[float, float]], area: Box) -> list[Markup]:
-    words = [clipped(point.label, _LONGEST_LABEL) for point in points]
+    words = [clipped(point.label, _LONGEST_LABEL) for point in points[:_MOST_LABELS]]
     room = Box(area.left + 2, 18, WIDTH, area.bottom - 2)
     drawn = []
     boxes = labels.place(places, words, FONT_SIZE, room)
-    for box, place, label, point in zip(boxes, places, words, points, strict=True):
+    for box, place, label, point in zip(boxes, places, words, points, strict=False):
         if box is None:
             continue
         if labels.apart(box, place) > 14 or not labels.is_nearest(box, place, places):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lightning_edge.reporting.html.picture import COLORS, DARK, LIGHT, MARKS
 
-_STATES_LIGHT = "--good:#0a6b45;--warn:#8a5200;--bad:#b3261e;--panel:#f4f6f8;"
-_STATES_DARK = "--good:#5fd6a2;--warn:#f0b35a;--bad:#ff8a80;--panel:#1f242a;"
-_PAPER = f":root{{color-scheme:light;{LIGHT}{_STATES_LIGHT}}}"
+STATES_LIGHT = "--good:#0a6b45;--warn:#8a5200;--bad:#b3261e;--panel:#f4f6f8;"
+STATES_DARK = "--good:#5fd6a2;--warn:#f0b35a;--bad:#ff8a80;--panel:#1f242a;"
+_PAPER = f":root{{color-scheme:light;{LIGHT}{STATES_LIGHT}}}"
 
-SHEET = f""":root{{color-scheme:light dark;{LIGHT}{_STATES_LIGHT}}}
-@media (prefers-color-scheme:dark){{:root{{{DARK}{_STATES_DARK}}}}}
+SHEET = f""":root{{color-scheme:light dark;{LIGHT}{STATES_LIGHT}}}
+@media (prefers-color-scheme:dark){{:root{{{DARK}{STATES_DARK}}}}}
 {MARKS}
 *{{box-sizing:border-box}}
 body{{margin:0;background:var(--paper);color:var(--ink);
@@ -56,6 +56,8 @@ white-space:pre-wrap;max-height:30em;overflow:auto}}
 @media (max-width:480px){{.tiles{{grid-template-columns:1fr 1fr;gap:8px}}.tile{{padding:10px 12px}}
 .tile dd.value{{font-size:1.25rem}}th,td{{padding:6px 8px}}th:first-child{{white-space:normal;min-width:7.5em}}}}
 @media print{{{_PAPER}main{{padding:0;max-width:none}}pre{{max-height:none;overflow:visible}}
-.scroll{{overflow:visible;border:0}}table{{font-size:.6875rem}}th,td{{padding:3px 5px;white-space:normal}}
+.scroll{{overflow:visible;border:0}}table{{font-size:.6875rem}}
+th,td{{padding:3px 5px;white-space:normal;overflow-wrap:break-word}}
+.tile,.swatch,tr{{print-color-adjust:exact}}
 .pictures{{grid-template-columns:1fr 1fr}}tr,.tile,figure{{break-inside:avoid}}h2{{break-after:avoid}}}}
 """

@@ -19,7 +19,7 @@ FRONT = "front.json"
 
 # So that a page of thousands of trials stays one that a phone opens: the front is whole, of the others these many.
 _MOST_TRIALS = 250
-_MOST_POINTS = 500
+_MOST_POINTS = 400
 _MOST_PICTURES = 6
 _LONGEST_VALUE = 40
 _NAMED_TOO = 8
@@ -133,7 +133,7 @@ def _picture(sweep: _Front, up: str, across: str, alone: bool = False) -> Markup
         for trial in sweep.trials
         if trial.status == "complete" and known(trial.values.get(up)) and known(trial.values.get(across))
     ]
-    best = sorted((trial for trial in usable if trial.front), key=lambda trial: trial.values[across])
+    best = sorted((trial for trial in usable if trial.front), key=lambda trial: trial.values[across])[:_MOST_POINTS]
     others = [trial for trial in usable if not trial.front][: max(_MOST_POINTS - len(best), 0)]
     if not usable:
         return Markup()
