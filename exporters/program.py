@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters.input_adapter import Front, front_of, in_layout
+from lightning_edge.exporters.passes.base import Pass, apply_passes
 from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
 from lightning_edge.network import Deployable, Inputs, sort_keywords
 from lightning_edge.surgery import copy_of
@@ -96,6 +98,13 @@ def in_plain_order(network: nn.Module) -> nn.Module:
 
 def _has_tensors(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def program_after(network: Deployable, passes: Sequence[Pass]) -> torch.export.ExportedProgram:
+    """Export a network with passes applied to its program; a program that changed is exported again."""
+    program = network.program()
+    graph = program.module(check_guards=False)
+    return network.with_graph(graph).program() if apply_passes(graph, passes) else program
 
 
 def deployable(model: nn.Module, inputs: Any = None) -> Deployable:

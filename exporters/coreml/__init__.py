@@ -19,7 +19,7 @@ from lightning_edge.contents import Contents, Placements
 from lightning_edge.errors import ExportError, first_line
 from lightning_edge.exporters.coreml import package
 from lightning_edge.exporters.coreml.package import check_interface, compact, coremltools, quiet
-from lightning_edge.exporters.coreml.passes import PASSES, apply_to_program, write_out
+from lightning_edge.exporters.coreml.passes import PASSES, write_out
 from lightning_edge.exporters.coreml.placement import by_plan
 from lightning_edge.exporters.coreml.read import contents
 from lightning_edge.exporters.coreml.runners import CoreMLRunner, ReferenceRunner
@@ -30,6 +30,7 @@ from lightning_edge.exporters.coreml.weights import (
     save_without_zeros,
     tell_uneven,
 )
+from lightning_edge.exporters.program import program_after
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.exporters.target import Target, explain
 from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
@@ -107,7 +108,7 @@ class CoreML(Target):
             compute_precision = "float16"
         try:
             with quiet():
-                program = _tensors_only(write_out(apply_to_program(network, PASSES)))
+                program = _tensors_only(write_out(program_after(network, PASSES)))
                 model = tools.convert(
                     program,
                     outputs=_output_types(tools, program),

@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 
-from lightning_edge.exporters.passes.base import Pass, apply_passes
+from lightning_edge.exporters.coreml.decompositions import decompositions
 from lightning_edge.exporters.passes.fold_constants import fold_constants
 from lightning_edge.exporters.passes.graph import VIEWS, operation
-from lightning_edge.network import Deployable
 
 # On the exported program, before it is converted.
 PASSES = (
     fold_constants,  # the converter does not know all that makes positions and masks
 )
 
-_ATEN = torch.ops.aten
 _MOST_DIMENSIONS = 5
 # Operations that change the layout in memory alone.
 _NOTHING = frozenset({"clone", "contiguous"})
-_RECURRENT = (_ATEN.gru.input, _ATEN.lstm.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input)
-# It knows where() with tensors, but not with a number on its right.
-_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
-    _ATEN.where.ScalarOther: lambda condition, chosen, other: torch.where(
-        condition, chosen, torch.full((), other, dtype=chosen.dtype)
-    ),
-    _ATEN.concatenate.default: lambda tensors, dim=0: torch.cat(tensors, dim),
-    _ATEN.channel_shuffle.default: lambda x, groups: x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2),
-}
-
-
-def apply_to_program(network: Deployable, passes: Sequence[Pass]) -> torch.export.ExportedProgram:
-    """Export a network with passes applied to its program; a program that changed is exported again."""
-    program = network.program()
-    graph = program.module(check_guards=False)
-    return network.with_graph(graph).program() if apply_passes(graph, passes) else program
 
 
 def write_out(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Write out what the converter does not know.
 
-    Given: choices between a tensor and a number, channel shuffles, recurrent layers.
+    Given: operations that the converter has no lowering for, or one that computes something else at large and small
+    values: log_softmax, GELU, RMSNorm, GroupNorm, reciprocals, boolean masks, recurrent layers and others.
 
     Result: the operations that they are made of, of recurrent layers step by step.
 
-    Why: coremltools 9 has no lowering for them.
+    Why: coremltools 9 writes log_softmax as ``log(softmax(x))``, drops ``approximate`` of GELU, adds 0.0001 to what it
+    divides by, and has no lowering for the others; see `decompositions`.
     """
     drop_inner_quantizers(program)
-    table: dict[Any, Callable[..., Any]] = dict(_WRITTEN_OUT)
-    if any(node.target in _RECURRENT for node in program.graph.nodes):
-        known = torch.export.default_decompositions()
-        table |= {target: known[target] for target in _RECURRENT}
-    written: torch.export.ExportedProgram = program.run_decompositions(table)
+    written: torch.export.ExportedProgram = program.run_decompositions(decompositions(program.graph))
     return written
 
 

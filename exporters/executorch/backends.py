@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters.coreml import package as mlpackage
+from lightning_edge.exporters.coreml.decompositions import decompositions
 from lightning_edge.exporters.executorch import patches
 from lightning_edge.exporters.executorch.passes import PASSES, VULKAN_PASSES
 from lightning_edge.exporters.executorch.passes.fold_constants import fold_constants
@@ -49,6 +50,8 @@ def program_of(network: Deployable, backend: Backend) -> Any:
     if backend == "xnnpack":
         network.graph = run_passes(network.graph, (separate_float_paddings,))
     program = fold_constants(network.program())
+    if backend == "coreml":  # for the same converter
+        return program.run_decompositions(decompositions(program.graph))
     passes = {"xnnpack": PASSES, "vulkan": VULKAN_PASSES}.get(backend)
     if passes is None:
         return program

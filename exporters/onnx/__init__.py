@@ -23,8 +23,10 @@ from lightning_edge.exporters.onnx import read as onnx_file
 from lightning_edge.exporters.onnx import schemes as onnx_schemes
 from lightning_edge.exporters.onnx.passes import PASSES, UNSIGNED_PASSES, rewrite
 from lightning_edge.exporters.onnx.passes import runtime_bugs as onnx_equivalents
+from lightning_edge.exporters.passes.activations import write_out_log_sigmoid
 from lightning_edge.exporters.passes.base import run_passes
 from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
+from lightning_edge.exporters.program import program_after
 from lightning_edge.exporters.run.calls import TensorSpec, of_one_sample
 from lightning_edge.exporters.run.runner import Intermediate, Runner
 from lightning_edge.exporters.target import Target, explain
@@ -33,6 +35,11 @@ from lightning_edge.network import Deployable, Inputs
 EXTRA = "onnx"
 
 Scheme = Literal["fp16", "int8_weight_only", "int8_dynamic"]
+
+# On the exported program, before it is converted.
+PROGRAM_PASSES = (
+    write_out_log_sigmoid,  # torch.onnx writes one that is -inf where it is not
+)
 
 # The oldest that torch.onnx writes without converting down from another one.
 _OPSET = 20
@@ -172,7 +179,9 @@ def _convert(network: Deployable) -> Any:
     if network.precision == "int8":  # ONNX Runtime has no int8 kernel for them
         network = network.with_graph(run_passes(network.graph, (convolve_transposed,)))
     with torch.no_grad(), _quiet():
-        program = torch.onnx.export(network.program(), dynamo=True, opset_version=_OPSET, verbose=False)
+        program = torch.onnx.export(
+            program_after(network, PROGRAM_PASSES), dynamo=True, opset_version=_OPSET, verbose=False
+        )
     assert program is not None
     return inliner.inline_local_functions(program.model_proto)
 

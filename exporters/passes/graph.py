@@ -1,4 +1,4 @@
-"""What the operations of a converted graph are called, and which of them compute nothing of their own."""
+"""Queries and edits of graphs: what operations are called, which only move values, and how nodes are put in."""
 
 from __future__ import annotations
 
@@ -46,3 +46,25 @@ def shape_of(value: Any) -> tuple[int, ...]:
     """The shape of what a node gives, if that is one tensor; of anything else none."""
     known = value.meta.get("val") if isinstance(value, fx.Node) else None
     return tuple(known.shape) if isinstance(known, torch.Tensor) else ()
+
+
+def insert(graph: fx.GraphModule, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Insert an operation in front of a node."""
+    with graph.graph.inserting_before(before):
+        return graph.graph.call_function(target, args)
+
+
+def replaced(graph: fx.GraphModule, node: fx.Node, result: fx.Node) -> bool:
+    """Replace a node by a result, which gets its shape; return True."""
+    result.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(result)
+    graph.graph.erase_node(node)
+    return True
+
+
+def constant(graph: fx.GraphModule, before: fx.Node, role: str, value: torch.Tensor, like: Any) -> fx.Node:
+    """Insert a constant in front of the node that reads it, named by its role, in the type of another value."""
+    name = f"{role}_of_{before.name}"
+    graph.register_buffer(name, value.to(like.meta["val"].dtype))
+    with graph.graph.inserting_before(before):
+        return graph.graph.get_attr(name)

@@ -52,7 +52,6 @@ class TransposedConvolution:
 
     Attributes:
         node: Where it is.
-        x: What it is fed.
         weight: Its weight, of shape ``(in, out / groups, *kernel)``.
         bias: Its bias, or ``None``.
         stride: Of each axis, and so are ``padding``, ``output_padding`` and ``dilation``.
@@ -64,7 +63,7 @@ class TransposedConvolution:
         self.node = node
         self.dimensions = 1 if node.target is _ATEN.conv_transpose1d.default else 2
         given: list[Any] = [*node.args, *[None] * (8 - len(node.args))]
-        self.x, self.weight, self.bias = given[:3]
+        self.weight, self.bias = given[1:3]
         self.stride, self.padding, self.output_padding, self.dilation = (
             self._of_each_axis(given[place], default) for place, default in ((3, 1), (4, 0), (5, 0), (7, 1))
         )
@@ -74,6 +73,11 @@ class TransposedConvolution:
     def _of_each_axis(self, given: Any, default: int) -> list[int]:
         values = [given] if isinstance(given, int) else list(given or [default])
         return (values * self.dimensions)[: self.dimensions]
+
+    @property
+    def x(self) -> Any:
+        """What it is fed, as of now: a layer in front of it may have been rewritten."""
+        return self.node.args[0]
 
     @property
     def is_stored_in_int8(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from lightning_edge.contents import Contents, Endpoint, Placements
 from lightning_edge.errors import ExportError, require
+from lightning_edge.exporters.passes.activations import write_out_log_sigmoid
 from lightning_edge.exporters.passes.base import apply_passes, run_passes
 from lightning_edge.exporters.passes.float_barriers import separate_float_layers
 from lightning_edge.exporters.passes.fold_constants import fold_constants
@@ -32,6 +33,7 @@ from lightning_edge.exporters.tflite.passes import float_kernels as tflite_float
 from lightning_edge.exporters.tflite.passes import int8_layers as tflite_layers
 from lightning_edge.exporters.tflite.passes import simplify as tflite_simplify
 from lightning_edge.exporters.tflite.passes.broadcasts import drop_expansions
+from lightning_edge.exporters.tflite.passes.choices import choose_by_where
 from lightning_edge.exporters.tflite.passes.crops import crop_transposed, has_no_kernel
 from lightning_edge.exporters.tflite.passes.reshapes import reshape_results
 from lightning_edge.exporters.tflite.passes.unfold_weights import unfold_weights
@@ -50,6 +52,8 @@ CAPTURED_PASSES = (
 # On the exported program, in this order.
 PASSES = (
     unfold_weights,  # first: later passes move quantized constants about
+    write_out_log_sigmoid,  # the converter mixes up the axes of the minimum that it writes
+    choose_by_where,  # it also mixes up those of where() with operands of fewer dimensions; gives views of constants
     fold_constants,  # later passes look at shapes that constants give
     crop_transposed,  # LiteRT crops as SAME only
     drop_expansions,  # the converter mixes up the axes of expand and repeat

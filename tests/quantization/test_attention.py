@@ -202,6 +202,20 @@ def test_what_a_mask_is_computed_by_stays_float() -> None:
     assert float((expected - found).detach().abs().max()) < 0.05 * float(expected.detach().abs().max())
 
 
+def test_a_choice_between_a_bias_and_minus_infinity_stays_float() -> None:
+    """As T5 writes it, laid out anew in front of the attention."""
+
+    def chosen(network: Any, tokens: Tensor) -> Tensor:
+        keep = (tokens[..., 0] > -1)[:, None, None, :].expand(-1, -1, 7, 7)
+        bias = network.bias.t().unsqueeze(0).unsqueeze(0)
+        return torch.where(keep, bias, torch.finfo(torch.float32).min).contiguous()
+
+    network, x = Given(chosen).eval(), tokens(64)
+    x[..., 0] = x[..., 0].sign() * 2
+    expected, found = network(x), quantize(network, [x])(x)
+    assert float((expected - found).detach().abs().max()) < 0.05 * float(expected.detach().abs().max())
+
+
 def test_gradients_are_those_of_the_network() -> None:
     network = Encoder().eval()
     x, direction = tokens(8), torch.randn(8, 5)

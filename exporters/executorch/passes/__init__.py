@@ -6,6 +6,7 @@ from lightning_edge.exporters.executorch.passes.activations import (
     clamp_as_hardtanh,
     multiply_cubes,
     write_out_softplus,
+    write_out_tanh_gelu,
 )
 from lightning_edge.exporters.executorch.passes.attention import flatten_softmax, write_out_attention
 from lightning_edge.exporters.executorch.passes.norms import write_out_layer_norm
@@ -39,6 +40,7 @@ PASSES = (
     clamp_as_hardtanh,  # from here on: activations that it has under other names
     multiply_cubes,
     write_out_softplus,
+    write_out_tanh_gelu,
     join_upsampled_rows,  # last: its views need no other pass
 )
 # Vulkan takes the same means and softmax, and all else as it is.

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from lightning_edge.exporters.passes.graph import insert
+
 _ATEN = torch.ops.aten
 # By name, since they exist only where torchao has been imported.
 QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
@@ -31,31 +33,9 @@ def quantized(
     return insert(graph, before, like.target, insert(graph, before, quantize.target, node, *scale), *scale)
 
 
-def insert(graph: fx.GraphModule, before: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """Insert an operation in front of a node."""
-    with graph.graph.inserting_before(before):
-        return graph.graph.call_function(target, args)
-
-
 def view(graph: fx.GraphModule, before: fx.Node, source: Any, shape: Sequence[int]) -> fx.Node:
     """Insert a view of a value in another shape."""
     return insert(graph, before, _ATEN.view.default, source, list(shape))
-
-
-def replaced(graph: fx.GraphModule, node: fx.Node, result: fx.Node) -> bool:
-    """Replace a node by a result, which gets its shape; return True."""
-    result.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(result)
-    graph.graph.erase_node(node)
-    return True
-
-
-def constant(graph: fx.GraphModule, before: fx.Node, role: str, value: torch.Tensor, like: Any) -> fx.Node:
-    """Insert a constant in front of the node that reads it, named by its role, in the type of another value."""
-    name = f"{role}_of_{before.name}"
-    graph.register_buffer(name, value.to(like.meta["val"].dtype))
-    with graph.graph.inserting_before(before):
-        return graph.graph.get_attr(name)
 
 
 def in_two_dimensions(others: Sequence[int]) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lightning_edge.exporters.executorch.passes.graph import constant, in_two_dimensions, insert, replaced, view
+from lightning_edge.exporters.executorch.passes.graph import in_two_dimensions, view
 from lightning_edge.exporters.passes.base import each_node
-from lightning_edge.exporters.passes.graph import shape_of
+from lightning_edge.exporters.passes.graph import constant, insert, replaced, shape_of
 
 _ATEN = torch.ops.aten
 

@@ -8,17 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lightning_edge.exporters.executorch.passes.graph import (
-    QUANTIZE,
-    in_two_dimensions,
-    insert,
-    quantized,
-    replaced,
-    sliced,
-    view,
-)
+from lightning_edge.exporters.executorch.passes.graph import QUANTIZE, in_two_dimensions, quantized, sliced, view
 from lightning_edge.exporters.passes.base import each_node
-from lightning_edge.exporters.passes.graph import shape_of
+from lightning_edge.exporters.passes.graph import insert, replaced, shape_of
 
 _ATEN = torch.ops.aten
 _POOLS = {_ATEN.avg_pool2d.default, _ATEN.adaptive_avg_pool2d.default}

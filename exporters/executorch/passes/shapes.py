@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lightning_edge.exporters.executorch.passes.graph import insert, quantized, replaced, sliced, view
+from lightning_edge.exporters.executorch.passes.graph import quantized, sliced, view
 from lightning_edge.exporters.passes.base import each_node
-from lightning_edge.exporters.passes.graph import shape_of
+from lightning_edge.exporters.passes.graph import insert, replaced, shape_of
 
 _ATEN = torch.ops.aten
 _UPSAMPLES = {_ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest2d.default}

@@ -38,7 +38,12 @@ _SHAPING = {
     aten.slice.Tensor,
     aten.select.int,
     aten.to.dtype,
+    aten.to.dtype_layout,
     aten.clone.default,
+    aten.contiguous.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.repeat.default,
     aten.triu.default,
     aten.tril.default,
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_edge.exporters.executorch.passes import PASSES
+from lightning_edge.exporters.executorch.passes.activations import write_out_tanh_gelu
 from lightning_edge.exporters.passes.base import apply_passes
 from lightning_edge.exporters.passes.graph import operation
 
@@ -65,3 +66,12 @@ def test_each_pass_has_nothing_left_to_do() -> None:
     # Means and extremes that keep their dimensions are what the passes look for, so these have their own tests.
     repeatable = [each for each in PASSES if "keep_dimensions" not in each.__name__]
     assert [each.__name__ for each in repeatable if apply_passes(graph, (each,))] == []
+
+
+def test_the_tanh_form_of_gelu_is_written_out_in_float_only() -> None:
+    network, x = nn.GELU(approximate="tanh"), torch.linspace(-300, 300, 601)[None]
+    graph = exported(network, x)
+    assert apply_passes(graph, PASSES)
+    assert "gelu" not in operations(graph)
+    torch.testing.assert_close(graph(x), network(x), rtol=1e-5, atol=1e-6)
+    assert not apply_passes(exported(nn.GELU(), x), (write_out_tanh_gelu,))
