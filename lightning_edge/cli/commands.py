@@ -1,18 +1,24 @@
-"""Commands on files alone: what `lightning-edge` does without a configuration and a Trainer."""
+"""Commands on files alone: what `lightning-edge` does without a configuration and a Trainer.
+
+Knows their names and what they are for; the module of one is imported when it is run.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
-from lightning_edge.cli import microcontroller as firmware
-from lightning_edge.cli import reports
-from lightning_edge.reporting import verification
-
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "microcontroller": firmware.main,
-    "report": reports.main,
-    "verify": verification.main,
+# Name, and module with a function main(arguments) that returns the status.
+_MODULES = {
+    "microcontroller": "lightning_edge.cli.microcontroller",
+    "report": "lightning_edge.cli.reports",
+    "verify": "lightning_edge.cli.verify",
+}
+COMMANDS = {
+    "microcontroller": "write an int8 .tflite file as C++ sources",
+    "report": "write the page of a report again, or put several side by side",
+    "verify": "check a folder of exported files against its manifest",
 }
 
 
@@ -22,5 +28,5 @@ def run(args: Sequence[str]) -> None:
     Raises:
         SystemExit: With the status of the command.
     """
-    if args and args[0] in _COMMANDS:
-        sys.exit(_COMMANDS[args[0]](args[1:]))
+    if args and args[0] in _MODULES:
+        sys.exit(import_module(_MODULES[args[0]]).main(args[1:]))
