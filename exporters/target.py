@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -99,6 +99,16 @@ class Target(ABC):
         """
         for name in self.reader_modules:
             require(name, self.extra)
+
+    def sessions(self, threads: int, machine: str, features: Collection[str]) -> list[dict[str, Any]]:
+        """Say how the runner of `devices` opens a file: settings to try in turn; none where it has no such runtime.
+
+        Args:
+            threads: Threads to run it with.
+            machine: The device's architecture, as ``platform.machine`` names it.
+            features: Of its CPU's features those that decide which kernels a runtime takes.
+        """
+        return []
 
     def import_runtime(self) -> None:
         """Import what running a file takes.

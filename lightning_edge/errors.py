@@ -6,8 +6,10 @@ EdgeError
 ├── ExportError           a target could not write the network, or wrote something else than was asked
 │   └── AgreementError    the exported file computes something else than the network it came from
 ├── RunnerError           an exported file does not load or does not run
+├── DeviceError           a device cannot be reached, or cannot run files at all
 ├── BudgetError           a file is larger, slower or less accurate than its budget allows
 ├── ManifestError         the manifest of a folder cannot be read, or does not say what a manifest says
+├── SweepError            a sweep file is wrong, or a folder is not that of its sweep
 └── MissingExtraError     an optional package is not installed (also an ImportError)
 
 Bad argument values stay ``ValueError`` and ``TypeError``. Every message says what was given, what is
@@ -48,12 +50,20 @@ class RunnerError(EdgeError):
     """An exported file does not load or does not run."""
 
 
+class DeviceError(EdgeError):
+    """A device cannot be reached, or cannot run files at all."""
+
+
 class BudgetError(EdgeError):
     """A file is larger, slower or less accurate than its budget allows."""
 
 
 class ManifestError(EdgeError):
     """The manifest of a folder cannot be read, or does not say what a manifest says."""
+
+
+class SweepError(EdgeError):
+    """A sweep file is wrong, or a folder is not that of its sweep."""
 
 
 class MissingExtraError(EdgeError, ImportError):

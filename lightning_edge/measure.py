@@ -286,10 +286,16 @@ def interleaved_latency(
                     raise
                 failures[name] = error
                 del times_ns[name]
-    return {name: _latency(times[warmup:], warmup) for name, times in times_ns.items()}
+    return {name: latency_of(times[warmup:], warmup) for name, times in times_ns.items()}
 
 
-def _latency(times_ns: list[int], warmup: int) -> Latency:
+def latency_of(times_ns: Sequence[int], warmup: int = 0) -> Latency:
+    """Sum up the times of single calls.
+
+    Args:
+        times_ns: Nanoseconds that each call took, at least one.
+        warmup: Calls that were made before.
+    """
     milliseconds = torch.tensor(times_ns, dtype=torch.float64) / 1e6
     p50, p95, p99 = torch.quantile(milliseconds, torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64)).tolist()
     return Latency(p50, p95, p99, 1000 / max(p50, 1e-9), warmup, len(times_ns))

@@ -17,6 +17,8 @@ OPTIONAL = (
     "litert_torch",
     "torch_pruning",
     "wandb",
+    "asyncssh",
+    "optuna",
     "matplotlib",
     "ai_edge_litert",
     "ethosu",

@@ -25,6 +25,7 @@ ROWS = [
         "locks",
         "tracing",
     },
+    {"reporting.devices"},
     {
         "yaml_files",
         "reporting.rendering",
@@ -55,14 +56,15 @@ ROWS = [
     {"exporters.executorch", "exporters.micro"},
     {"exporters.pipeline"},
     {"exporters"},
-    {"reporting", "evaluation.validation"},
+    {"reporting", "evaluation.validation", "devices"},
     {"evaluation"},
     {"callbacks"},
-    {"zoo"},
+    {"zoo", "sweeps"},
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
+WITHOUT_TORCH |= {"devices.runner", "reporting.devices"}
 WITHOUT_TORCH |= {
     f"reporting.{name}"
     for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")
@@ -75,18 +77,20 @@ ROOMS = {
     "sklearn": ("zoo",),
     "torchao": ("quantization", "exporters.executorch"),
     "torch_pruning": ("pruning",),
-    "yaml": ("yaml_files",),
-    "wandb": ("callbacks.tracking",),
+    "yaml": ("yaml_files", "sweeps.strict_yaml", "cli"),
+    "wandb": ("callbacks.tracking", "sweeps.tracking"),
+    "optuna": ("sweeps",),
     "executorch": ("exporters.executorch",),
     "coremltools": ("exporters.coreml",),
     "litert_torch": ("exporters.tflite",),
-    "ai_edge_litert": ("exporters.tflite",),
+    "ai_edge_litert": ("exporters.tflite", "devices.runner"),
+    "asyncssh": ("devices.ssh",),
     "ai_edge_quantizer": ("exporters.tflite",),
     "flatbuffers": ("exporters.tflite",),
     "ethosu": ("exporters.micro.vela",),
     "onnx": ("exporters.onnx",),
     "onnxscript": ("exporters.onnx",),
-    "onnxruntime": ("exporters.onnx",),
+    "onnxruntime": ("exporters.onnx", "devices.runner"),
     "openvino": ("exporters.onnx",),
     "transformers": (),
     "matplotlib": (),

@@ -91,11 +91,23 @@ def test_wheel_holds_every_package(installed: Path) -> None:
 
 def test_extras_are_those_promised() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert {"executorch", "coreml", "tflite", "onnx", "openvino", "ethosu", "wandb", "all", "dev", "docs"} <= set(
-        extras
-    )
+    assert {
+        "executorch",
+        "coreml",
+        "tflite",
+        "onnx",
+        "openvino",
+        "ethosu",
+        "wandb",
+        "ssh",
+        "all",
+        "dev",
+        "docs",
+    } <= set(extras)
     (everything,) = extras["all"]
-    assert Requirement(everything).extras == {"executorch", "coreml", "tflite", "onnx", "ethosu", "wandb", "recipes"}
+    assert Requirement(everything).extras == {
+        *("executorch", "coreml", "tflite", "onnx", "ethosu", "wandb", "ssh", "recipes", "sweep")
+    }
 
 
 def test_constraints_satisfy_every_requirement() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from io import StringIO
@@ -115,6 +115,10 @@ class ONNX(Target):
         """
         return _OnnxRuntime(path, threads)
 
+    def sessions(self, threads: int, machine: str, features: Collection[str]) -> list[dict[str, Any]]:
+        """Say how ONNX Runtime opens a file on a device."""
+        return _sessions(threads, machine, features)
+
 
 TARGET = ONNX()
 
@@ -217,30 +221,54 @@ class _OnnxRuntime(Runner):
 
 def _session(data: bytes, threads: int) -> Any:
     onnxruntime = require("onnxruntime", EXTRA)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.use_deterministic_compute = True
-    options.log_severity_level = 4  # it raises its errors as well, and its warnings are for who writes kernels
-    for exact in ("1", "0") if sums_overflow() else ("0",):
-        options.add_session_config_entry("session.x64quantprecision", exact)
+    *attempts, last = _sessions(threads, platform.machine(), _features())
+    for settings in (*attempts, last):
+        options = onnxruntime.SessionOptions()
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        for name, value in settings["options"].items():
+            setattr(options, name, value)
+        for name, value in settings["entries"].items():
+            options.add_session_config_entry(name, value)
         try:
             return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            # It copies int8 weights under another name for that, and fails in files where two layers share one; those
-            # that `write` makes have none.
-            if exact == "0" or "replace the existing tensor" not in str(error):
+            # It copies int8 weights under another name for exact kernels, and fails in files where two layers share
+            # one; those that `write` makes have none.
+            if settings is last or "replace the existing tensor" not in str(error):
                 raise
     raise AssertionError("unreachable")
 
 
-def sums_overflow() -> bool:
-    """Whether ONNX Runtime's own choice of int8 kernels adds pairs of products in 16 bits here, which overflow.
+def _sessions(threads: int, machine: str, features: Collection[str]) -> list[dict[str, Any]]:
+    """Settings of a session in plain values, to be tried in turn: operations run one after the other."""
+    options = {
+        "intra_op_num_threads": threads,
+        "inter_op_num_threads": 1,
+        "use_deterministic_compute": True,
+        "log_severity_level": 4,  # it raises its errors as well, and its warnings are for who writes kernels
+    }
+    exact = ("1", "0") if sums_overflow(machine, features) else ("0",)
+    return [{"options": options, "entries": {"session.x64quantprecision": value}} for value in exact]
+
+
+def sums_overflow(machine: str | None = None, features: Collection[str] | None = None) -> bool:
+    """Whether ONNX Runtime's own choice of int8 kernels adds pairs of products in 16 bits, which overflow.
 
     It does on x86 without VNNI. Its exact kernels are slower, so that they are not asked for elsewhere.
+
+    Args:
+        machine: The architecture; that of this machine if not given.
+        features: Those of ``avx512_vnni`` and ``avx_vnni`` that the CPU has; those of this machine's if not given.
     """
+    machine = platform.machine() if machine is None else machine
+    features = _features() if features is None else features
+    return machine.lower() in ("x86_64", "amd64") and not features
+
+
+def _features() -> list[str]:
+    """What this machine's CPU has of the features that decide it."""
     has = torch.cpu.get_capabilities()
-    return platform.machine().lower() in ("x86_64", "amd64") and not (has.get("avx512_vnni") or has.get("avx_vnni"))
+    return [name for name in ("avx512_vnni", "avx_vnni") if has.get(name)]
 
 
 @final

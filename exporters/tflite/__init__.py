@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -15,13 +15,13 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_edge.contents import Contents, Placements
+from lightning_edge.contents import Contents, Endpoint, Placements
 from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters.passes.base import apply_passes, run_passes
 from lightning_edge.exporters.passes.float_barriers import separate_float_layers
 from lightning_edge.exporters.passes.fold_constants import fold_constants
 from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
-from lightning_edge.exporters.run.calls import TensorSpec
+from lightning_edge.exporters.run import ends
 from lightning_edge.exporters.run.runner import Intermediate, Runner
 from lightning_edge.exporters.target import Target, explain
 from lightning_edge.exporters.tflite import graph as tflite_graph
@@ -149,6 +149,10 @@ class TFLite(Target):
         """
         return _Runner(path, threads)
 
+    def sessions(self, threads: int, machine: str, features: Collection[str]) -> list[dict[str, Any]]:
+        """Say how LiteRT opens a file on a device."""
+        return [{"threads": threads}]
+
 
 TARGET = TFLite()
 
@@ -249,9 +253,9 @@ class _Runner(Runner):
         self._data = path.read_bytes()
         self._interpreter = interpreter.Interpreter(model_content=self._data, num_threads=threads)
         self._interpreter.allocate_tensors()
-        self._ins = self._interpreter.get_input_details()
-        self._outs = self._interpreter.get_output_details()
-        self.inputs = tuple(self._spec(details) for details in self._ins)
+        self._ins = [(details["index"], _end(details)) for details in self._interpreter.get_input_details()]
+        self._outs = [(details["index"], _end(details)) for details in self._interpreter.get_output_details()]
+        self.inputs = tuple(ends.spec(end) for _, end in self._ins)
         count = "1 thread" if threads == 1 else f"{threads} threads"
         self.runtime = f"LiteRT {version('ai-edge-litert')}, XNNPACK, {count}"
 
@@ -259,19 +263,19 @@ class _Runner(Runner):
         """Run on the flattened inputs of one call."""
         self._feed(self._interpreter, tensors)
         self._interpreter.invoke()
-        return [_dequantize(self._interpreter.get_tensor(details["index"]), details) for details in self._outs]
+        return [
+            ends.dequantized(torch.as_tensor(self._interpreter.get_tensor(index)), end) for index, end in self._outs
+        ]
 
     def prepare(self, tensors: list[Tensor]) -> Callable[[], object]:
         """Quantize one sample, and give the call that an app makes: values in the file's own types in and out."""
-        arrays = [
-            (details["index"], _array(tensor, details)) for tensor, details in zip(tensors, self._ins, strict=True)
-        ]
+        arrays = [(index, _array(tensor, end)) for tensor, (index, end) in zip(tensors, self._ins, strict=True)]
 
         def call() -> list[Any]:
             for index, array in arrays:
                 self._interpreter.set_tensor(index, array)
             self._interpreter.invoke()
-            return [self._interpreter.get_tensor(details["index"]) for details in self._outs]
+            return [self._interpreter.get_tensor(index) for index, _ in self._outs]
 
         return call
 
@@ -298,40 +302,20 @@ class _Runner(Runner):
         ]
 
     def _feed(self, interpreter: Any, tensors: list[Tensor]) -> None:
-        for tensor, details in zip(tensors, self._ins, strict=True):
-            interpreter.set_tensor(details["index"], _array(tensor, details))
-
-    def _spec(self, details: Any) -> TensorSpec:
-        shape = tuple(int(size) for size in details["shape"])
-        return TensorSpec(shape, torch.float32 if _scale(details) else _torch_type(details))
+        for tensor, (index, end) in zip(tensors, self._ins, strict=True):
+            interpreter.set_tensor(index, _array(tensor, end))
 
 
-def _torch_type(details: Any) -> torch.dtype:
-    dtype = getattr(torch, details["dtype"].__name__.rstrip("_"))
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+def _end(details: Any) -> Endpoint:
+    """An input or output, as the interpreter tells of it."""
+    shape = tuple(int(size) for size in details["shape"])
+    dtype = details["dtype"].__name__.rstrip("_")
+    return Endpoint(None, shape, dtype, _scale(details) or None, int(details["quantization"][1]))
 
 
 def _scale(details: Any) -> float:
     return float(details["quantization"][0])
 
 
-def _array(tensor: Tensor, details: Any) -> Any:
-    return _quantize(tensor, details).contiguous().numpy()
-
-
-def _quantize(tensor: Tensor, details: Any) -> Tensor:
-    if not _scale(details):
-        return tensor
-    dtype = _torch_type(details)
-    limits = torch.iinfo(dtype)
-    steps: Tensor = torch.round(tensor / _scale(details)) + details["quantization"][1]
-    return steps.clamp(limits.min, limits.max).to(dtype)
-
-
-def _dequantize(array: Any, details: Any) -> Tensor:
-    tensor: Tensor = torch.as_tensor(array)
-    if not _scale(details):
-        return tensor
-    values: Tensor = (tensor.float() - details["quantization"][1]) * _scale(details)
-    return values
+def _array(tensor: Tensor, end: Endpoint) -> Any:
+    return ends.quantized(tensor, end).contiguous().numpy()

@@ -16,8 +16,11 @@ from torchmetrics import Metric
 
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.callbacks.tracking import log_report
-from lightning_edge.errors import EdgeError, MissingExtraError
+from lightning_edge.devices.device import Device
+from lightning_edge.devices.settings import DeviceSettings
+from lightning_edge.errors import DeviceError, EdgeError, MissingExtraError
 from lightning_edge.evaluation.evaluate import evaluate_module
+from lightning_edge.evaluation.on_devices import check_devices, raise_device_failures
 from lightning_edge.evaluation.refusals import raise_failures
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs, check_data, check_split
@@ -27,6 +30,7 @@ from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import is_quantized
 from lightning_edge.reporting.budget import Budget
+from lightning_edge.reporting.devices import failures
 from lightning_edge.reporting.monitor import Mode, Monitor, direction
 from lightning_edge.reporting.report import Report
 from lightning_edge.reporting.rows import over_budget
@@ -66,6 +70,8 @@ class DeviceEvaluationCallback(Callback):
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that a file may leave to its runtime's own CPU
             kernels; a target with more fails. Any if not given.
         interface: How the files are called: names, layout, pixels, labels.
+        devices: Devices to run the files on as well: names that ``devices.yaml`` describes, or `Device` objects.
+        on_devices: What is measured on devices, and of how many samples.
 
     Attributes:
         settings: The arguments that say which files are made, and how they are tested, timed and judged.
@@ -93,6 +99,8 @@ class DeviceEvaluationCallback(Callback):
         budget: Budget | None = None,
         max_fallback: float | None = None,
         interface: Interface | None = None,
+        devices: list[str | Device] | None = None,
+        on_devices: DeviceSettings | None = None,
     ) -> None:
         check_split(split)
         check_strict(strict)
@@ -109,6 +117,8 @@ class DeviceEvaluationCallback(Callback):
             budget=budget,
             max_fallback=max_fallback,
             interface=interface,
+            devices=devices or [],
+            on_devices=on_devices or DeviceSettings(),
         )
         self.module = module
         self.split = split
@@ -124,12 +134,16 @@ class DeviceEvaluationCallback(Callback):
             ValueError: If there will be nothing to evaluate on.
             CompressionError: If the network cannot be found.
             MissingExtraError: If a target's packages are not installed; with ``strict=False`` that is a warning.
+            DeviceError: If a device is not described, cannot be reached or lacks a runtime; with ``strict=False`` the
+                latter two are a warning.
             EdgeError: If the folder cannot be written to.
         """
         self.report = None
         check_data(trainer, self.split)
         find_network(pl_module, self._module(trainer))
         self._check_installed()
+        if trainer.is_global_zero:
+            self._check_devices()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             dirpath = self.settings.dirpath
             try:
@@ -150,11 +164,19 @@ class DeviceEvaluationCallback(Callback):
                     raise MissingExtraError(f"targets={given}: {error}, or leave {name!r} out") from error
                 rank_zero_warn(f"There will be no file for {name!r}: {error}")
 
+    def _check_devices(self) -> None:
+        problems = check_devices(self.settings)
+        if problems and self.strict:
+            raise DeviceError("\n".join(problems))
+        for problem in problems:
+            rank_zero_warn(f"Nothing may be measured on {problem}")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, write, print and log; then raise if a target failed.
 
         Raises:
             ExportError: If a target failed or a verdict is worse than ``strict`` allows; the report has all.
+            DeviceError: If a device failed and ``strict`` is not ``False``.
         """
         if not trainer.is_global_zero:
             return
@@ -174,8 +196,11 @@ class DeviceEvaluationCallback(Callback):
                 rank_zero_warn(f"{row.label} {row.judgement}")
         if self.strict is not False:
             raise_failures(self.report, self.strict)
+            raise_device_failures(self.report)
         for row in self.report.failures:
             rank_zero_warn(f"{row.label} failed: {row.error}")
+        for line in failures(self.report.devices):
+            rank_zero_warn(f"failed on a device: {line}")
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> Report:
         name = self._module(trainer)

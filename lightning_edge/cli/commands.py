@@ -1,4 +1,4 @@
-"""Commands on files alone: what `lightning-edge` does without a configuration and a Trainer.
+"""Commands that take no configuration of LightningCLI: on files, and on sweeps.
 
 Knows their names and what they are for; the module of one is imported when it is run.
 """
@@ -11,13 +11,17 @@ from importlib import import_module
 
 # Name, and module with a function main(arguments) that returns the status.
 _MODULES = {
+    "front": "lightning_edge.cli.front",
     "microcontroller": "lightning_edge.cli.microcontroller",
     "report": "lightning_edge.cli.reports",
+    "sweep": "lightning_edge.cli.sweep",
     "verify": "lightning_edge.cli.verify",
 }
 COMMANDS = {
+    "front": "show the Pareto front of a sweep, and take the best files out of it",
     "microcontroller": "write an int8 .tflite file as C++ sources",
     "report": "write the page of a report again, or put several side by side",
+    "sweep": "train many settings of one configuration, and find the front of their files",
     "verify": "check a folder of exported files against its manifest",
 }
 

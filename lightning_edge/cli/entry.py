@@ -56,6 +56,6 @@ def _help() -> str:
     return (
         "usage: lightning-edge SUBCOMMAND [-h] [--config FILE | recipe:NAME] [--KEY VALUE ...]\n\n"
         f"with a configuration of LightningCLI:\n{listed(SUBCOMMANDS)}\n\n"
-        f"on files alone:\n{listed(commands.COMMANDS)}\n\n"
+        f"without one:\n{listed(commands.COMMANDS)}\n\n"
         "lightning-edge SUBCOMMAND --help shows the options of one."
     )

@@ -26,7 +26,8 @@ from lightning_edge.quantization.network import CHILD
 
 _OF_FILES = (
     "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources, report "
-    "FOLDER [FOLDER ...] makes the page of a report or puts several side by side."
+    "FOLDER [FOLDER ...] makes the page of a report or puts several side by side. "
+    "On many trainings: sweep FILE runs them, front FOLDER chooses among them."
 )
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 _DEBUG = "JSONARGPARSE_DEBUG=true shows the whole of it, and where it was raised"

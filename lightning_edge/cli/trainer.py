@@ -20,6 +20,7 @@ from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback, recipe_of
 from lightning_edge.errors import EdgeError, ExportError
 from lightning_edge.evaluation.evaluate import evaluate_module
+from lightning_edge.evaluation.on_devices import raise_device_failures, require_devices
 from lightning_edge.evaluation.refusals import raise_failures, raise_over_budget
 from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs
 from lightning_edge.exporters import Artifact, deployable
@@ -120,6 +121,7 @@ class EdgeTrainer(Trainer):
         options: dict[str, dict[str, Any]] | None = None,
         budget: Budget | None = None,
         strict: Strict | None = None,
+        devices: list[str] | None = None,
     ) -> Report:
         """Export the network of a checkpoint, validate and time every file, and write the report.
 
@@ -138,15 +140,17 @@ class EdgeTrainer(Trainer):
             options: A target's own options, by target.
             budget: What a file may cost.
             strict: What is an error beside a file over its budget, see `DeviceEvaluationCallback`.
+            devices: Devices to run the files on as well, by name: those of the DeviceEvaluationCallback, if any.
 
         Raises:
-            EdgeError: If the checkpoint does not load, a file cannot be made, has a worse verdict than ``strict``
-                allows, or is over its budget; the report has all.
+            EdgeError: If the checkpoint does not load, a device cannot be reached, a file cannot be made, has a worse
+                verdict than ``strict`` allows, or is over its budget; the report has all.
             ValueError: If a target is unknown.
         """
         given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
-        callback = self._callback(targets, strict, dirpath=dirpath, budget=budget, **given)
+        callback = self._callback(targets, strict, dirpath=dirpath, budget=budget, devices=devices, **given)
         settings = callback.settings
+        require_devices(settings)
         split = split or callback.split
         self._load(model, ckpt_path, callback.module, split, datamodule)
         loaders = _loader(datamodule or model, "val_dataloader" if split == "validate" else "test_dataloader")
@@ -169,6 +173,7 @@ class EdgeTrainer(Trainer):
         )
         Console().print(report.table())
         raise_failures(report, callback.strict)
+        raise_device_failures(report)
         raise_over_budget(report)
         return report
 

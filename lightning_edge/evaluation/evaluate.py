@@ -17,6 +17,7 @@ from torch import nn
 from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
 from lightning_edge.errors import AgreementError, EdgeError, first_line
+from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference
 from lightning_edge.evaluation.settings import EvaluationSettings
@@ -108,7 +109,8 @@ class _Evaluation:
         self._rows: list[Row] = []
         self._timed: dict[int, Callable[[], int]] = {}
         self._warnings: list[str] = []
-        self._notes: list[str] = []
+        self._notes: list[str] = left_out(settings)
+        self._accepted: list[DeviceFile] = []
         self._monitor: Monitor | None = None
 
     def run(
@@ -140,6 +142,7 @@ class _Evaluation:
             for candidate in candidates:
                 self._file_row(target, candidate)
         self._time()
+        on_devices = run_on_devices(self._accepted, self._validation, settings, self._tell)
         self._notes += without_gain(self._rows)
         monitor = self._monitor
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -157,6 +160,7 @@ class _Evaluation:
             warnings=tuple(self._warnings),
             notes=tuple(self._notes),
             versions=installed_versions(),
+            devices=on_devices,
         )
 
     def _note_metrics(self) -> None:
@@ -272,11 +276,14 @@ class _Evaluation:
             # Where a file cannot run here, its contents are all that can be told; the warnings say so.
             runs = staged.artifact.not_run is None
             if runs:
-                self._validate_last_row(staged.artifact, candidate, settings.tolerance_for(options.get("scheme")))
+                tolerance = settings.tolerance_for(options.get("scheme"))
+                self._validate_last_row(staged.artifact, candidate, tolerance)
             artifact = staged.accept()
         self._rows[-1] = replace(self._rows[-1], path=artifact.path.name, sha256=digest(artifact.path))
         if runs and not artifact.runner.is_reference:
             self._timed[len(self._rows) - 1] = artifact.timed_call(sort_keywords(reference.call).tensors)
+        if runs and settings.devices:
+            self._accepted.append(DeviceFile.of(self._rows[-1], artifact, network, reference, tolerance))
 
     def _validate_last_row(self, artifact: Artifact, candidate: _Candidate, tolerance: Tolerance) -> None:
         """Validate a file in its network's place, and judge it."""

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_edge.devices.device import Device
+from lightning_edge.devices.named import check_names
+from lightning_edge.devices.runner import RUNTIMES
+from lightning_edge.devices.settings import DeviceSettings
 from lightning_edge.exporters import TARGETS, check_options
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.contents import check_share
@@ -34,9 +38,12 @@ class EvaluationSettings:
             kernels; ``None``: any.
         interface: How the files are called: names, layout, pixels, labels.
         name: First part of each file's name.
+        devices: Devices that the files are run on as well, by name or in person.
+        on_devices: What is measured there.
 
     Raises:
-        ValueError: If a target or one of its options is unknown, or ``max_fallback`` or ``name`` is out of its range.
+        ValueError: If a target or one of its options is unknown, ``max_fallback`` or ``name`` is out of its range, or
+            there are devices and no target's files run there.
     """
 
     targets: Sequence[str]
@@ -50,12 +57,20 @@ class EvaluationSettings:
     max_fallback: float | None = None
     interface: Interface | None = None
     name: str = "model"
+    devices: Sequence[str | Device] = ()
+    on_devices: DeviceSettings = field(default_factory=DeviceSettings)
 
     def __post_init__(self) -> None:
         check_targets(self.targets, self.options)
         check_share(self.max_fallback)
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
+        check_names(self.devices)
+        if self.devices and not {*self.targets} & {*RUNTIMES}:
+            raise ValueError(
+                f"devices={[str(device) for device in self.devices]} run the files of {' and '.join(RUNTIMES)}, and "
+                f"targets={list(self.targets)} has none of them; add one, or leave devices out"
+            )
 
     def for_targets(self, targets: Sequence[str]) -> EvaluationSettings:
         """Copy these settings for other targets, without the options of targets that are left out.

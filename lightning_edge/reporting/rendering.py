@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from lightning_edge.reporting import devices
+
 if TYPE_CHECKING:
     from lightning_edge.reporting.report import Report, Row
 
@@ -50,6 +52,7 @@ def markdown(report: Report) -> str:
     if placed:
         lines += ["", "## Where its operations run", ""]
         lines += _markdown_table(["File", *_PLACE_HEADERS], [[row.label, *_place_cells(row)] for row in placed])
+    lines += _device_section(report)
     for title, entries in (
         ("Verdicts", [f"{row.label} {row.judgement}" for row in files if row.judgement is not None]),
         ("Budget", [f"{row.label}: {row.budget}" for row in files if row.budget is not None]),
@@ -62,6 +65,29 @@ def markdown(report: Report) -> str:
         if entries:
             lines += ["", f"## {title}", "", *(f"- {' '.join(entry.split())}" for entry in entries)]
     return "\n".join(lines) + "\n"
+
+
+def _device_section(report: Report) -> list[str]:
+    """What was found on devices, as Markdown."""
+    rows = report.devices
+    if not rows:
+        return []
+    names = devices.metric_names(rows)
+    return [
+        "",
+        "## On devices",
+        "",
+        *_markdown_table(
+            ["Device and file", *names, *devices.HEADERS, *devices.FIDELITY_HEADERS],
+            [
+                [row.label, *devices.metric_cells(row, names), *devices.cells(row), *devices.fidelity_cells(row)]
+                for row in rows
+            ],
+        ),
+        "",
+        *(f"- {line}" for line in devices.described(rows)),
+        *(f"- Failed: {' '.join(line.split())}" for line in devices.failures(rows)),
+    ]
 
 
 def verdict_cell(row: Row) -> str:

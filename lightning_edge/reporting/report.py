@@ -18,6 +18,7 @@ from lightning_edge.files import replace_text
 from lightning_edge.interface import Interface
 from lightning_edge.reporting import rendering
 from lightning_edge.reporting.budget import Verdict
+from lightning_edge.reporting.devices import DeviceRow
 from lightning_edge.reporting.html.fit import report_page
 from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.terminal import ReportTable
@@ -176,6 +177,7 @@ class Report:
         warnings: What the user should look at.
         notes: How something was done, or why it was not.
         versions: Versions of Python, the platform and what is installed.
+        devices: What was found of the files on devices.
     """
 
     model: str
@@ -191,6 +193,7 @@ class Report:
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    devices: Sequence[DeviceRow] = ()
 
     @property
     def failures(self) -> list[Row]:
@@ -213,7 +216,8 @@ class Report:
 
         Where the int8 network was trained, its post-training baseline is ``edge/torch/post_training_<name>``. The
         verdict is a number: 3 exact, 2 close, 1 differs, 0 broken, -1 there is no file. Of rows with an error it is all
-        there is; values that are not known are left out.
+        there is; values that are not known are left out. On devices it is ``edge/<device>/<target>/<name>``, with
+        what was measured before an error.
         """
         trained = any(row.source == "trained" for row in self.rows)
         flat: dict[str, float] = {}
@@ -248,6 +252,8 @@ class Report:
             for name, value in values.items():
                 if value is not None:
                     flat[f"edge/{row.target}/{prefix}{name}"] = float(value)
+        for found in self.devices:
+            flat.update(found.flat())
         return flat
 
     def to_json(self) -> str:

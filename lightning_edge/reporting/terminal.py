@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from lightning_edge.reporting import devices
 from lightning_edge.reporting.rendering import (
     LEFT_OUT,
     REFERENCE_FOOTNOTE,
@@ -28,15 +29,12 @@ _STYLES = {"differs": "yellow", "broken": "red"}
 
 
 @dataclass(frozen=True)
-class _Column:
-    """A column: its header, the unit below it, and what it holds of a row."""
+class _Line:
+    """One line of a table: what it is of, its cells, and how it is drawn."""
 
-    header: str
-    unit: str
-    cell: Callable[[Row], str]
-
-    def width(self, rows: Sequence[Row]) -> int:
-        return max(len(self.header), len(self.unit), *(len(self.cell(row)) for row in rows))
+    label: str
+    cells: Sequence[str]
+    style: str | None
 
 
 @final
@@ -54,11 +52,20 @@ class ReportTable:
         """Draw it in the width there is."""
         from rich.text import Text
 
-        report = self._report
-        columns = [column for column in _columns(report) if any(column.cell(row) != LEFT_OUT for row in report.rows)]
-        for index, part in enumerate(_packed(columns, report.rows, options.max_width)):
-            yield self._part(part, report.model if index == 0 else None)
-            yield Text()
+        report, width = self._report, options.max_width
+        columns = _columns(report)
+        lines = [_Line(_short_label(row), [cell(row) for _, cell in columns], _style(row)) for row in report.rows]
+        yield from _tables(report.model, [header for header, _ in columns], lines, width)
+        if report.devices:
+            names = devices.metric_names(report.devices)
+            headers = [*names, *(header.replace(" ", "\n", 1) for header in (*devices.HEADERS, "Samples"))]
+            lines = [
+                _Line(row.label, [*devices.metric_cells(row, names), *devices.cells(row), samples], row.error and "red")
+                for row in report.devices
+                for samples in devices.fidelity_cells(row)[:1]
+            ]
+            yield from _tables("On devices", headers, lines, width)
+            yield Text("\n".join(devices.described(report.devices)), style="dim")
         for row in report.rows:
             if row.error is not None:
                 yield Text(f"{row.label} FAILED: {row.error}", style="red")
@@ -66,71 +73,87 @@ class ReportTable:
                 yield Text(f"{row.label} NOT RUN here: {row.not_run}", style="yellow")
             elif row.verdict in _STYLES:
                 yield Text(f"{row.label} {row.judgement}", style=_STYLES[row.verdict])
+        for line in devices.failures(report.devices):
+            yield Text(f"FAILED on {line}", style="red")
         notes = [f"* {REFERENCE_FOOTNOTE}"] if any(row.is_reference for row in report.rows) else []
         yield Text("\n".join([*notes, *report.settings()]), style="dim")
 
-    def _part(self, columns: Sequence[_Column], title: str | None) -> RenderableType:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table(
-            title=None if title is None else Text(title),
-            box=SIMPLE_HEAD,
-            title_justify="left",
-            title_style="bold",
-            pad_edge=False,
-            padding=(0, _GAP, 0, 0),
-            show_edge=False,
-        )
-        table.add_column("", no_wrap=True)
-        for column in columns:
-            header = Text(f"{column.header}\n{column.unit}" if column.unit else column.header)
-            table.add_column(header, justify="right", no_wrap=True)
-        for row in self._report.rows:
-            style = "red" if row.error else _STYLES.get(row.verdict or "")
-            table.add_row(Text(_short_label(row)), *(Text(column.cell(row)) for column in columns), style=style)
-        return table
+def _tables(title: str, headers: Sequence[str], lines: Sequence[_Line], width: int) -> Iterator[RenderableType]:
+    """Draw lines in as few tables as fit the width, without the columns that say nothing."""
+    from rich.text import Text
+
+    kept = [place for place in range(len(headers)) if any(line.cells[place] != LEFT_OUT for line in lines)]
+    for part in _packed(kept, headers, lines, width):
+        yield _table(title if part[:1] == kept[:1] else None, part, headers, lines)
+        yield Text()
 
 
-def _packed(columns: Sequence[_Column], rows: Sequence[Row], width: int) -> list[list[_Column]]:
-    """Share the columns out over as few tables as fit the width, in their order."""
-    label = max((len(_short_label(row)) for row in rows), default=0) + _GAP
-    parts: list[list[_Column]] = []
+def _packed(places: Sequence[int], headers: Sequence[str], lines: Sequence[_Line], width: int) -> list[list[int]]:
+    """Share columns out over as few tables as fit the width, in their order."""
+    label = max((len(line.label) for line in lines), default=0) + _GAP
+    parts: list[list[int]] = []
     left = 0
-    for column in columns:
-        needed = column.width(rows) + 2 * _GAP
+    for place in places:
+        words = [*headers[place].splitlines(), *(line.cells[place] for line in lines)]
+        needed = max(map(len, words)) + 2 * _GAP
         if not parts or needed > left:
             parts.append([])
             left = width - label
-        parts[-1].append(column)
+        parts[-1].append(place)
         left -= needed
     return parts
 
 
-def _columns(report: Report) -> list[_Column]:
+def _table(title: str | None, places: Sequence[int], headers: Sequence[str], lines: Sequence[_Line]) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=None if title is None else Text(title),
+        box=SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        padding=(0, _GAP, 0, 0),
+        show_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for place in places:
+        table.add_column(Text(headers[place]), justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(Text(line.label), *(Text(line.cells[place]) for place in places), style=line.style)
+    return table
+
+
+def _columns(report: Report) -> list[tuple[str, Callable[[Row], str]]]:
     """What a user decides by comes first; what is left out is in report.md."""
     return [
-        _Column("Verdict", "", verdict_cell),
-        *(_Column(name, "", metric_cell(name)) for name in report.metric_names()),
-        _Column("Size", "bytes", lambda row: byte_cell(row.size_bytes)),
-        _Column("p50", "ms", lambda row: speed_cell(row, row.p50_ms, 3)),
-        _Column("In", "budget", budget_cell),
-        _Column("Zipped", "bytes", lambda row: byte_cell(row.compressed_bytes)),
-        _Column("p95", "ms", lambda row: speed_cell(row, row.p95_ms, 3)),
-        _Column("p99", "ms", lambda row: speed_cell(row, row.p99_ms, 3)),
-        _Column("Samples", "per s", lambda row: speed_cell(row, row.throughput, 0)),
-        _Column("Load", "ms", lambda row: speed_cell(row, row.load_ms, 1)),
-        _Column("Peak", "bytes", lambda row: byte_cell(row.peak_memory_bytes)),
-        _Column("Same", "class", lambda row: percent_cell(row.top1)),
-        _Column("Mean", "steps", lambda row: number_cell(row.mean_steps, 3)),
-        _Column("Off the", "delegate", lambda row: percent_cell(row.fallback_share)),
+        ("Verdict", verdict_cell),
+        *((name, metric_cell(name)) for name in report.metric_names()),
+        ("Size\nbytes", lambda row: byte_cell(row.size_bytes)),
+        ("p50\nms", lambda row: speed_cell(row, row.p50_ms, 3)),
+        ("In\nbudget", budget_cell),
+        ("Zipped\nbytes", lambda row: byte_cell(row.compressed_bytes)),
+        ("p95\nms", lambda row: speed_cell(row, row.p95_ms, 3)),
+        ("p99\nms", lambda row: speed_cell(row, row.p99_ms, 3)),
+        ("Samples\nper s", lambda row: speed_cell(row, row.throughput, 0)),
+        ("Load\nms", lambda row: speed_cell(row, row.load_ms, 1)),
+        ("Peak\nbytes", lambda row: byte_cell(row.peak_memory_bytes)),
+        ("Same\nclass", lambda row: percent_cell(row.top1)),
+        ("Mean\nsteps", lambda row: number_cell(row.mean_steps, 3)),
+        ("Off the\ndelegate", lambda row: percent_cell(row.fallback_share)),
     ]
 
 
 def budget_cell(row: Row) -> str:
     """Whether a row keeps its budget, in a word."""
     return LEFT_OUT if row.budget is None else {True: "yes", False: "no", None: "?"}[row.within_budget]
+
+
+def _style(row: Row) -> str | None:
+    return "red" if row.error else _STYLES.get(row.verdict or "")
 
 
 def _short_label(row: Row) -> str:

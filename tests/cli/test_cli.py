@@ -185,6 +185,29 @@ def test_evaluate_writes_the_report(
     assert "executorch int8" in capfd.readouterr().out
 
 
+def test_evaluate_runs_on_the_devices_of_a_file(
+    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(trained)
+    boards = {"bench": {"class_path": "lightning_edge.devices.Local"}}
+    (trained / "devices.yaml").write_text(yaml.safe_dump(boards))
+    command = ("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt")
+    command = (*command, "--targets", "[onnx]", "--dirpath", str(tmp_path), "--trainer.limit_val_batches", "2")
+    run(*command, "--devices", "[bench]")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["device"], row["precision"], row["error"]) for row in found["devices"]] == [
+        ("bench", "fp32", None),
+        ("bench", "int8", None),
+    ]
+    assert found["devices"][1]["metrics"] == found["rows"][-1]["metrics"]
+    assert "bench: onnx int8" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as exit_info:
+        run(*command, "--devices", "[pi4]")
+    assert exit_info.value.code == 1
+    assert "error: devices.yaml describes no device 'pi4', but bench." in capfd.readouterr().err
+
+
 def test_export_of_an_unknown_target_says_which_there_are(
     trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -426,8 +449,18 @@ def test_weights_of_another_network_are_told_with_what_to_do(
     (tmp_path / "float.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit) as exit_info:
         run("validate", "--config", str(tmp_path / "float.yaml"), "--ckpt_path", "checkpoints/trained.ckpt")
+    assert exit_info.value.code == 2
+    told = capfd.readouterr().err
+    assert "error: ckpt_path: checkpoints/trained.ckpt is of a compressed training (quantize), and its weights" in told
+    # Of weights alone there is no record.
+    state = torch.load("checkpoints/trained.ckpt", weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != "lightning_edge"}, tmp_path / "weights.ckpt")
+    with pytest.raises(SystemExit) as exit_info:
+        run("validate", "--config", str(tmp_path / "float.yaml"), "--ckpt_path", str(tmp_path / "weights.ckpt"))
     assert exit_info.value.code == 1
-    assert "error: ckpt_path: the weights do not fit the model: they were trained quantized; " in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "error: ckpt_path: the weights do not fit the model: they were trained quantized; " in told
+    assert "Unexpected key" not in told
 
 
 def test_second_run_in_a_folder_is_no_error_and_a_validation_leaves_its_configuration(

@@ -1,0 +1,113 @@
+"""The command that shows what came of a sweep and takes the best file out of it: `lightning-edge front FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_edge.errors import EdgeError, SweepError
+from lightning_edge.sweeps.base import ARTIFACTS
+from lightning_edge.sweeps.chosen import copy_files, training_folder
+from lightning_edge.sweeps.fit import CONFIG
+from lightning_edge.sweeps.front import Front, TrialRecord, read_condition, read_front
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``lightning-edge front``.
+
+    Args:
+        arguments: Arguments behind ``front``.
+
+    Returns:
+        The status to exit with: 2 if there is no such sweep, or no trial of it is what was asked for.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-edge front", description="Show the Pareto front of a sweep, and take the best files out of it."
+    )
+    parser.add_argument("folder", type=Path, help="the folder of the sweep")
+    parser.add_argument(
+        "--best",
+        metavar="CONDITION",
+        help="choose the feasible trial with the best first objective under a condition: 'tflite.size_bytes < 60000'",
+    )
+    parser.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="with --best: copy its files and report into this new folder"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        if given.to is not None and given.best is None:
+            raise SweepError("--to: which trial? Give a --best with it, such as --best 'tflite.size_bytes < 60000'")
+        condition = None if given.best is None else read_condition(given.best)
+        front = read_front(given.folder)
+        if condition is None:
+            Console().print(table(front))
+            return 0
+        best = front.best(condition)
+        training = training_folder(front, given.folder, best)
+        if given.to is not None:
+            copy_files(training, given.to)
+    except EdgeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    Console().print(table(front, [best]))
+    if given.to is None:
+        print(f"Its files: {training / ARTIFACTS}. To take them out: --to FOLDER")
+    else:
+        print(f"Its files: {given.to}")
+        _print_how_to_go_on(training, given.to)
+    return 0
+
+
+def table(front: Front, trials: Sequence[TrialRecord] | None = None) -> Table:
+    """Lay trials out, those of the front if none are given.
+
+    Args:
+        front: The sweep.
+        trials: Which of its trials.
+    """
+    shown = front.front if trials is None else trials
+    counts = ", ".join(
+        f"{sum(trial.status == status for trial in front.trials)} {status}"
+        for status in ("complete", "failed", "running")
+    )
+    laid = Table(title=f"{front.study}: {counts}, {len(front.front)} on the front", title_justify="left")
+    settings = list(dict.fromkeys(key for trial in shown for key in trial.settings))
+    laid.add_column("trial", justify="right")
+    for name, direction in front.objectives.items():
+        laid.add_column(Text(f"{name} ({direction})"), justify="right", overflow="fold")
+    for key in settings:
+        laid.add_column(Text(key), overflow="fold")
+    for trial in shown:
+        values = [_with_spread(trial, name) for name in front.objectives]
+        laid.add_row(str(trial.number), *values, *(_short(trial.settings.get(key)) for key in settings))
+    return laid
+
+
+def _with_spread(trial: TrialRecord, name: str) -> str:
+    if name not in trial.values:
+        return "-"
+    spread = "" if trial.spread is None else f" ± {trial.spread[name]:.2g}"
+    return f"{_short(trial.values[name])}{spread}"
+
+
+def _short(value: object) -> Text | str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and abs(value) >= 100 else f"{value:.4g}"
+    return Text("-" if value is None else str(value))
+
+
+def _print_how_to_go_on(training: Path, to: Path) -> None:
+    fit = ["lightning-edge", "fit", "--config", str(to / CONFIG)]
+    print(f"To train it again: {shlex.join(fit)}")
+    checkpoints = sorted(training.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if checkpoints:
+        print(
+            f"To train on from it: {shlex.join([*fit, '--ckpt_path', str(checkpoints[-1])])} --trainer.max_epochs MORE"
+        )

@@ -1,0 +1,102 @@
+"""`Device`, the abstract class of machines that files are run on, and `Channel`, the way to a program there."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+
+@dataclass(frozen=True)
+class Farewell:
+    """How a program on a device ended.
+
+    Attributes:
+        status: Its exit status, 128 and the signal's number where a signal ended it; ``None`` where that is not known.
+        words: The last that it printed as an error.
+        lost: Why the way to the device broke off, in words; ``None`` where it did not.
+    """
+
+    status: int | None
+    words: str = ""
+    lost: str | None = None
+
+
+class Channel(ABC):
+    """Standard input and output of a program on a device. It ends with this object, and leaves nothing behind there."""
+
+    @abstractmethod
+    def write(self, data: bytes, limit_s: float) -> None:
+        """Write to the program's standard input.
+
+        Raises:
+            EOFError: If the program or the way to it is gone.
+            TimeoutError: If it takes longer than ``limit_s`` seconds.
+        """
+
+    @abstractmethod
+    def read(self, count: int, limit_s: float) -> bytes:
+        """Read exactly so many bytes from the program's standard output.
+
+        Raises:
+            EOFError: If the program or the way to it is gone.
+            TimeoutError: If it takes longer than ``limit_s`` seconds.
+        """
+
+    @abstractmethod
+    def close(self) -> Farewell:
+        """End the program, which ends by itself when its standard input does, and say how it ended.
+
+        It may be called again, and then says the same.
+        """
+
+    def kill(self, pids: Sequence[int]) -> None:  # noqa: B027 (a device without processes has nothing to do)
+        """End processes of the device by their numbers, where they did not end by themselves."""
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Device(ABC):
+    """A machine that files are run on: what can start a program there, and give its standard input and output.
+
+    What is started is the device's own Python with one file of this package, `devices.runner`, which needs NumPy and
+    the runtime of the file. A subclass is named in a configuration by its class path.
+
+    Attributes:
+        python: The device's Python: the program, and what stands before its own arguments.
+        folder: Folder on the device for what is written there; that of its temporary files if ``None``.
+    """
+
+    python: Sequence[str] = ("python3",)
+    folder: str | None = None
+
+    @abstractmethod
+    def start(self, command: Sequence[str]) -> Channel:
+        """Start a program on the device.
+
+        Args:
+            command: The program and its arguments, one by one: never a line for a shell to take apart.
+
+        Raises:
+            DeviceError: If the device cannot be reached, saying why and what to do.
+        """
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Name of the device where it was given none: letters, digits, dots, hyphens and underscores."""
+
+    def check(self) -> None:  # noqa: B027 (most have nothing to look at)
+        """Look at what can be known to be wrong without the device.
+
+        Raises:
+            DeviceError: If a file that the settings name is not there.
+            MissingExtraError: If an optional package is not installed.
+        """

@@ -1,0 +1,192 @@
+"""A file on a device as a `Runner`: it is called as the file here is, and asked how long calls take there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, final
+
+import torch
+from torch import Tensor
+
+from lightning_edge.contents import Contents, Endpoint
+from lightning_edge.devices.conversation import WAY_S, Conversation, figure, plain, state_of
+from lightning_edge.devices.device import Device
+from lightning_edge.devices.runner import MAX_CALLS, RUNTIMES
+from lightning_edge.errors import RunnerError
+from lightning_edge.exporters.run import ends
+from lightning_edge.exporters.run.runner import Runner
+from lightning_edge.exporters.target import target as target_of
+from lightning_edge.reporting.devices import About, State
+
+# What a file that does not fix the sizes of its outputs may give for a sample.
+_FREE_BYTES = 2**28
+# Calls are timed in stretches of this length, so that what was measured is here when the way to the device breaks.
+_STRETCH_S = 10.0
+
+
+@dataclass(frozen=True)
+class Times:
+    """Calls that were timed on a device, one after the other.
+
+    Attributes:
+        ns: Nanoseconds of each call, in their order.
+        before: Temperature and frequency before the first.
+        after: The same after the last.
+    """
+
+    ns: Sequence[int]
+    before: State
+    after: State
+
+
+@final
+class RemoteRunner(Runner):
+    """Runs a file on a device. What it wrote there is removed when it is closed.
+
+    Args:
+        name: Name of the device, for messages.
+        device: The device.
+        target: Target of the file.
+        path: The file.
+        contents: What it says of itself.
+        threads: Threads to run it with.
+        time_limit_s: Seconds that loading the file, or running one sample, may take on the device.
+
+    Attributes:
+        about: What the device says it is.
+        load_ms: Milliseconds from the path to a runtime that is ready, on the device.
+        session: Settings that the runtime was given.
+
+    Raises:
+        DeviceError: If the device cannot be reached, or cannot run the runner.
+        RunnerError: If the file does not load there.
+    """
+
+    def __init__(
+        self, name: str, device: Device, target: str, path: Path, contents: Contents, threads: int, time_limit_s: float
+    ) -> None:
+        self._contents = contents
+        self._limit_s = time_limit_s
+        self._asked = Conversation(name, device)
+        self.about: About = self._asked.about
+        self.inputs = tuple(ends.spec(end) for end in contents.inputs)
+        try:
+            # The name on the device is ours: the file's own may be anything.
+            self._asked.put(f"model{path.suffix}", path.read_bytes())
+            self._load(target, f"model{path.suffix}", threads)
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run on the flattened inputs of one call."""
+        samples = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        most = sum(_most_bytes(end, samples) for end in self._contents.outputs)
+        message = {"do": "run"}
+        _, given = self._asked.ask("while it ran a sample", message, self._arrays(tensors), self._limit_s, most)
+        if len(given) != len(self._contents.outputs):
+            self._asked.strange(f"{len(given)} outputs, where the file has {len(self._contents.outputs)}")
+        return [self._output(array, end, samples) for array, end in zip(given, self._contents.outputs, strict=True)]
+
+    def times(self, tensors: list[Tensor], calls: int, seconds: float = _STRETCH_S) -> Times:
+        """Time calls on one sample on the device; the way there has no part in it.
+
+        Args:
+            tensors: The flattened inputs of one sample.
+            calls: So many calls at most.
+            seconds: None begins after so many seconds, so that it may be fewer: but one is made.
+
+        Raises:
+            RunnerError: If the file fails to run, or the device says what cannot be.
+        """
+        calls = min(calls, MAX_CALLS)
+        reply, given = self._asked.ask(
+            "while calls were timed",
+            {"do": "time", "calls": calls, "seconds": seconds},
+            self._arrays(tensors),
+            seconds + self._limit_s,
+            8 * calls,
+        )
+        if len(given) != 1 or given[0].dtype.name != "int64" or given[0].ndim != 1 or not len(given[0]):
+            self._asked.strange("something else than a list of times")
+        ns = [int(value) for value in given[0]]
+        if min(ns) < 0 or sum(ns) / 1e9 > seconds + self._limit_s + WAY_S:
+            self._asked.strange(f"times that cannot be: {min(ns)} to {max(ns)} ns")
+        return Times(ns, state_of(reply.get("before")), state_of(reply.get("after")))
+
+    def peak_memory_bytes(self) -> int | None:
+        """Ask for the peak of the resident memory of the whole process on the device; ``None`` if it does not tell."""
+        reply, _ = self._asked.ask("between two samples", {"do": "state"})
+        found = figure(reply.get("peak_memory_bytes"))
+        return None if found is None or found <= 0 else int(found)
+
+    def close(self) -> None:
+        """End the runner on the device; what was written there goes with it."""
+        self._asked.close()
+
+    def __enter__(self) -> RemoteRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _load(self, target: str, name: str, threads: int) -> None:
+        """Open the file with the first of the target's settings that its runtime takes."""
+        sessions = target_of(target).sessions(threads, self.about.machine or "", self.about.features)
+        message = {"do": "load", "target": target, "name": name, "limit_s": self._limit_s}
+        self._asked.limit(self._limit_s)
+        for session in sessions:
+            try:
+                reply, _ = self._asked.ask(
+                    "while it loaded the file", {**message, "session": session}, (), self._limit_s
+                )
+            except RunnerError as error:
+                # As in exporters.onnx: exact kernels do not take files in which two layers share a weight.
+                if session is sessions[-1] or "replace the existing tensor" not in str(error):
+                    raise
+            else:
+                break
+        load_ms = figure(reply.get("load_ms"))
+        if load_ms is None or load_ms < 0:
+            self._asked.strange(f"load_ms={reply.get('load_ms')!r}"[:80])
+        self.load_ms, self.session = load_ms, session
+        count = "1 thread" if threads == 1 else f"{threads} threads"
+        self.runtime = f"{plain(reply.get('runtime'), 80) or target}, {count}"
+
+    def _arrays(self, tensors: list[Tensor]) -> list[Any]:
+        """The inputs in the file's own types."""
+        return [
+            ends.quantized(tensor, end).contiguous().numpy()
+            for tensor, end in zip(tensors, self._contents.inputs, strict=True)
+        ]
+
+    def _output(self, array: Any, end: Endpoint, samples: int) -> Tensor:
+        """An output as the network gives it, if it is what the file declares."""
+        fits = array.dtype.name == end.dtype and len(array.shape) == len(end.shape)
+        for position, (size, declared) in enumerate(zip(array.shape, end.shape, strict=False)):
+            fits = fits and (size == declared or declared < 0 or (position == 0 and declared == 1 and size == samples))
+        if not fits:
+            given = f"{array.dtype.name}{list(array.shape)}"
+            self._refuse_output(f"an output {given}, where the file declares {end.dtype}{list(end.shape)}")
+        return ends.dequantized(torch.from_numpy(array), end)
+
+    def _refuse_output(self, what: str) -> NoReturn:
+        self._asked.strange(what)
+
+
+def runs_on_devices(target: str) -> bool:
+    """Whether there is a runtime for files of a target on devices."""
+    return target in RUNTIMES
+
+
+def _most_bytes(end: Endpoint, samples: int) -> int:
+    """The most bytes that an output may have."""
+    if any(size < 0 for size in end.shape):
+        return _FREE_BYTES
+    return prod(end.shape) * samples * ends.dtype(end).itemsize

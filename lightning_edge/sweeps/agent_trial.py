@@ -1,0 +1,54 @@
+"""One trial that somebody else chose: a `wandb agent` that runs our command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from lightning_edge.errors import SweepError
+from lightning_edge.sweeps.base import in_folder
+from lightning_edge.sweeps.definition import Sweep
+from lightning_edge.sweeps.fit import Fit, Runner, run_fit
+from lightning_edge.sweeps.locks import Lock
+from lightning_edge.sweeps.objectives import measure
+from lightning_edge.sweeps.tracking import as_trial, with_logger
+
+
+def run_settings(
+    sweep: Sweep, settings: Mapping[str, Any], folder: Path, stop: Event, runner: Runner = run_fit
+) -> dict[str, float]:
+    """Train settings in ``agent/<run>`` of a folder, logged to Weights & Biases, and give their figures.
+
+    Args:
+        sweep: The sweep.
+        settings: Values by the names of the space.
+        folder: The sweep's folder.
+        stop: Is set when the training shall end.
+        runner: What trains.
+
+    Raises:
+        TrialFailedError: If there is no report, or a figure is missing.
+        InterruptedFitError: If ``stop`` was set.
+        SweepError: If a training of that run is there already.
+    """
+    # The agent names the run.
+    name = re.sub(r"[^\w-]", "-", os.environ.get("WANDB_RUN_ID") or f"run-{time.time_ns()}")
+    place = folder / "agent" / name
+    try:
+        place.mkdir(parents=True)
+    except OSError as error:
+        raise SweepError(f"{place} cannot be made: {error.strerror}. Give another --folder") from error
+    config = with_logger(sweep.base.configuration(settings), sweep.definition.study)
+    config = as_trial(in_folder(config, place.resolve()), settings, sweep.definition.study, name)
+    lock = Lock(place / "lock")
+    lock.acquire()
+    try:
+        report = runner(Fit(config, place.resolve(), lock.descriptor, stop, {}))
+    finally:
+        lock.release()
+    return measure(report, sweep.figures)

@@ -1,0 +1,346 @@
+"""An evaluation with devices: their rows in the report, and what of them is kept when something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from boards import Server, free_port
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import Accuracy
+
+from lightning_edge import DeviceEvaluationCallback
+from lightning_edge.devices import Device, Local
+from lightning_edge.devices.remote import RemoteRunner
+from lightning_edge.devices.settings import DeviceSettings
+from lightning_edge.errors import DeviceError
+from lightning_edge.evaluation.evaluate import evaluate_module
+from lightning_edge.evaluation.on_devices import DeviceFile, left_out, limited, raise_device_failures, run_on_devices
+from lightning_edge.evaluation.reference import Reference
+from lightning_edge.evaluation.settings import EvaluationSettings
+from lightning_edge.evaluation.validation import Validation
+from lightning_edge.measure import Timing
+from lightning_edge.network import Inputs
+from lightning_edge.reporting.devices import DeviceRow
+from lightning_edge.reporting.report import Report
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("litert_torch")
+
+TIMING = Timing(warmup=2, repeats=5, time_limit_s=20)
+
+
+def data(samples: int, seed: int) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (samples,), generator=generator)
+    images = torch.randn(samples, 1, 8, 8, generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size=16)
+
+
+TRAINING, VALIDATION = data(64, 0), data(56, 1)
+
+
+class Classifier(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4))
+        self.accuracy = Accuracy("multiclass", num_classes=4)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        logits = self.net(batch[0])
+        self.accuracy(logits, batch[1])
+        self.log("val_acc", self.accuracy)
+        self.log("val_loss", nn.functional.cross_entropy(logits, batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+
+@dataclass
+class Evaluated:
+    """An evaluation, and what of it went to the devices."""
+
+    report: Report
+    files: list[DeviceFile]
+    validation: Validation
+    settings: EvaluationSettings
+
+    def again(self, device: Device, *targets: str, **on_devices: Any) -> tuple[DeviceRow, ...]:
+        """Run the files of these targets on another device."""
+        files = [file for file in self.files if file.row.target in targets]
+        settings = replace(self.settings, devices=[device], on_devices=DeviceSettings(**on_devices))
+        return run_on_devices(files, self.validation, settings)
+
+
+@pytest.fixture(scope="module")
+def evaluated(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    """Both targets on a board by SSH, on this machine, and on a board that is off."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    described = {"board": server.device(), "away": server.device(port=free_port())}
+    lines = []
+    for name, device in described.items():
+        given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(device).items()}
+        given = {key: value for key, value in given.items() if value is not None} | {"python": device.python[0]}
+        lines.append(f"{name}: " + json.dumps({"class_path": "lightning_edge.devices.Ssh", "init_args": given}))
+    (folder / "boards.yaml").write_text("\n".join(lines))
+    devices: list[str | Device] = ["away", "board", Local()]
+    torch.manual_seed(0)
+    validation = Validation(Classifier().eval(), VALIDATION)
+    settings = EvaluationSettings(
+        targets=["onnx", "tflite"],
+        dirpath=folder / "files",
+        timing=TIMING,
+        fp32_files=False,
+        devices=devices,
+        on_devices=DeviceSettings(file=str(folder / "boards.yaml")),
+    )
+    kept: list[DeviceFile] = []
+
+    def keep(files: list[DeviceFile], *others: Any) -> tuple[DeviceRow, ...]:
+        kept.extend(files)
+        return run_on_devices(files, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_edge.evaluation.evaluate.run_on_devices", keep)
+        report = evaluate_module(validation, settings, calibration=lambda: [Inputs.of(batch[0]) for batch in TRAINING])
+    return Evaluated(report, kept, validation, settings)
+
+
+@pytest.fixture(scope="module")
+def report(evaluated: Evaluated) -> Report:
+    return evaluated.report
+
+
+def rows(report: Report, device: str) -> list[DeviceRow]:
+    return [row for row in report.devices if row.device == device]
+
+
+def test_every_file_has_a_row_on_every_device(report: Report) -> None:
+    assert [(row.device, row.target) for row in report.devices] == [
+        (device, target) for device in ("away", "board", "local") for target in ("onnx", "tflite")
+    ]
+    assert report.failures == []
+
+
+@pytest.mark.parametrize("device", ["board", "local"])
+def test_what_is_computed_there_is_what_is_computed_here(report: Report, device: str) -> None:
+    here = {row.target: row for row in report.rows if row.target != "torch"}
+    for row in rows(report, device):
+        assert row.error is None
+        assert row.metrics == here[row.target].metrics
+        assert set(row.metrics) == {"val_acc", "val_loss"}
+        assert row.samples == 56
+        assert row.max_steps == here[row.target].max_steps
+        assert row.top1 == here[row.target].top1
+
+
+@pytest.mark.parametrize("device", ["board", "local"])
+def test_what_was_measured_there(report: Report, device: str) -> None:
+    for row in rows(report, device):
+        assert row.repeats == TIMING.repeats
+        times = (row.p50_ms, row.p95_ms, row.p99_ms, row.first_ms, row.load_ms, row.throughput, row.peak_memory_bytes)
+        assert all(value is not None and value > 0 for value in times)
+        assert row.p50_ms is not None
+        assert row.p99_ms is not None
+        assert row.p50_ms <= row.p99_ms
+        assert row.about is not None
+        assert row.about.machine == os.uname().machine
+        assert row.runtime is not None
+        assert row.runtime.endswith(", 1 thread")
+        assert row.session
+
+
+def test_a_device_that_is_off_is_asked_once_and_the_others_go_on(report: Report) -> None:
+    first, second = rows(report, "away")
+    assert first.error is not None
+    assert "refused the connection. Start the SSH server" in first.error
+    assert second.error == first.error
+    assert first.metrics == {}
+    with pytest.raises(DeviceError, match=r"away: onnx int8, away: tflite int8: 127.0.0.1 port \d+ refused") as error:
+        raise_device_failures(report)
+    assert str(error.value).count("refused") == 1
+    raise_device_failures(replace(report, devices=rows(report, "board")))
+
+
+def test_devices_are_in_every_form_of_the_report(report: Report) -> None:
+    text = report.to_markdown()
+    assert "## On devices" in text
+    assert "| board: tflite int8 | " in text
+    assert "- Failed: away: onnx int8, away: tflite int8: 127.0.0.1" in text
+    assert "- board: " in text
+    assert "- away: it was not reached" in text
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(report.table())
+    printed = console.export_text()
+    assert "On devices" in printed
+    assert "board: onnx int8" in printed
+    assert "FAILED on away: onnx int8, away: tflite int8: 127.0.0.1" in printed
+    stored = json.loads(report.to_json())["devices"]
+    assert [row["device"] for row in stored] == [row.device for row in report.devices]
+    assert stored[2]["session"]["entries"].keys() == {"session.x64quantprecision"}
+    flat = report.metrics()
+    found = rows(report, "board")[1]
+    assert flat["edge/board/tflite/latency_p50_ms"] == found.p50_ms
+    assert flat["edge/board/tflite/val_acc"] == found.metrics["val_acc"]
+    assert not [name for name in flat if name.startswith("edge/away/")]
+
+
+def test_fewer_samples_and_latency_alone(evaluated: Evaluated) -> None:
+    (row,) = evaluated.again(Local(), "onnx", limit_samples=17)
+    assert row.samples == 32  # whole batches
+    assert row.error is None
+    (row,) = evaluated.again(Local(), "onnx", measure=["latency"])
+    assert row.metrics == {}
+    assert row.samples is None
+    assert row.p50_ms is not None
+    (row,) = evaluated.again(Local(), "onnx", measure=["accuracy"])
+    assert row.metrics
+    assert row.p50_ms is None
+    assert row.peak_memory_bytes is not None
+
+
+@pytest.mark.parametrize(
+    ("before", "samples", "after"),
+    [(1.0, 17, 2), (1.0, None, 1.0), (3, 17, 2), (1, 17, 1), (0.5, 17, 2), (0.25, 500, 1), (1.0, 10_000, 625)],
+)
+def test_a_limit_of_samples_is_one_of_batches(before: int | float, samples: int | None, after: int | float) -> None:
+    reference = Reference(nn.Identity())
+    reference.calls.append(Inputs.of(torch.zeros(16, 1)))
+    found = limited(Validation(Classifier(), VALIDATION, limit_batches=before), reference, samples).limit_batches
+    assert found == after
+    assert type(found) is type(after)
+
+
+def test_targets_without_a_runtime_on_devices_are_passed_over_and_told(evaluated: Evaluated) -> None:
+    settings = replace(evaluated.settings, targets=["coreml", "onnx", "executorch"])
+    told = "Devices run the files of tflite and onnx; those of coreml and executorch were run here only."
+    assert left_out(settings) == [told]
+    assert left_out(evaluated.settings) == left_out(replace(settings, devices=())) == []
+    other = replace(evaluated.files[0], row=replace(evaluated.files[0].row, target="coreml"))
+    assert run_on_devices([other], evaluated.validation, evaluated.settings) == ()
+
+
+def test_a_file_of_devices_that_went_away_during_the_training_costs_no_report(evaluated: Evaluated) -> None:
+    settings = replace(evaluated.settings, devices=["pi4"], on_devices=DeviceSettings(file="gone.yaml"))
+    found = run_on_devices(evaluated.files, evaluated.validation, settings)
+    assert [(row.device, row.error is not None and "'gone.yaml'" in row.error) for row in found] == [("pi4", True)] * 2
+
+
+def test_a_device_that_computes_something_else(evaluated: Evaluated, python: Callable[..., str]) -> None:
+    lying = python(
+        {
+            "onnxruntime/__init__.py": "import numpy\n__version__ = '0'\n"
+            "class SessionOptions:\n    def add_session_config_entry(self, name, value): pass\n"
+            "class ExecutionMode:\n    ORT_SEQUENTIAL = 0\n"
+            "class Value:\n    name = 'x'\n"
+            "class InferenceSession:\n    def __init__(self, *arguments, **options): pass\n"
+            "    def get_inputs(self): return [Value()]\n"
+            "    def run(self, names, feed): return [numpy.ones((1, 4), 'float32') * 1e6]\n"
+        }
+    )
+    (row,) = evaluated.again(Local(lying), "onnx")
+    assert row.error is not None
+    assert row.error.startswith("local: model-int8.onnx computes something else there than the network it came from")
+    assert row.max_steps is not None
+    assert row.max_steps > 1000
+    assert row.metrics
+    assert row.p50_ms is not None
+
+
+def test_what_was_measured_before_the_connection_broke_is_kept(
+    server: Server, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    run = RemoteRunner.__call__
+
+    def cut_in_the_third_batch(self: RemoteRunner, tensors: list[Tensor]) -> list[Tensor]:
+        calls.append(tensors)
+        if len(calls) == 40:
+            os.kill(self._asked._pids[1], signal.SIGKILL)
+        return run(self, tensors)
+
+    monkeypatch.setattr(RemoteRunner, "__call__", cut_in_the_third_batch)
+    first, second = evaluated.again(server.device(), "onnx", "tflite")
+    assert first.error is not None
+    assert "the runtime was killed while it ran a sample" in first.error
+    assert first.p50_ms is not None
+    assert first.samples == 32  # two whole batches
+    assert first.max_steps is not None
+    assert first.metrics == {}
+    assert second.error is None
+    assert second.samples == 56
+
+
+def fit(folder: Path, *, strict: bool = True, **options: Any) -> DeviceEvaluationCallback:
+    callback = DeviceEvaluationCallback(
+        ["onnx"], str(folder / "files"), timing=TIMING, fp32_files=False, strict=strict, **options
+    )
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=CSVLogger(folder, name="log"),
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    torch.manual_seed(0)
+    trainer.fit(Classifier(), TRAINING, VALIDATION)
+    return callback
+
+
+def test_a_fit_ends_with_figures_of_the_device_in_the_logger(tmp_path: Path, server: Server) -> None:
+    callback = fit(tmp_path, devices=[server.device()], on_devices=DeviceSettings(limit_samples=16))
+    assert callback.report is not None
+    (row,) = callback.report.devices
+    assert row.error is None
+    assert "edge/127.0.0.1/onnx/latency_p50_ms" in next(tmp_path.glob("log/*/metrics.csv")).read_text()
+
+
+def test_a_device_that_is_off_is_told_before_the_training(tmp_path: Path, server: Server) -> None:
+    off = server.device(port=free_port())
+    with pytest.raises(DeviceError, match=r"^127.0.0.1: 127.0.0.1 port \d+ refused the connection"):
+        fit(tmp_path, devices=[off])
+    assert not (tmp_path / "files").exists()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = fit(tmp_path, strict=False, devices=[off])
+    said = [str(entry.message) for entry in caught]
+    assert any(text.startswith("Nothing may be measured on 127.0.0.1: ") for text in said)
+    assert any(text.startswith("failed on a device: 127.0.0.1: onnx int8: ") for text in said)
+    assert callback.report is not None
+    assert callback.report.failures == []
+    with pytest.raises(DeviceError, match=r"none.yaml', which describes devices by name"):
+        fit(tmp_path, strict=False, devices=["pi4"], on_devices=DeviceSettings(file=str(tmp_path / "none.yaml")))
+
+
+def test_a_runtime_that_is_missing_is_told_before_the_training(tmp_path: Path, python: Callable[..., str]) -> None:
+    hidden = "import sys, importlib.util as util\nfind = util.find_spec\n" + (
+        "util.find_spec = lambda name: None if name == 'onnxruntime' else find(name)\n"
+    )
+    with pytest.raises(DeviceError, match=r"^local: install on the device: .*python -m pip install onnxruntime$"):
+        fit(tmp_path, devices=[Local(python({"sitecustomize.py": hidden}))])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> Iterator[None]:
+    """Lightning's advice on loaders is not what these tests are about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        yield
