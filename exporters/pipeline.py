@@ -32,6 +32,7 @@ from lightning_edge.files import StagedPath, writing
 from lightning_edge.interface import Interface
 from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance
+from lightning_edge.tracing import TRACING
 from lightning_edge.verdict import Judgement, Strict, check_strict
 
 
@@ -88,7 +89,7 @@ def stage(
     try:
         trimmed = trim_kernels(network)
         adapted = in_file_form(trimmed, *module.image_input(interface))
-        with writing(path):
+        with TRACING, writing(path):
             module.write(adapted, place.staged, **options)
         contents = inspect_file(module, place.staged, path.name)
         check_contents(trimmed, contents, target, wants_delegate=options.get("backend") != "portable")

@@ -80,7 +80,7 @@ def test_wheel_carries_types_license_and_command(installed: Path) -> None:
     assert (installed / "lightning_edge" / "py.typed").is_file()
     (metadata,) = installed.glob("lightning_edge-*.dist-info")
     assert "Apache License" in (metadata / "licenses" / "LICENSE").read_text()
-    assert "lightning-edge = lightning_edge.cli.main:main" in (metadata / "entry_points.txt").read_text()
+    assert "lightning-edge = lightning_edge.cli.entry:main" in (metadata / "entry_points.txt").read_text()
 
 
 def test_wheel_holds_every_package(installed: Path) -> None:

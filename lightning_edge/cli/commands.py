@@ -1,20 +1,28 @@
-"""Commands that take no configuration of LightningCLI: on files, and on sweeps."""
+"""Commands that take no configuration of LightningCLI: on files, and on sweeps.
+
+Knows their names and what they are for; the module of one is imported when it is run.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
-from lightning_edge.cli import front, reports, sweep
-from lightning_edge.cli import microcontroller as firmware
-from lightning_edge.reporting import verification
-
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "front": front.main,
-    "microcontroller": firmware.main,
-    "report": reports.main,
-    "sweep": sweep.main,
-    "verify": verification.main,
+# Name, and module with a function main(arguments) that returns the status.
+_MODULES = {
+    "front": "lightning_edge.cli.front",
+    "microcontroller": "lightning_edge.cli.microcontroller",
+    "report": "lightning_edge.cli.reports",
+    "sweep": "lightning_edge.cli.sweep",
+    "verify": "lightning_edge.cli.verify",
+}
+COMMANDS = {
+    "front": "show the Pareto front of a sweep, and take the best files out of it",
+    "microcontroller": "write an int8 .tflite file as C++ sources",
+    "report": "write the page of a report again, or put several side by side",
+    "sweep": "train many settings of one configuration, and find the front of their files",
+    "verify": "check a folder of exported files against its manifest",
 }
 
 
@@ -24,5 +32,5 @@ def run(args: Sequence[str]) -> None:
     Raises:
         SystemExit: With the status of the command.
     """
-    if args and args[0] in _COMMANDS:
-        sys.exit(_COMMANDS[args[0]](args[1:]))
+    if args and args[0] in _MODULES:
+        sys.exit(import_module(_MODULES[args[0]]).main(args[1:]))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
-from textwrap import fill, indent
+from textwrap import fill
 
 _KEY = re.compile(r'Parser key "(?P<name>[^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '(?P<name>[^']+)':")
@@ -40,7 +40,7 @@ class _Leaf:
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
-    """Turn a parser's error into the key, what was given and what is allowed, then the parser's own words.
+    """Turn a parser's error into the key, what was given and what is allowed.
 
     Args:
         message: What jsonargparse says.
@@ -77,7 +77,7 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         return f"{key}: {text}"
     else:
         return message
-    return "\n".join([*facts, "", "in full:", indent(message, "  ")])
+    return "\n".join(facts)
 
 
 def _deepest(message: str) -> _Leaf:

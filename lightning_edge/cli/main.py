@@ -10,11 +10,12 @@ from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_edge import exporters
+from lightning_edge import exporters, record
+from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.cli import commands
 from lightning_edge.cli.config_errors import cause, explain
 from lightning_edge.cli.config_files import ConfigFile
@@ -29,6 +30,7 @@ _OF_FILES = (
     "On many trainings: sweep FILE runs them, front FOLDER chooses among them."
 )
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
+_DEBUG = "JSONARGPARSE_DEBUG=true shows the whole of it, and where it was raised"
 # How torch begins when the weights of a checkpoint are not those of the module.
 _MISFIT = "Error(s) in loading state_dict"
 
@@ -42,7 +44,7 @@ class EdgeParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         options = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
-        sys.stderr.write(f"error: {explain(message, options)}\n")
+        sys.stderr.write(f"error: {explain(message, options)}\n({_DEBUG})\n")
         sys.exit(2)
 
 
@@ -89,11 +91,32 @@ class EdgeCLI(LightningCLI):
             sys.exit(2)
         try:
             super().instantiate_classes()
+            self._check_compression()
         except (TypeError, ValueError, MisconfigurationException) as error:
             if _debugging():
                 raise
             sys.stderr.write(f"error: {cause(error)}\n")
             sys.exit(2)
+
+    def _check_compression(self) -> None:
+        """Refuse the checkpoint of a compressed training without the callback that makes the network fit it.
+
+        Raises:
+            ValueError: Naming the phases. Lightning's own loading would list parameters that do not fit.
+        """
+        path = self._get(self.config_init, "ckpt_path")
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, EdgeCompressionCallback) for callback in callbacks):
+            return
+        if self.subcommand in ("export", "evaluate") or not path or not Path(path).is_file():
+            return
+        saved = record.checked(_loaded(Path(path)).get(record.KEY), str(path))
+        phases = dict.fromkeys(str(change["phase"]) for change in saved.get("changes", []))
+        if phases:
+            raise ValueError(
+                f"ckpt_path: {path} is of a compressed training ({', '.join(phases)}), and its weights fit a network "
+                "that was compressed so. Give the configuration the EdgeCompressionCallback of that training"
+            )
 
     def before_export(self) -> None:
         """Refuse targets that there are not before the checkpoint is loaded."""
@@ -141,7 +164,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if _debugging() or not _is_told(error):
             raise
-        sys.stderr.write(f"error: {_told(error)}\n(JSONARGPARSE_DEBUG=true shows where it was raised)\n")
+        sys.stderr.write(f"error: {_told(error)}\n({_DEBUG})\n")
         sys.exit(1)
 
 
@@ -152,15 +175,19 @@ def _told(error: Exception) -> str:
     cause = "they are of another network; give the model the settings it was trained with"
     if CHILD in str(error):
         cause = "they were trained quantized; give the configuration the EdgeCompressionCallback of that training"
-    return f"ckpt_path: the weights do not fit the model: {cause}\n\nin full:\n  {error}"
+    return f"ckpt_path: the weights do not fit the model: {cause}"
 
 
 def _check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError("which is a folder" if path.is_dir() else "there is no such file")
-    state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    state = _loaded(path)
     if not isinstance(state, dict) or not {"state_dict", "pytorch-lightning_version"} <= state.keys():
         raise ValueError("which Lightning did not write")
+
+
+def _loaded(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
 
 
 def _is_told(error: Exception) -> bool:

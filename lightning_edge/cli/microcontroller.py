@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_edge.errors import EdgeError
-from lightning_edge.exporters.micro import sources as microcontroller
-from lightning_edge.exporters.micro import vela
-from lightning_edge.exporters.micro.sources import Footprint
-from lightning_edge.exporters.micro.vela import Estimate
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lightning_edge.exporters.micro.sources import Footprint
+    from lightning_edge.exporters.micro.vela import Estimate
+
 _KIB = 1024
+# Those of `exporters.micro.vela`, which imports torch: --help shall not wait for that.
+_ETHOSU = (
+    *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512"),
+    *("ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048"),
+)
 
 
 def table(name: str, found: Footprint, estimate: Estimate | None = None) -> Table:
@@ -72,16 +76,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The status to exit with: 2 if the file cannot be written so.
     """
-    from rich.console import Console
-
     parser = argparse.ArgumentParser(
         prog="lightning-edge microcontroller",
         description="Write an int8 .tflite file as C++ sources for TensorFlow Lite Micro.",
     )
     parser.add_argument("file", type=Path, help="the .tflite file")
     parser.add_argument("--output", type=Path, default=Path(), help="the folder to write to (default: this one)")
-    parser.add_argument("--ethosu", choices=vela.CONFIGURATIONS, help="also compile for this NPU with Arm's Vela")
+    parser.add_argument("--ethosu", choices=_ETHOSU, help="also compile for this NPU with Arm's Vela")
     given = parser.parse_args(arguments)
+
+    from rich.console import Console
+
+    from lightning_edge.exporters.micro import sources as microcontroller
+    from lightning_edge.exporters.micro import vela
+
     try:
         # What can be refused is refused before anything is written.
         microcontroller.footprint(given.file)

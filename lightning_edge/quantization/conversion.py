@@ -16,6 +16,7 @@ from lightning_edge.network import Deployable
 from lightning_edge.quantization.calibration_check import open_empty_ranges
 from lightning_edge.quantization.network import quantized_forward, quiet_torchao
 from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
+from lightning_edge.tracing import TRACING
 
 aten = torch.ops.aten
 
@@ -45,7 +46,7 @@ def convert(module: nn.Module) -> Deployable:
     _take_out(prepared)
     _drop_idle_clips(prepared)
     _compute_constants(prepared)
-    with quiet_torchao():
+    with TRACING, quiet_torchao():
         converted = convert_pt2e(prepared, fold_quantize=True)
     inputs = child.inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     made = Deployable(converted, inputs, "int8", tuple(_output_scales(converted)), child.call.match)

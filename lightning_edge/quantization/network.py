@@ -23,6 +23,7 @@ from lightning_edge.quantization.capture.graph import FoldedBatchNorm, TakenOut,
 from lightning_edge.quantization.plan import LinearWeights, Plan
 from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 from lightning_edge.surgery import copy_of
+from lightning_edge.tracing import TRACING
 
 CHILD = "edge_quantizers"
 
@@ -224,10 +225,11 @@ def attach(
     _tell_of_hooks(network)
     # LiteRT's converter has no 16-bit constants in sums and products.
     narrow = "int8_a16" not in (plan or {}).values()
-    captured = capture(network, inputs, written_out=written_out and narrow, trained=averaging is not None)
     quantizer = EdgeQuantizer(averaging, plan, linear_weights)
-    with quiet_torchao(), torch.random.fork_rng(devices=[]):  # torchao draws random numbers
-        graph = prepare_qat_pt2e(captured.graph, quantizer)
+    with TRACING:
+        captured = capture(network, inputs, written_out=written_out and narrow, trained=averaging is not None)
+        with quiet_torchao(), torch.random.fork_rng(devices=[]):  # torchao draws random numbers
+            graph = prepare_qat_pt2e(captured.graph, quantizer)
     if not quantizer.quantized:
         raise CompressionError(
             f"{type(network).__name__} has no operation that can run in int8; its graph: "

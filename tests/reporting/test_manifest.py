@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from deployables import batches, network
 
+from lightning_edge.cli import verify as verify_command
 from lightning_edge.contents import Endpoint, Placement, Placements
 from lightning_edge.errors import EdgeError, ManifestError
 from lightning_edge.exporters import export, target
@@ -345,17 +346,17 @@ def test_files_beside_those_of_the_manifest_are_named(folder: Path) -> None:
 
 
 def test_command_draws_a_table_and_exits_by_what_it_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verification.main([str(folder)]) == 0
+    assert verify_command.main([str(folder)]) == 0
     assert "model-int8.mlpackage" in capsys.readouterr().out
     (folder / "model-int8.pte").write_bytes(b"no program")
     shutil.copy(folder / "model-int8.tflite", folder / "other.tflite")
-    assert verification.main([str(folder)]) == 1
+    assert verify_command.main([str(folder)]) == 1
     printed = capsys.readouterr()
     assert "FAILED" in printed.out
     assert "not in the manifest, and not looked at: other.tflite" in printed.out
     assert "model-int8.pte: digest: expected " in printed.err
     (folder / NAME).write_text("{")
-    assert verification.main([str(folder)]) == 2
+    assert verify_command.main([str(folder)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 

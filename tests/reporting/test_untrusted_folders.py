@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from test_manifest import MANIFEST, changed, entry
 
+from lightning_edge.cli import verify as verify_command
 from lightning_edge.errors import ManifestError
 from lightning_edge.exporters.artifact import MOST_PACKAGE_BYTES
 from lightning_edge.reporting import verification
@@ -57,7 +58,7 @@ def test_a_hostile_manifest_ends_in_one_short_line(
     (tmp_path / NAME).write_text(json.dumps(plain))
     with pytest.raises(ManifestError, match=message):
         Manifest.read(tmp_path)
-    assert verification.main([str(tmp_path)]) == 2
+    assert verify_command.main([str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ")
     assert told.count("\n") == 1
@@ -95,7 +96,7 @@ def test_a_manifest_is_a_file_of_its_folder(
     else:
         (tmp_path / "other.json").write_text(MANIFEST.to_json())
         path.symlink_to(tmp_path / "other.json")
-    assert verification.main([str(folder)]) == 2
+    assert verify_command.main([str(folder)]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ")
     assert told.count("\n") == 1
@@ -185,7 +186,7 @@ def test_names_are_shown_and_not_acted_on(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "[").mkdir()
     state(tmp_path, path="[/red][bold]\x1b[31m\n\u202e.tflite").write_bytes(b"")
     (tmp_path / "\x07.pte").write_bytes(b"")
-    assert verification.main([str(tmp_path)]) == 1
+    assert verify_command.main([str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert r"[/red][bold]\x1b[31m\n\u202e.tflite" in printed.out
     assert r"not looked at: \x07.pte" in printed.out

@@ -14,6 +14,7 @@ import torch
 from deployables import batches, exported, module, network, weight_count
 from torch import Tensor, nn
 
+from lightning_edge.cli import verify as verify_command
 from lightning_edge.contents import Contents
 from lightning_edge.errors import ExportError, RunnerError
 from lightning_edge.exporters import Artifact, ExportWarning, executorch, export, load, stage
@@ -126,7 +127,7 @@ def test_a_file_that_was_not_run_is_no_passed_proof(
     report = Report("Residual", "validate", [row])
     write_manifest(report, tmp_path, None)
     assert verification.verify(tmp_path) == []
-    assert verification.main([str(tmp_path)]) == 0
+    assert verify_command.main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "not run" in printed
     assert f"{place.name} was not run: {artifact.not_run}" in printed
