@@ -115,6 +115,8 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
     try:
         if given.retry_failed:
             print(f"{study.retry_failed()} failed trial(s) are trained once more")
+        if study.base_changed:
+            print(f"note: {sweep.base.name} has changed since the sweep began; earlier trials are of the earlier one")
         if timed := [figure.name for figure in sweep.figures if figure.field in TIMES and given.workers > 1]:
             print(f"note: {timed[0]} is measured while {given.workers - 1} other training(s) use the same machine")
         with _stopped_by_signals(stop) as received:

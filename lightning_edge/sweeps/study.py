@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -73,6 +75,9 @@ class Study:
         folder: Its folder.
         url: A database, or ``None`` for a journal in the folder.
 
+    Attributes:
+        base_changed: Whether the base was another when the study began.
+
     Raises:
         SweepError: If the folder or the study is that of another sweep, or the storage cannot be reached.
     """
@@ -87,6 +92,7 @@ class Study:
         self._space = sweep.definition.space
         self._distributions = distributions(self._space)
         with held(folder / LOCK):
+            self.base_changed = self._note_base()
             self._list_grid()
 
     @property
@@ -186,6 +192,14 @@ class Study:
             and not trial.user_attrs.get("surplus")
             and trial.number not in replaced
         ]
+
+    def _note_base(self) -> bool:
+        """Keep what the base is in the study; whether it was another when the study began."""
+        digest = hashlib.sha256(json.dumps(self.sweep.base.config, sort_keys=True, default=str).encode()).hexdigest()
+        known = self._study.user_attrs.get("base_sha256")
+        if known is None:
+            self._study.set_user_attr("base_sha256", digest)
+        return known not in (None, digest)
 
     def _list_grid(self) -> None:
         """Line up the trials of a grid that are not there yet."""
