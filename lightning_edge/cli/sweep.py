@@ -94,7 +94,7 @@ def _dry_run(sweep: Sweep) -> int:
     settings = first_settings(definition, sweep)
     for number, values in enumerate(settings):
         print(f"{number:4}: {', '.join(f'{key}={value}' for key, value in values.items())}")
-    trials = len(settings) if definition.sampler == "grid" else definition.trials
+    trials = sweep.trials
     if definition.sampler != "grid":
         print(f"Examples: {definition.sampler} samples anew, and chooses later trials by what came of earlier ones.")
     print(f"{trials} trials x {definition.seeds} seed(s) = {trials * definition.seeds} fits of {definition.base}")

@@ -76,6 +76,7 @@ class Engine:
         self._failures: list[str] = []
         self._error: BaseException | None = None
         self._waits = False
+        self._trials = self.sweep.trials
 
     def run(self) -> Outcome:
         """Train until all trials are done, ``stop`` is set or the same failure comes again and again.
@@ -163,7 +164,7 @@ class Engine:
             self._running.pop(claim.number, None)
             self._judge(claim, reason, hopeless)
             front = self._write()
-            self.tell(progress_line(front, self.sweep.definition.trials, claim.number, self.workers))
+            self.tell(progress_line(front, self._trials, claim.number, self.workers))
 
     def _measure(self, claim: Claim) -> tuple[dict[str, float], dict[str, float] | None, float]:
         """Train with each seed, and give the means of the figures, their spread, and the seconds of what was there."""

@@ -147,7 +147,11 @@ def test_more_trials_are_added_to_a_finished_sweep(tmp_path: Path) -> None:
 
 def test_what_turns_a_phase_off_is_trained_once(tmp_path: Path) -> None:
     text = GRID.replace("model.init_args.width: [4, 8]", "prune.start: [0.1, 0.2]")
-    trials = engine(tmp_path / "sweep", text).run().front.trials
+    told: list[str] = []
+    runs = engine(tmp_path / "sweep", text)
+    runs.tell = told.append
+    trials = runs.run().front.trials
+    assert told[-1].startswith("trial 4 ended; 5 of 5 done, 0 running, 0 failed, best val_acc 0.805 (trial 1)")
     # Where nothing is pruned, it does not matter when.
     assert [tuple(trial.settings.values()) for trial in trials] == [
         *((1.0, 0.1), (0.75, 0.1), (0.75, 0.2), (0.5, 0.1), (0.5, 0.2))
@@ -299,6 +303,16 @@ def test_a_storage_that_cannot_be_reached_is_one_clear_error(tmp_path: Path, url
         engine(tmp_path / "sweep", url=url)
     assert "secret" not in str(told.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_trials_of_another_storage_are_not_overwritten(tmp_path: Path) -> None:
+    engine(tmp_path / "sweep").run()
+    with pytest.raises(SweepError, match="trial-0000 is of a study in another storage"):
+        engine(tmp_path / "sweep", url=f"sqlite:///{tmp_path / 'sweep.db'}")
+    (tmp_path / "sweep" / "journal.log").unlink()
+    with pytest.raises(SweepError, match="trial-0000 is of a study in another storage"):
+        engine(tmp_path / "sweep")
+    assert (tmp_path / "sweep" / "trial-0000" / "asked").exists()
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
