@@ -94,7 +94,7 @@ def _dry_run(sweep: Sweep) -> int:
     settings = first_settings(definition, sweep)
     for number, values in enumerate(settings):
         print(f"{number:4}: {', '.join(f'{key}={value}' for key, value in values.items())}")
-    trials = len(settings) if definition.sampler == "grid" else definition.trials
+    trials = sweep.trials
     if definition.sampler != "grid":
         print(f"Examples: {definition.sampler} samples anew, and chooses later trials by what came of earlier ones.")
     print(f"{trials} trials x {definition.seeds} seed(s) = {trials * definition.seeds} fits of {definition.base}")
@@ -115,6 +115,8 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
     try:
         if given.retry_failed:
             print(f"{study.retry_failed()} failed trial(s) are trained once more")
+        if study.base_changed:
+            print(f"note: {sweep.base.name} has changed since the sweep began; earlier trials are of the earlier one")
         if timed := [figure.name for figure in sweep.figures if figure.field in TIMES and given.workers > 1]:
             print(f"note: {timed[0]} is measured while {given.workers - 1} other training(s) use the same machine")
         with _stopped_by_signals(stop) as received:

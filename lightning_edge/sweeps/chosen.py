@@ -11,7 +11,7 @@ from lightning_edge.sweeps import strict_yaml
 from lightning_edge.sweeps.base import ARTIFACTS, in_folder
 from lightning_edge.sweeps.fit import CONFIG, REPORT
 from lightning_edge.sweeps.front import Front, TrialRecord
-from lightning_edge.sweeps.objectives import Figure, measure, read_report
+from lightning_edge.sweeps.objectives import figure_of, measure, read_report
 
 
 def training_folder(front: Front, folder: Path, trial: TrialRecord) -> Path:
@@ -33,7 +33,7 @@ def training_folder(front: Front, folder: Path, trial: TrialRecord) -> Path:
         return found[0]
     name, direction = next(iter(front.objectives.items()))
     targets = [other.partition(".")[0] for other in front.objectives if "." in other]
-    figure = Figure(name, targets[0], name.partition(".")[2] if "." in name else name)
+    figure = figure_of(name, targets[0])
 
     def value(path: Path) -> float:
         return measure(read_report(path / ARTIFACTS / REPORT), [figure])[name]

@@ -90,6 +90,11 @@ class Sweep:
         found += [constraint.figure for constraint in self.constraints]
         return list({figure.name: figure for figure in found}.values())
 
+    @property
+    def trials(self) -> int:
+        """How many settings are trained."""
+        return len(self.grid()) if self.definition.sampler == "grid" else self.definition.trials
+
     def settings_key(self, settings: Mapping[str, Any]) -> str:
         """Give a text that is the same for settings that give the same configuration."""
         return json.dumps(self.base.configuration(settings), sort_keys=True, default=str)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from lightning_edge.errors import SweepError
+from lightning_edge.errors import SweepError, first_line
 from lightning_edge.sweeps.base import in_folder
 from lightning_edge.sweeps.definition import Sweep
 from lightning_edge.sweeps.fit import LOG, Fit, InterruptedFitError, Runner, run_address, run_fit, seconds_of
@@ -76,6 +76,7 @@ class Engine:
         self._failures: list[str] = []
         self._error: BaseException | None = None
         self._waits = False
+        self._trials = self.sweep.trials
 
     def run(self) -> Outcome:
         """Train until all trials are done, ``stop`` is set or the same failure comes again and again.
@@ -110,6 +111,9 @@ class Engine:
         try:
             self._work()
         except BaseException as error:
+            if type(error).__module__.partition(".")[0] in ("optuna", "sqlalchemy"):
+                told = f"the storage of the study does not answer any more: {first_line(error)}"
+                error = SweepError(f"{told}. When it does, run the sweep again: it goes on where it was")
             self._error = self._error or error
             self.stop.set()
 
@@ -145,7 +149,10 @@ class Engine:
         try:
             values, spread, earlier_s = self._measure(claim)
             url = run_address(self._folders(claim)[0])
-            self.study.complete(claim, Result(values, spread, time.monotonic() - begun + earlier_s, url))
+            result = Result(values, spread, time.monotonic() - begun + earlier_s, url)
+            if not self.study.complete(claim, result):
+                self.tell(f"trial {claim.number} was given to another machine, for this one had not been heard of")
+                return
         except InterruptedFitError:
             return
         except (TrialFailedError, NoSuchFigureError) as error:
@@ -157,7 +164,7 @@ class Engine:
             self._running.pop(claim.number, None)
             self._judge(claim, reason, hopeless)
             front = self._write()
-            self.tell(progress_line(front, self.sweep.definition.trials, claim.number, self.workers))
+            self.tell(progress_line(front, self._trials, claim.number, self.workers))
 
     def _measure(self, claim: Claim) -> tuple[dict[str, float], dict[str, float] | None, float]:
         """Train with each seed, and give the means of the figures, their spread, and the seconds of what was there."""

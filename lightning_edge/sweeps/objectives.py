@@ -35,6 +35,9 @@ FIGURES = (
     "int8_weight_share",
     "delegated_ops",
 )
+# As loggers and budgets name them.
+LOGGED = {"p50_ms": "latency_p50_ms", "p95_ms": "latency_p95_ms", "p99_ms": "latency_p99_ms", "top1": "top1_agreement"}
+_ALIASES = {name: field for field, name in LOGGED.items()}
 # Milliseconds and what follows from them: other work on the machine changes them.
 TIMES = ("load_ms", "p50_ms", "p95_ms", "p99_ms", "throughput")
 # A reference interpreter's own figures mean nothing for the target.
@@ -143,6 +146,17 @@ def read_constraints(given: Any) -> dict[str, float]:
     return {name: float(limit) for name, limit in given.items()}
 
 
+def figure_of(name: str, target: str) -> Figure:
+    """Give the figure that a name stands for.
+
+    Args:
+        name: ``<target>.<field>``, or a field alone.
+        target: The target.
+    """
+    field = name.partition(".")[2] if "." in name else name
+    return Figure(name, target, _ALIASES.get(field, field))
+
+
 def find_figures(names: Sequence[str], deciding: Sequence[str], base: Base, where: str) -> list[Figure]:
     """Find the target and the field that names stand for.
 
@@ -159,14 +173,14 @@ def find_figures(names: Sequence[str], deciding: Sequence[str], base: Base, wher
     found: list[Figure] = []
     for name in names:
         if "." in name:
-            target, field = _target(name, base, where), name.partition(".")[2]
+            target = _target(name, base, where)
         elif len(named) == 1:
-            target, field = named[0], name
+            target = named[0]
         else:
             told = f"the objectives name {', '.join(named)}" if named else "no objective names a target"
             example = (named or base.targets)[0]
             raise SweepError(f"{where}: {name}: of which target? {told}. Write, for example, {example}.{name}")
-        found.append(_checked(Figure(name, target, field), base, where))
+        found.append(_checked(figure_of(name, target), base, where))
     same = [
         figure
         for figure in found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from lightning_edge.errors import require
+from lightning_edge.errors import SweepError, require
 from lightning_edge.sweeps.definition import Sweep
 from lightning_edge.sweeps.front import Status, TrialRecord, with_front
 from lightning_edge.sweeps.locks import Lock, held
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _MOST_REPEATS = 10
 # A trial that nobody says anything of for so long, from its first moment on, was never begun.
 _NEVER_BEGUN = timedelta(minutes=10)
+_SILENT = "its worker was not heard of any more"
 
 
 @dataclass
@@ -73,6 +76,9 @@ class Study:
         folder: Its folder.
         url: A database, or ``None`` for a journal in the folder.
 
+    Attributes:
+        base_changed: Whether the base was another when the study began.
+
     Raises:
         SweepError: If the folder or the study is that of another sweep, or the storage cannot be reached.
     """
@@ -87,6 +93,8 @@ class Study:
         self._space = sweep.definition.space
         self._distributions = distributions(self._space)
         with held(folder / LOCK):
+            self._check_trial_folders()
+            self.base_changed = self._note_base()
             self._list_grid()
 
     @property
@@ -167,7 +175,7 @@ class Study:
             feasible=done and all(measured[limit.figure.name] <= limit.limit for limit in limits),
             front=False,
             folder=folder_name(trial.number),
-            reason=attributes.get("reason"),
+            reason=attributes.get("reason", _SILENT if status == "failed" else None),
             seconds=float(attributes.get("seconds", running)),
             url=attributes.get("url"),
         )
@@ -186,6 +194,25 @@ class Study:
             and not trial.user_attrs.get("surplus")
             and trial.number not in replaced
         ]
+
+    def _check_trial_folders(self) -> None:
+        """Refuse a folder with trials that the study knows nothing of: they would be overwritten."""
+        own = {trial.number for trial in self._trials() if trial.user_attrs.get("folder") in (None, self._id)}
+        known = {folder_name(number) for number in own}
+        foreign = sorted(path.name for path in self.folder.glob("trial-*") if path.name not in known)
+        if foreign:
+            raise SweepError(
+                f"{self.folder / foreign[0]} is of a study in another storage. Give the --storage that the sweep began "
+                "with (none: the journal in its folder), or another --folder"
+            )
+
+    def _note_base(self) -> bool:
+        """Keep what the base is in the study; whether it was another when the study began."""
+        digest = hashlib.sha256(json.dumps(self.sweep.base.config, sort_keys=True, default=str).encode()).hexdigest()
+        known = self._study.user_attrs.get("base_sha256")
+        if known is None:
+            self._study.set_user_attr("base_sha256", digest)
+        return known not in (None, digest)
 
     def _list_grid(self) -> None:
         """Line up the trials of a grid that are not there yet."""
@@ -242,7 +269,9 @@ class Study:
         # Another machine may have asked in the same moment: the one with the lower number goes on.
         earlier = [other for other in self._counted(self._trials()) if other.number < trial.number]
         settings = to_settings(self._space, trial.params)
-        repeated = self.sweep.settings_key(settings) in {self._key(other) for other in earlier}
+        # Of one that is still being asked for, the settings are not all there.
+        known = {self._key(other) for other in earlier if set(other.params) == set(self._space)}
+        repeated = self.sweep.settings_key(settings) in known
         if len(earlier) >= self.sweep.definition.trials or repeated:
             self._drop(trial.number)
             return None

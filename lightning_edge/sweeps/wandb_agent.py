@@ -8,13 +8,11 @@ from typing import Any
 
 from lightning_edge.errors import SweepError
 from lightning_edge.sweeps.definition import Sweep
-from lightning_edge.sweeps.objectives import Figure
+from lightning_edge.sweeps.objectives import LOGGED, Figure
 from lightning_edge.sweeps.samplers import to_settings
 from lightning_edge.sweeps.space import Choices, Dimension
 
 _METHODS = {"grid": "grid", "random": "random"}
-# Names in a report's row and in a logger.
-_LOGGED = {"p50_ms": "latency_p50_ms", "p95_ms": "latency_p95_ms", "p99_ms": "latency_p99_ms", "top1": "top1_agreement"}
 
 
 def wandb_config(sweep: Sweep, file: Path) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def wandb_config(sweep: Sweep, file: Path) -> dict[str, Any]:
 def logged_name(figure: Figure, int8: bool = True) -> str:
     """Name a figure as `DeviceEvaluationCallback` logs it."""
     prefix = "" if int8 else "fp32_"
-    return f"edge/{figure.target}/{prefix}{_LOGGED.get(figure.field, figure.field)}"
+    return f"edge/{figure.target}/{prefix}{LOGGED.get(figure.field, figure.field)}"
 
 
 def read_settings(sweep: Sweep, text: str) -> dict[str, Any]:

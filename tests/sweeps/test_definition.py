@@ -181,6 +181,15 @@ def test_numbers_are_numbers_and_ranges_keep_their_type() -> None:
     assert not Range(1, 9, step=0.5).whole
 
 
+def test_names_of_budgets_and_loggers_are_known() -> None:
+    sweep = sweep_of(GRID.replace("tflite.p95_ms", "tflite.latency_p95_ms"))
+    assert [(figure.name, figure.target, figure.field) for figure in sweep.figures] == [
+        ("val_acc", "tflite", "val_acc"),
+        ("tflite.size_bytes", "tflite", "size_bytes"),
+        ("tflite.latency_p95_ms", "tflite", "p95_ms"),
+    ]
+
+
 def phases(config: dict[str, Any]) -> list[str]:
     return [phase["class_path"] for phase in config["trainer"]["callbacks"][0]["init_args"]["phases"]]
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_files import GRID, engine, quick, report_of
+from sweep_files import CONFIG, GRID, FixedChecker, engine, quick, report_of
 
 from lightning_edge.errors import SweepError
+from lightning_edge.sweeps.definition import bind, parse_definition
 from lightning_edge.sweeps.fit import Fit, InterruptedFitError
 from lightning_edge.sweeps.front import read_front
 from lightning_edge.sweeps.objectives import TrialFailedError
+from lightning_edge.sweeps.study import Result, Study
 
 pytest.importorskip("optuna")
 
@@ -145,7 +147,11 @@ def test_more_trials_are_added_to_a_finished_sweep(tmp_path: Path) -> None:
 
 def test_what_turns_a_phase_off_is_trained_once(tmp_path: Path) -> None:
     text = GRID.replace("model.init_args.width: [4, 8]", "prune.start: [0.1, 0.2]")
-    trials = engine(tmp_path / "sweep", text).run().front.trials
+    told: list[str] = []
+    runs = engine(tmp_path / "sweep", text)
+    runs.tell = told.append
+    trials = runs.run().front.trials
+    assert told[-1].startswith("trial 4 ended; 5 of 5 done, 0 running, 0 failed, best val_acc 0.805 (trial 1)")
     # Where nothing is pruned, it does not matter when.
     assert [tuple(trial.settings.values()) for trial in trials] == [
         *((1.0, 0.1), (0.75, 0.1), (0.75, 0.2), (0.5, 0.1), (0.5, 0.2))
@@ -250,6 +256,45 @@ def test_a_database_with_another_sweep_is_refused(tmp_path: Path) -> None:
         engine(tmp_path / "two", GRID.replace("[4, 8]", "[4, 16]"), url=url)
 
 
+def test_another_machine_takes_over_what_nobody_speaks_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_edge.sweeps.storage.BEAT_S", 1)
+    monkeypatch.setattr("lightning_edge.sweeps.storage.SILENCE_S", 2)
+    url = f"sqlite:///{tmp_path / 'sweep.db'}"
+    lost = engine(tmp_path / "lost", url=url).study.claim()
+    assert lost is not None
+    front = engine(tmp_path / "other", url=url).run().front
+    assert [trial.status for trial in front.trials] == ["complete"] * 6
+    assert [trial.number for trial in front.trials] == [1, 2, 3, 4, 5, 6]
+    assert front.trials[-1].settings == lost.settings
+    # It comes back too late: what it gives is not wanted any more, and nothing of its folder is taken up.
+    lost.lock.release()
+    late = engine(tmp_path / "lost", url=url)
+    assert not late.study.complete(
+        lost, Result({"val_acc": 1.0, "tflite.size_bytes": 1, "tflite.p95_ms": 1}, None, 1.0)
+    )
+    assert late.run().front.trials == front.trials
+
+
+def test_a_storage_that_breaks_is_one_clear_error(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.db"
+
+    def breaks(fit: Fit) -> dict[str, Any]:
+        file.write_bytes(b"no database" * 1000)
+        return report_of(fit.config)
+
+    with pytest.raises(SweepError, match=r"the storage of the study does not answer any more: .*run the sweep again"):
+        engine(tmp_path / "sweep", runner=breaks, url=f"sqlite:///{file}").run()
+
+
+def test_a_base_that_has_changed_is_told(tmp_path: Path) -> None:
+    first = engine(tmp_path / "sweep")
+    assert not first.study.base_changed
+    assert not engine(tmp_path / "sweep").study.base_changed
+    config = {**CONFIG, "seed_everything": 6}
+    sweep = bind(parse_definition(GRID, Path("study.yaml")), FixedChecker(config))
+    assert Study(sweep, tmp_path / "sweep").base_changed
+
+
 @pytest.mark.parametrize(
     "url", ["nonsense", "sqlite:////nowhere/at/all.db", "postgresql://user:secret@127.0.0.1:9/x", "foo://x"]
 )
@@ -258,6 +303,16 @@ def test_a_storage_that_cannot_be_reached_is_one_clear_error(tmp_path: Path, url
         engine(tmp_path / "sweep", url=url)
     assert "secret" not in str(told.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_trials_of_another_storage_are_not_overwritten(tmp_path: Path) -> None:
+    engine(tmp_path / "sweep").run()
+    with pytest.raises(SweepError, match="trial-0000 is of a study in another storage"):
+        engine(tmp_path / "sweep", url=f"sqlite:///{tmp_path / 'sweep.db'}")
+    (tmp_path / "sweep" / "journal.log").unlink()
+    with pytest.raises(SweepError, match="trial-0000 is of a study in another storage"):
+        engine(tmp_path / "sweep")
+    assert (tmp_path / "sweep" / "trial-0000" / "asked").exists()
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
