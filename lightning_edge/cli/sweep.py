@@ -24,6 +24,7 @@ from lightning_edge.sweeps.dry_run import first_settings
 from lightning_edge.sweeps.engine import Engine
 from lightning_edge.sweeps.fit import InterruptedFitError
 from lightning_edge.sweeps.objectives import TIMES
+from lightning_edge.sweeps.page import write_page
 from lightning_edge.sweeps.samplers import EXTRA
 from lightning_edge.sweeps.study import Study
 from lightning_edge.sweeps.tracking import as_trial, log_front, logger_of, with_logger
@@ -125,7 +126,8 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     Console().print(table(outcome.front))
-    print(f"{study.folder / 'front.json'} has all trials")
+    page = write_page(outcome.front, study.folder)
+    print(f"{study.folder / 'front.json'} has all trials, {page} shows them")
     if (logger := logger_of(sweep.base.config)) is not None and not outcome.interrupted:
         address = log_front(outcome.front, logger, study.folder, study.identifier[:8])
         print(f"in Weights & Biases: {address or 'an offline run in the folder; send it with wandb sync'}")

@@ -229,6 +229,8 @@ def row_to_ship(report: Mapping[str, Any], target: str) -> Mapping[str, Any]:
         raise TrialFailedError(f"the report has no file of {target}")
     if chosen[-1].get("error"):
         raise TrialFailedError(f"the file of {target} failed: {_line(chosen[-1]['error'])}")
+    if chosen[-1].get("verdict") == "broken":
+        raise TrialFailedError(f"the file of {target} is broken: {_line(chosen[-1].get('verdict_reason') or '')}")
     return chosen[-1]
 
 

@@ -193,7 +193,7 @@ def test_sweep_shows_the_front_the_failures_and_the_way_to_each_trial() -> None:
             trial(0, url="https://example.org/run/0"),
             trial(1, feasible=False),
             trial(3),
-            trial(4),
+            trial(4, spread={"val_acc": 0.002}),
             trial(5, status="failed", values={}, front=False, reason="out of <memory>"),
             trial(6, status="running", values={}, front=False, seconds=None),
         )
@@ -205,8 +205,12 @@ def test_sweep_shows_the_front_the_failures_and_the_way_to_each_trial() -> None:
     assert "Settings in full: width is model.init_args.width, lr is optimizer.lr" in found
     assert "Constraints: tflite.size_bytes within 50,000. Made from recipe:quickstart." in found
     assert links == [
-        *("./trial-0004/report.html", "./trial-0000/report.html", "https://example.org/run/0"),
-        *("./trial-0003/report.html", "./trial-0001/report.html"),
+        *(
+            "./trial-0004/seed-0/artifacts/report.html",
+            "./trial-0000/artifacts/report.html",
+            "https://example.org/run/0",
+        ),
+        *("./trial-0003/artifacts/report.html", "./trial-0001/artifacts/report.html"),
     ]
     assert page.count('class="way') == 1
     assert len(re.findall(r'class="mark c\d hollow', page)) == 1
@@ -244,7 +248,7 @@ def test_sweep_of_thousands_of_trials_stays_small() -> None:
     found = words(page)
     assert "3,750 more trials are in front.json" in found
     assert "and 531 more" in found
-    assert all(f"./trial-{number:04d}/report.html" in page for number in range(30) if number % 7 != 6)
+    assert all(f"./trial-{number:04d}/artifacts/report.html" in page for number in range(30) if number % 7 != 6)
     read(sweep_page(front(*(trial(number, front=True) for number in range(4000)))))
 
 
@@ -279,7 +283,7 @@ def test_sweep_takes_no_markup_and_no_link_that_is_none() -> None:
     )
     links = read(page).links
     assert [address.split("/")[0] for address in links] == [".", "https:"]
-    assert links[0] == "./a%20b%25/c/report.html"
+    assert links[0] == "./a%20b%25/c/artifacts/report.html"
     assert "<script" not in page
 
 

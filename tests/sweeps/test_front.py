@@ -24,6 +24,7 @@ from lightning_edge.sweeps.objectives import (
     read_report,
     row_to_ship,
 )
+from lightning_edge.sweeps.page import write_page
 
 OBJECTIVES: dict[str, Any] = {"val_acc": "max", "tflite.size_bytes": "min"}
 
@@ -231,3 +232,41 @@ def test_the_table_shows_text_as_it_is() -> None:
     text = console.export_text()
     assert "[bold]x" in text
     assert "0.5 ± 0.01" in text
+
+
+def test_the_page_and_the_picture_lie_beside_the_trials(tmp_path: Path) -> None:
+    trials = [
+        TrialRecord(
+            0,
+            "complete",
+            {"a": 1},
+            {"val_acc": 0.9, "tflite.size_bytes": 10.0},
+            None,
+            True,
+            True,
+            "trial-0000",
+            None,
+            9.0,
+        ),
+        TrialRecord(1, "failed", {"a": 2}, {}, None, False, False, "trial-0001", "it diverged", 3.0),
+    ]
+    front = Front("sweep", {"val_acc": "max", "tflite.size_bytes": "min"}, {}, "base.yaml", trials)
+    page = write_page(front, tmp_path)
+    assert page == tmp_path / "report.html"
+    text = page.read_text()
+    assert "it diverged" in text
+    assert "./trial-0000/artifacts/report.html" in text
+    assert (tmp_path / "front.svg").read_text().startswith("<svg")
+
+
+def test_nothing_to_draw_is_no_picture_and_a_page_all_the_same(tmp_path: Path) -> None:
+    failed = TrialRecord(0, "failed", {"a": 2}, {}, None, False, False, "trial-0000", "it diverged", 3.0)
+    write_page(Front("sweep", {"val_acc": "max"}, {}, "base.yaml", [failed]), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_broken_file_is_a_failed_trial() -> None:
+    row = {"target": "tflite", "precision": "int8", "verdict": "broken", "verdict_reason": "values are not finite"}
+    with pytest.raises(TrialFailedError, match="the file of tflite is broken: values are not finite"):
+        row_to_ship({"rows": [row]}, "tflite")
+    assert row_to_ship({"rows": [{**row, "verdict": "differs"}]}, "tflite")["verdict"] == "differs"

@@ -55,7 +55,7 @@ def sweep_page(front: Mapping[str, Any]) -> str:
     Args:
         front: ``study``, ``objectives`` by name with ``"max"`` or ``"min"``, ``constraints`` by name with their limits,
             ``base``, and ``trials`` with ``number``, ``status``, ``settings``, ``values``, ``spread``, ``feasible``,
-            ``front``, ``folder`` (relative, its ``report.html`` is linked to), ``reason``, ``seconds`` and ``url``.
+            ``front``, ``folder`` (relative, its ``artifacts/report.html`` is linked to), ``reason``, ``seconds`` and ``url``.
 
     Raises:
         ValueError: If it is not of that form.
@@ -114,6 +114,12 @@ def _read(front: Mapping[str, Any]) -> _Front:
     if not sweep.objectives:
         raise ValueError("its objectives are empty; a sweep has one or more")
     return sweep
+
+
+def _page_of(trial: _Trial) -> str:
+    """Where the page of a trial lies; of several seeds that of the first."""
+    seed = "" if trial.spread is None else "seed-0/"
+    return f"{trial.folder}/{seed}artifacts/report.html"
 
 
 def _aims(sweep: _Front) -> str:
@@ -196,9 +202,7 @@ def _trials(sweep: _Front) -> Markup:
             *(_value(trial, name) for name in (*objectives, *limited)),
             *(_setting(trial.settings[name]) if name in trial.settings else ABSENT for name in settings),
             ABSENT if not known(trial.seconds) else f"{trial.seconds / 60:.1f}",
-            file_link(f"{trial.folder}/report.html", "report")
-            if trial.folder and trial.status == "complete"
-            else ABSENT,
+            file_link(_page_of(trial), "report") if trial.folder and trial.status == "complete" else ABSENT,
             link(trial.url, "run") if trial.url else ABSENT,
         ]
         for trial in shown
