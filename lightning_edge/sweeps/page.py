@@ -14,7 +14,9 @@ PAGE, PICTURE = "report.html", "front.svg"
 
 
 def write_page(front: Front, folder: Path) -> Path:
-    """Write ``report.html`` and ``front.svg`` into a sweep's folder, each whole or not at all; no picture where there is nothing to draw.
+    """Write ``report.html`` and ``front.svg`` into a sweep's folder, each whole or not at all.
+
+    There is no picture where there is nothing to draw.
 
     Args:
         front: The trials so far.

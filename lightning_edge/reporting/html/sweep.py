@@ -55,7 +55,8 @@ def sweep_page(front: Mapping[str, Any]) -> str:
     Args:
         front: ``study``, ``objectives`` by name with ``"max"`` or ``"min"``, ``constraints`` by name with their limits,
             ``base``, and ``trials`` with ``number``, ``status``, ``settings``, ``values``, ``spread``, ``feasible``,
-            ``front``, ``folder`` (relative, its ``artifacts/report.html`` is linked to), ``reason``, ``seconds`` and ``url``.
+            ``front``, ``folder`` (relative, its ``artifacts/report.html`` is linked to), ``reason``, ``seconds`` and
+            ``url``.
 
     Raises:
         ValueError: If it is not of that form.
