@@ -24,6 +24,7 @@ ROWS = [
         "interrupts",
         "locks",
         "tracing",
+        "quiet",
     },
     {"reporting.devices"},
     {
@@ -63,6 +64,7 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
+WITHOUT_TORCH |= {"quiet"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
 WITHOUT_TORCH |= {"devices.runner", "reporting.devices"}
 WITHOUT_TORCH |= {

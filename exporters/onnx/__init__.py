@@ -21,7 +21,7 @@ from lightning_edge.exporters.onnx import graph as onnx_graph
 from lightning_edge.exporters.onnx import intermediates as onnx_inside
 from lightning_edge.exporters.onnx import read as onnx_file
 from lightning_edge.exporters.onnx import schemes as onnx_schemes
-from lightning_edge.exporters.onnx.passes import PASSES, UNSIGNED_PASSES, rewrite
+from lightning_edge.exporters.onnx.passes import rewrite
 from lightning_edge.exporters.onnx.passes import runtime_bugs as onnx_equivalents
 from lightning_edge.exporters.passes.activations import write_out_log_sigmoid
 from lightning_edge.exporters.passes.base import run_passes
@@ -87,7 +87,7 @@ class ONNX(Target):
             model = _convert(_in_half(network) if scheme == "fp16" else network)
             onnx_graph.name_outputs(model, network.output_names(), network.interface.inputs)
             if network.precision == "int8":
-                rewrite(model, UNSIGNED_PASSES if weights == "uint8" else PASSES)
+                rewrite(model, unsigned_last=weights == "uint8")
             elif scheme is not None and scheme != "fp16":
                 onnx_schemes.rewrite(model, scheme)
             onnx_equivalents.padded_maxima(onnx_graph.Graph(model))

@@ -19,6 +19,7 @@ from lightning_edge.callbacks.distillation import DistillationWiring
 from lightning_edge.distillation.phase import Distill
 from lightning_edge.errors import CompressionError
 from lightning_edge.quantization import float_copy, is_quantized, quantized_forward
+from lightning_edge.quiet import quiet_libraries
 from lightning_edge.schedule import ORDER, Change, Clock, Phase, check_phases, ranked
 from lightning_edge.sparsity import Sparsify
 from lightning_edge.succession import check_optimizer, follow_all
@@ -70,6 +71,7 @@ class EdgeCompressionCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the network, and be ready to rebuild it before a checkpoint's weights load."""
+        quiet_libraries()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [callback for callback in callbacks if isinstance(callback, EdgeCompressionCallback)]
         if len(others) > 1:

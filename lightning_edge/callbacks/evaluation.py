@@ -29,6 +29,7 @@ from lightning_edge.interface import Interface
 from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import is_quantized
+from lightning_edge.quiet import quiet_libraries
 from lightning_edge.reporting.budget import Budget
 from lightning_edge.reporting.devices import failures
 from lightning_edge.reporting.monitor import Mode, Monitor, direction
@@ -138,6 +139,7 @@ class DeviceEvaluationCallback(Callback):
                 latter two are a warning.
             EdgeError: If the folder cannot be written to.
         """
+        quiet_libraries()
         self.report = None
         check_data(trainer, self.split)
         find_network(pl_module, self._module(trainer))

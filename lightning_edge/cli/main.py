@@ -23,6 +23,7 @@ from lightning_edge.cli.trainer import EdgeTrainer
 from lightning_edge.errors import EdgeError, first_line
 from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.quantization.network import CHILD
+from lightning_edge.quiet import quiet_libraries
 
 _OF_FILES = (
     "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources, report "
@@ -158,6 +159,7 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 for a mistake in the arguments, 1 for a failure of our own making.
     """
+    quiet_libraries()
     try:
         commands.run(sys.argv[1:] if args is None else args)
         EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)

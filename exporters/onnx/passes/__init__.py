@@ -41,15 +41,14 @@ PASSES: tuple[GraphPass, ...] = (
 )
 
 
-UNSIGNED_PASSES: tuple[GraphPass, ...] = (
-    *PASSES,
-    unsigned_weights,  # after zero_points: that leaves weights of int8 only
-)
+def rewrite(model: Any, *, unsigned_last: bool = False) -> None:
+    """Run `PASSES` on the graph of an int8 model, in place.
 
-
-def rewrite(model: Any, passes: tuple[GraphPass, ...] = PASSES) -> None:
-    """Run passes on the graph of an int8 model, in place."""
+    Args:
+        model: A ``ModelProto``.
+        unsigned_last: Whether `unsigned_weights` follows, which needs all others to be done.
+    """
     graph = Graph(model)
-    for apply in passes:
+    for apply in (*PASSES, unsigned_weights) if unsigned_last else PASSES:
         apply(graph)
         graph.settle()
