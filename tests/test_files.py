@@ -21,8 +21,9 @@ from lightning_edge.one_run import NAME, only_run
 
 # Writes beside a file and says so; then does what it is told.
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run behind a shell, which has it ignored there
 from lightning_edge.files import StagedPath
 from lightning_edge.interrupts import unwinding
 from lightning_edge.one_run import only_run

@@ -85,9 +85,10 @@ def test_200_load_cycles_of_a_real_file_leave_nothing(tmp_path: Path) -> None:
 
 
 EXPORT = """
-import sys
+import signal, sys
 import torch
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run behind a shell, which has it ignored there
 from faulty_target import Doubled
 from lightning_edge.exporters import TARGETS, export
 
