@@ -129,7 +129,7 @@ def test_a_cut_or_foreign_file_is_refused(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(RunnerError, match=r"cut\.pte is no \.pte file: .*Export it again"):
             load(path)
     path.write_bytes(b"something else altogether" * 100)
-    with pytest.raises(RunnerError, match="does not start as an ExecuTorch program does"):
+    with pytest.raises(RunnerError, match="it does not begin as one"):
         load(path)
 
 
