@@ -36,6 +36,8 @@ from lightning_edge.exporters.tflite.passes.broadcasts import drop_expansions
 from lightning_edge.exporters.tflite.passes.choices import choose_by_where
 from lightning_edge.exporters.tflite.passes.crops import crop_transposed, has_no_kernel
 from lightning_edge.exporters.tflite.passes.reshapes import reshape_results
+from lightning_edge.exporters.tflite.passes.resizes import pick_nearest
+from lightning_edge.exporters.tflite.passes.sorts import sort_by_top_k
 from lightning_edge.exporters.tflite.passes.unfold_weights import unfold_weights
 from lightning_edge.network import Deployable, Inputs
 from lightning_edge.windows import WindowsAsViews
@@ -54,6 +56,8 @@ PASSES = (
     unfold_weights,  # first: later passes move quantized constants about
     write_out_log_sigmoid,  # the converter mixes up the axes of the minimum that it writes
     choose_by_where,  # it also mixes up those of where() with operands of fewer dimensions; gives views of constants
+    pick_nearest,  # LiteRT rounds the rows of a resize otherwise than torch
+    sort_by_top_k,  # LiteRT has no other sort
     fold_constants,  # later passes look at shapes that constants give
     crop_transposed,  # LiteRT crops as SAME only
     drop_expansions,  # the converter mixes up the axes of expand and repeat
