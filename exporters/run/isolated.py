@@ -162,10 +162,10 @@ class Isolated(Runner):
             printed = self._printed() if "error" in reply else ""
             self._forget_words()
         if "error" in reply:
-            error = getattr(errors, reply["error"], RuntimeFault)(reply["text"])
-            if isinstance(error, RuntimeFault):
-                error.printed = printed
-            raise error
+            raised = getattr(errors, reply["error"], RuntimeFault)(reply["text"])
+            if isinstance(raised, RuntimeFault):
+                raised.printed = printed
+            raise raised
         return reply, outputs
 
     def _farewell(self) -> str:
