@@ -47,7 +47,7 @@ ROWS = [
     {"distillation", "evaluation.reference"},
     {"record"},
     {"exporters.passes"},
-    {"exporters.input_adapter"},
+    {"exporters.input_adapter", "exporters.default_names"},
     {"exporters.program"},
     {"exporters.run"},
     {"exporters.target"},

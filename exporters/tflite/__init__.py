@@ -182,11 +182,7 @@ def _convert(network: Deployable) -> bytes:
     except ExportError:
         raise
     except Exception as error:
-        raise explain(
-            "tflite",
-            error,
-            "Replace that operation by one that LiteRT has, or leave the target out.",
-        ) from error
+        raise explain("tflite", error, "LiteRT") from error
 
 
 def _apply_passes(network: Deployable) -> nn.Module:
@@ -218,7 +214,7 @@ def _in_scheme(model: bytes, scheme: Scheme) -> bytes:
         with redirect_stdout(StringIO()):  # it prints sizes and times
             return bytes(work.quantize().quantized_model)
     except Exception as error:
-        raise explain("tflite", error, "Export without scheme=..., or choose another scheme.") from error
+        raise explain("tflite", error, "LiteRT", "Export without scheme=..., or choose another scheme.") from error
 
 
 @contextmanager
