@@ -23,6 +23,7 @@ from lightning_edge.exporters.onnx.tidy import name_ends, tidy
 from lightning_edge.exporters.passes.activations import write_out_log_sigmoid
 from lightning_edge.exporters.passes.base import run_passes
 from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
+from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.exporters.program import program_after
 from lightning_edge.network import Deployable, Inputs
 
@@ -32,6 +33,7 @@ CAPTURED_PASSES = (
 )
 # On the exported program, before it is converted.
 PROGRAM_PASSES = (
+    trim_kernels,  # weights that only meet padding are left out
     write_out_log_sigmoid,  # torch.onnx writes one that is -inf where it is not
 )
 
