@@ -326,7 +326,8 @@ def _is_quantizable(node: Node) -> bool:
 
 def _is_part(node: Node) -> bool:
     """Whether this is one of the results of a split."""
-    return node.target is operator.getitem and node.args[0].target in SPLITTING  # type: ignore[union-attr]
+    whole = node.args[0] if node.target is operator.getitem else None
+    return isinstance(whole, Node) and whole.target in SPLITTING
 
 
 def _annotation(node: Node) -> Any:
