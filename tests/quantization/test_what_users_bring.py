@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_edge.errors import CompressionError
-from lightning_edge.network import Inputs
 from lightning_edge.exporters.passes.precision import float_layers, float_products, int8_weight_count
+from lightning_edge.network import Inputs
 from lightning_edge.quantization import attach, convert, quantize
 from lightning_edge.quantization.capture.graph import capture
 
