@@ -17,6 +17,7 @@ ROWS = [
         "errors",
         "interface",
         "windows",
+        "embedding_bags",
         "moved",
         "verdict",
         "regular_files",
@@ -26,7 +27,7 @@ ROWS = [
         "tracing",
         "quiet",
     },
-    {"reporting.devices"},
+    {"reporting.devices", "plain_calls"},
     {
         "yaml_files",
         "reporting.rendering",

@@ -41,7 +41,7 @@ from lightning_edge.exporters.tflite.passes.resizes import pick_nearest
 from lightning_edge.exporters.tflite.passes.sorts import sort_by_top_k
 from lightning_edge.exporters.tflite.passes.unfold_weights import unfold_weights
 from lightning_edge.network import Deployable, Inputs
-from lightning_edge.windows import WindowsAsViews
+from lightning_edge.plain_calls import PlainCalls
 
 EXTRA = "tflite"
 
@@ -178,7 +178,7 @@ def _convert(network: Deployable) -> bytes:
             # The converter needs the config only to know that the graph is quantized.
             scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
             config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
-        with torch.no_grad(), _quiet(), WindowsAsViews():
+        with torch.no_grad(), _quiet(), PlainCalls():
             converted = litert_torch.convert(graph, inputs.args, dict(inputs.kwargs) or None, quant_config=config)
             return bytes(converted.model_content())
     except ExportError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,7 +22,9 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.pruning.channels import Channels, Integers, Side, channels_of
 from lightning_edge.pruning.cost import Positions
+from lightning_edge.pruning.dependency import Watch, dependency_graph, groups_of
 from lightning_edge.pruning.opaque import as_wholes, untouched
+from lightning_edge.pruning.ways import Way, fits, of_heads, of_parts
 
 # A reason that groups are left alone for is told with the names of three, and at most so many reasons.
 TOLD = 6
@@ -59,6 +61,9 @@ class Group:
         attributes: How many channels of (module, attribute) one unit holds.
         norms: For each LayerNorm and GroupNorm, the unit of each of its channels.
         reason: Why the group keeps all of its channels; empty: it may lose some.
+        way: The `Way` by which its channels go; empty: each alone, as far as layers let them.
+        counters: How many of what (module, attribute) of the network's own counts one unit holds.
+        others: The same channels by other ways, to be tried where this one does not work.
     """
 
     name: str
@@ -68,13 +73,24 @@ class Group:
     attributes: dict[tuple[str, str], int] = field(default_factory=dict)
     norms: dict[str, Integers] = field(default_factory=dict)
     reason: str = ""
+    way: str = ""
+    counters: dict[tuple[str, str], int] = field(default_factory=dict)
+    others: list[Group] = field(default_factory=list)
 
     @property
     def identity(self) -> str:
-        """Tells the group from others of the network, before and after cuts: by what it shortens."""
+        """Tells the group from others of the network, before and after cuts: by what it shortens, and how."""
         places = sorted(f"{slot.tensor}:{slot.dimension}" for slot in self.slots)
         counted = sorted(f"{module}.{attribute}" for module, attribute in self.attributes)
-        return hashlib.sha256("\n".join([self.name, *places, *counted]).encode()).hexdigest()[:16]
+        way = [self.way] if self.way else []
+        return hashlib.sha256("\n".join([self.name, *places, *counted, *way]).encode()).hexdigest()[:16]
+
+    def working(self, faulty: Mapping[str, str]) -> Group:
+        """Give the group by its first way that is not known to fail; where all are, with the reason of this one."""
+        ways = [self] if self.reason else [way for way in (self, *self.others) if way.identity not in faulty]
+        if ways and ways[0] is not self:
+            ways[0].others = [way for way in ways if way is not ways[0]]
+        return ways[0] if ways else replace(self, reason=faulty[self.identity])
 
     def keeps(self, units: Integers) -> NDArray[np.bool_]:
         """Whether each unit is among these; the last entry stands for -1, what belongs to none."""
@@ -130,12 +146,13 @@ def trace(network: nn.Module, inputs: Inputs) -> Structure:
     positions = Positions(inputs.batch_size)
 
     def forward(model: nn.Module, _: Any) -> list[Tensor]:
-        with positions.counted(model):
+        with watch, positions.counted(model):
             outputs = flatten_outputs(model(*inputs.args, **inputs.kwargs))
         # An operation behind each output marks it as one: torch-pruning sees no output where a layer comes last.
         return [output * 1 for output in outputs if output.requires_grad]
 
-    graph = _dependency_graph()
+    watch = Watch()
+    graph = dependency_graph(watch)
     try:
         with warnings.catch_warnings(), as_wholes(network) as opaque:
             warnings.simplefilter("ignore")  # on parameters outside of layers, which are ours to judge
@@ -150,7 +167,7 @@ def trace(network: nn.Module, inputs: Inputs) -> Structure:
                 verbose=False,
             )
             types = (nn.modules.conv._ConvNd, nn.Linear)
-            found = list(graph.get_all_groups(ignored_layers=[], root_module_types=types))
+            found = groups_of(graph, types)
     except Exception as error:
         raise CompressionError(
             f"{type(network).__name__} cannot be pruned: torch-pruning cannot trace it "
@@ -158,34 +175,22 @@ def trace(network: nn.Module, inputs: Inputs) -> Structure:
             "give tensors that depend on its parameters. Move what cannot be traced out of the network that is "
             "compressed, or leave Prune out."
         ) from error
-    reading = _Reading(network, graph)
-    return Structure([reading.group(group) for group in found], positions, inputs)
-
-
-def _dependency_graph() -> Any:
-    """torch-pruning's graph, which asks what kind of layer each is some ten times; here it is told once."""
-    from torch_pruning import DependencyGraph
-
-    class Graph(DependencyGraph):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self._pruners: dict[Any, Any] = {}
-
-        def get_pruner_of_module(self, module: Any) -> Any:
-            found = self._pruners.get(id(module))
-            if found is None:
-                # With the layer itself, so that no other one comes to have its id.
-                found = self._pruners[id(module)] = (super().get_pruner_of_module(module), module)
-            return found[0]
-
-    return Graph()
+    reading = _Reading(network, graph, watch)
+    groups = [reading.group(group) for group in found]
+    for group, channels in zip(groups, found, strict=True):
+        if not group.reason:
+            others = [reading.group(channels, way) for way in reading.ways(group, channels)]
+            group.others = [other for other in others if not other.reason]
+    return Structure(groups, positions, inputs)
 
 
 class _Reading:
     """Reads torch-pruning's groups of one network."""
 
-    def __init__(self, network: nn.Module, graph: Any) -> None:
+    def __init__(self, network: nn.Module, graph: Any, watch: Watch) -> None:
+        self.network = network
         self.graph = graph
+        self.watch = watch
         self.modules: dict[int, str] = {}
         # All names of each tensor: more than one where layers share it.
         self.names: dict[int, list[str]] = {}
@@ -196,9 +201,27 @@ class _Reading:
                     self.names.setdefault(id(tensor), []).append(f"{name}.{key}" if name else key)
         self.sharers = {name: names for names in self.names.values() for name in names}
 
-    def group(self, found: Any) -> Group:
+    def ways(self, group: Group, found: Any) -> Iterator[Way]:
+        """Give the other ways to cut a group, one of each name."""
+        seen: set[str] = set()
+        for item in found:
+            node = item.dep.target
+            indices, roots = (np.array(given, dtype=np.int64) for given in (item.idxs, item.root_idxs))
+            ways: Iterable[Way] = ()
+            if node.grad_fn in self.watch.shapes:
+                ways = of_heads(self.network, group.makers, *self.watch.shapes[node.grad_fn], indices, roots)
+            elif type(node.module).__name__ == "_SplitOp" and node.module.split_sizes:
+                ways = of_parts(self.network, group.name, node.module.split_sizes, indices, roots)
+            for way in ways:
+                if way.name not in seen:
+                    seen.add(way.name)
+                    yield way
+
+    def group(self, found: Any, way: Way | None = None) -> Group:
         root = found[0].dep.target.module
         group = Group(self.modules[id(root)])
+        if way is not None:
+            group.way, group.counters = way.name, dict(way.counters)
         layers: list[tuple[nn.Module, str, Channels, Integers, Integers]] = []
         parameters: list[tuple[Tensor, int, Integers, Integers]] = []
         every = list(range(len(found[0].idxs)))
@@ -241,8 +264,12 @@ class _Reading:
                 layers.append((node.module, name, described, indices, origin))
         if group.reason:
             return group
+        if way is not None:
+            union.merge(way.keys, way.roots)
         unit_of = union.units()
         group.units = int(unit_of.max()) + 1
+        if way is not None and not fits(way, unit_of):
+            return self._left(group, "its channels go together in yet other ways")
         if group.units == 1:
             return self._left(group, "its channels only go all at once")
         for module, name, described, indices, origin in layers:
