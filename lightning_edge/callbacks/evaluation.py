@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
+from lightning_edge.callbacks.logged_settings import log_settings, plain
 from lightning_edge.callbacks.tracking import log_report
 from lightning_edge.devices.device import Device
 from lightning_edge.devices.settings import DeviceSettings
@@ -127,6 +128,18 @@ class DeviceEvaluationCallback(Callback):
         self.metrics = metrics
         self.strict = strict
         self.report: Report | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log what is asked for."""
+        if stage == "fit":
+            log_settings(trainer, pl_module, self)
+
+    def logged_settings(self) -> dict[str, Any]:
+        """Give what files are made and how they are judged, for loggers."""
+        asked = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+        asked["devices"] = [str(device) for device in self.settings.devices]
+        asked |= {"split": self.split, "calibration_batches": self.calibration_batches, "strict": self.strict}
+        return {"evaluation": {name: plain(value) for name, value in asked.items() if value is not None}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out before training what would fail after it.
