@@ -12,7 +12,6 @@ from torch import nn
 from lightning_edge.errors import AgreementError, ExportError
 from lightning_edge.exporters.artifact import Artifact, check_running, inspect_file, open_file, placed
 from lightning_edge.exporters.input_adapter import check_interface
-from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.exporters.program import deployable, in_file_form
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S
 from lightning_edge.exporters.staged import Staged
@@ -89,12 +88,11 @@ def stage(
         raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
     place = StagedPath(path)
     try:
-        trimmed = trim_kernels(network)
-        adapted = in_file_form(trimmed, *module.image_input(interface))
+        adapted = in_file_form(network, *module.image_input(interface))
         with TRACING, writing(path):
             module.write(adapted, place.staged, **options)
         contents = inspect_file(module, place.staged, path.name, _JUST_WRITTEN)
-        check_contents(trimmed, contents, target, wants_delegate=options.get("backend") != "portable")
+        check_contents(network, contents, target, wants_delegate=options.get("backend") != "portable")
         if scheme is not None:
             warn_if(target, schemes.check_scheme(contents, scheme, target))
         contents = placed(module, place.staged, contents)

@@ -93,9 +93,15 @@ def in_file_form(
 
 
 def in_plain_order(network: nn.Module) -> nn.Module:
-    """Lay out all tensors of a network in their plain order, in place; ExecuTorch cannot fold channels_last weights."""
+    """Have all tensors of a network in their plain order, and all buffers in its state_dict, in place.
+
+    ExecuTorch cannot fold channels_last weights, and takes a buffer that is not in the state_dict for none of its own.
+    """
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.contiguous()
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer)
     return network
 
 

@@ -91,6 +91,7 @@ ROOMS = {
     "flatbuffers": ("exporters.tflite",),
     "ethosu": ("exporters.micro.vela",),
     "onnx": ("exporters.onnx",),
+    "onnx_ir": ("exporters.onnx",),
     "onnxscript": ("exporters.onnx",),
     "onnxruntime": ("exporters.onnx", "devices.runner"),
     "openvino": ("exporters.onnx",),

@@ -116,6 +116,14 @@ def test_deployable_does_not_copy_the_trainer() -> None:
     assert deployable(model, torch.randn(1, 3)).precision == "fp32"
 
 
+def test_buffers_are_in_the_state_dict_of_what_is_written() -> None:
+    """ExecuTorch refuses a file whose convolution has weights that are not, or writes one that does not load."""
+    network = nn.Sequential(nn.Linear(3, 2))
+    network.register_buffer("fixed", torch.ones(2), persistent=False)
+    assert "fixed" in deployable(network, torch.randn(1, 3)).graph.state_dict()
+    assert "fixed" not in network.state_dict()
+
+
 def test_deployable_says_that_inputs_are_missing_or_too_many() -> None:
     with pytest.raises(ValueError, match="inputs are missing: to export Linear in float"):
         deployable(nn.Linear(3, 2))
