@@ -156,9 +156,9 @@ class DeviceEvaluationCallback(Callback):
         """Give what files are made and how they are judged, for loggers."""
         asked = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
         asked["devices"] = [str(device) for device in self.settings.devices]
-        asked["hooks"] = [type(hook).__name__ for hook in self.settings.hooks]
-        asked |= {"split": self.split, "calibration_batches": self.calibration_batches, "strict": self.strict}
-        asked["every_n_epochs"] = self.every_n_epochs
+        asked["hooks"] = [type(hook).__qualname__ for hook in self.settings.hooks]
+        for name in ("split", "calibration_batches", "strict", "every_n_epochs"):
+            asked[name] = getattr(self, name)
         return {"evaluation": {name: plain(value) for name, value in asked.items() if value is not None}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile
+import yaml
+from jsonargparse import ActionConfigFile, get_loader, set_loader
 
 from lightning_edge.yaml_files import parse_yaml, read_yaml
 
 RECIPE = "recipe:"
+# What makes a value more than one plain text or number.
+_STRUCTURE = frozenset("[{&*!\n")
+_LONGEST_ARGUMENT = 1000
 
 
 def recipe_names() -> list[str]:
@@ -60,3 +66,29 @@ def _read_strictly(given: str) -> None:
         read_yaml(given)
     elif "\n" in given or ":" in given:  # the configuration itself
         parse_yaml(given, "the text")
+
+
+@contextmanager
+def strict_values() -> Iterator[None]:
+    """Within this context jsonargparse reads whatever it reads as strictly as ``--config``, files of parts included.
+
+    Its own loader is PyYAML's in C, which crashes with some thousand brackets in each other, and fills in aliases
+    without end.
+    """
+    loader = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        if _STRUCTURE & set(text):
+            try:
+                parse_yaml(text, "the value")
+            except ValueError as error:
+                if "\n" in text.strip() or len(text) > _LONGEST_ARGUMENT:  # of a file, and meant to be no plain text
+                    raise
+                raise yaml.YAMLError(str(error)) from error
+        return loader(text)
+
+    set_loader("yaml", load, (yaml.YAMLError,))
+    try:
+        yield
+    finally:
+        set_loader("yaml", loader, (yaml.YAMLError,))

@@ -18,7 +18,7 @@ from lightning_edge import exporters, record
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.cli import commands
 from lightning_edge.cli.config_errors import cause, explain
-from lightning_edge.cli.config_files import ConfigFile
+from lightning_edge.cli.config_files import ConfigFile, strict_values
 from lightning_edge.cli.trainer import EdgeTrainer
 from lightning_edge.errors import EdgeError, first_line
 from lightning_edge.evaluation.settings import check_targets
@@ -162,7 +162,8 @@ def main(args: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         commands.run(sys.argv[1:] if args is None else args)
-        EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)
+        with strict_values():
+            EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)
     except Exception as error:
         if _debugging() or not _is_told(error):
             raise

@@ -388,6 +388,26 @@ def test_file_that_is_no_configuration_is_told(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("class_path: a\ninit_args: " + "[" * 20_000, "model: the value is nested too deeply"),
+        ("[" * 20_000, "model: the value is nested too deeply"),
+        (BOMB, "model: the value: line 6, column 5: there are more than 100,000 values"),
+        ("class_path: a\nclass_path: b\n", "model: the value: line 2, column 1: 'class_path' is given twice"),
+    ],
+    ids=["deep", "brackets", "aliases", "key twice"],
+)
+def test_a_file_of_a_part_is_read_as_strictly(
+    run: Run, config: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    config.with_name("part.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        run("fit", "--config", "config.yaml", "--model", "part.yaml")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
+
+
 def test_a_pipe_is_no_configuration(config: Path, run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     os.mkfifo("pipe.yaml")
     with pytest.raises(SystemExit) as exit_info:
