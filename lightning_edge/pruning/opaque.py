@@ -38,8 +38,7 @@ def as_wholes(network: nn.Module, parts: Sequence[nn.Module] = ()) -> Iterator[l
         The types of all that appear so.
     """
     types = [type(part) for part in parts]
-    layers = [module for module in network.modules() if isinstance(module, OPAQUE) and module not in parts]
-    layers += parts
+    layers = [module for module in network.modules() if isinstance(module, OPAQUE) or module in parts]
     for layer in layers:
         layer.__dict__["forward"] = _as_whole(layer)
     for part, own in zip(parts, types, strict=True):
