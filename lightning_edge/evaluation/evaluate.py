@@ -36,6 +36,7 @@ from lightning_edge.pruning import Prune
 from lightning_edge.pruning.cutting import channels_of
 from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
 from lightning_edge.quantization.calibration_check import in_words
+from lightning_edge.quantization.phase import as_trained
 from lightning_edge.record import changes_of
 from lightning_edge.reporting.monitor import Monitor, choose
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
@@ -192,7 +193,7 @@ class _Evaluation:
             try:
                 inputs = calibration()
                 batches = len(inputs)
-                quantized = quantize(floats.network.graph, inputs)
+                quantized = quantize(floats.network.graph, inputs, **as_trained(changes_of(trained)))
                 if findings := check_calibration(quantized, floats.reference.calls, max_clipped=_CLIPPED):
                     self._warnings.append(in_words(findings))
                 found.append(self._int8_candidate(convert(quantized), "post-training", floats))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,12 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_edge.errors import CompressionError
-from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.pruning.channels import Channels, Integers, Side, channels_of
-from lightning_edge.pruning.cost import Positions
-from lightning_edge.pruning.dependency import Watch, dependency_graph, groups_of
-from lightning_edge.pruning.opaque import as_wholes, untouched
+from lightning_edge.pruning.dependency import Watch
 from lightning_edge.pruning.ways import Way, fits, of_heads, of_parts
 
 # A reason that groups are left alone for is told with the names of three, and at most so many reasons.
@@ -104,21 +99,6 @@ class Group:
         return math.lcm(*steps) if steps else round_to
 
 
-@dataclass(frozen=True)
-class Structure:
-    """A network's groups, and what its weights are used for.
-
-    Attributes:
-        groups: All groups, those that stay as they are with the reason.
-        positions: Where each weight of the traced copy is used.
-        inputs: The call that was traced.
-    """
-
-    groups: list[Group]
-    positions: Positions
-    inputs: Inputs
-
-
 def left_alone(groups: Sequence[Group]) -> str:
     """Say which groups keep their channels, and why."""
     reasons: dict[str, list[str]] = {}
@@ -133,61 +113,18 @@ def left_alone(groups: Sequence[Group]) -> str:
     return f"Left alone are {'; '.join(told)}{more}." if told else "No layer is left alone."
 
 
-def trace(network: nn.Module, inputs: Inputs) -> Structure:
-    """Find a network's groups by running it.
+class Reading:
+    """Reads torch-pruning's groups of one network.
 
     Args:
-        network: A copy in eval mode whose parameters all require gradients; it is left as it is.
-        inputs: One call of it.
-
-    Raises:
-        CompressionError: If torch-pruning cannot trace it.
+        network: The network.
+        graph: torch-pruning's graph of it.
+        watch: What was seen while it ran.
+        untraced: Names of modules that were taken as a whole, with the reason.
     """
-    positions = Positions(inputs.batch_size)
 
-    def forward(model: nn.Module, _: Any) -> list[Tensor]:
-        with watch, positions.counted(model):
-            outputs = flatten_outputs(model(*inputs.args, **inputs.kwargs))
-        # An operation behind each output marks it as one: torch-pruning sees no output where a layer comes last.
-        return [output * 1 for output in outputs if output.requires_grad]
-
-    watch = Watch()
-    graph = dependency_graph(watch)
-    try:
-        with warnings.catch_warnings(), as_wholes(network) as opaque:
-            warnings.simplefilter("ignore")  # on parameters outside of layers, which are ours to judge
-            graph.build_dependency(
-                network,
-                example_inputs=inputs.args,
-                forward_fn=forward,
-                unwrapped_parameters=[],
-                customized_pruners={kind: untouched() for kind in opaque},
-                ignored_layers=[],
-                ignored_params=[],
-                verbose=False,
-            )
-            types = (nn.modules.conv._ConvNd, nn.Linear)
-            found = groups_of(graph, types)
-    except Exception as error:
-        raise CompressionError(
-            f"{type(network).__name__} cannot be pruned: torch-pruning cannot trace it "
-            f"({type(error).__name__}: {error}). Its forward must run on a batch in eval mode and "
-            "give tensors that depend on its parameters. Move what cannot be traced out of the network that is "
-            "compressed, or leave Prune out."
-        ) from error
-    reading = _Reading(network, graph, watch)
-    groups = [reading.group(group) for group in found]
-    for group, channels in zip(groups, found, strict=True):
-        if not group.reason:
-            others = [reading.group(channels, way) for way in reading.ways(group, channels)]
-            group.others = [other for other in others if not other.reason]
-    return Structure(groups, positions, inputs)
-
-
-class _Reading:
-    """Reads torch-pruning's groups of one network."""
-
-    def __init__(self, network: nn.Module, graph: Any, watch: Watch) -> None:
+    def __init__(self, network: nn.Module, graph: Any, watch: Watch, untraced: Mapping[str, str]) -> None:
+        self.untraced = untraced
         self.network = network
         self.graph = graph
         self.watch = watch
@@ -218,6 +155,7 @@ class _Reading:
                     yield way
 
     def group(self, found: Any, way: Way | None = None) -> Group:
+        """Read one group, as its channels go alone or by another way."""
         root = found[0].dep.target.module
         group = Group(self.modules[id(root)])
         if way is not None:
@@ -251,7 +189,8 @@ class _Reading:
                 side: Side = "both" if out and self.graph.is_in_channel_pruning_fn(handler) else "out" if out else "in"
                 if side != "in":
                     group.makers.append(name)
-                described = channels_of(node.module, side)
+                why = self.untraced.get(name)
+                described = channels_of(node.module, side) if why is None else f"torch-pruning cannot trace that: {why}"
                 if isinstance(described, str):
                     group.reason = group.reason or f"its channels reach {name or 'the network'!r}, and {described}"
                     continue

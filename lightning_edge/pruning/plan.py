@@ -16,10 +16,11 @@ from lightning_edge.pruning.copies import aside, bare_copy, sample_of
 from lightning_edge.pruning.cost import MEASURES, Cost, Measure, coefficients
 from lightning_edge.pruning.cutting import cuts_of, undo_cut
 from lightning_edge.pruning.group_record import record_of
-from lightning_edge.pruning.groups import TOLD, Group, Structure, left_alone, trace
+from lightning_edge.pruning.groups import TOLD, Group, left_alone
 from lightning_edge.pruning.importance import Criterion, Floats, score, sensitivities
 from lightning_edge.pruning.patterns import ignore, matching
 from lightning_edge.pruning.selection import TOLERANCE, Choices, Scope, allowed_counts, choose
+from lightning_edge.pruning.traced import Structure, trace
 from lightning_edge.pruning.verification import find_fault
 from lightning_edge.schedule import Batch, Change
 

@@ -502,6 +502,18 @@ def test_training_that_made_it_worse_is_warned_of(stub: Stub, tmp_path: Path) ->
         evaluate(tmp_path, module, calibration=calibration, baseline=module.net, monitor=Monitor("val_f1", "max"))
 
 
+def test_the_post_training_baseline_keeps_the_same_layers_in_float(stub: Stub, tmp_path: Path) -> None:
+    module = Classifier()
+    phase = Quantize(start=0, skip=[f"{len(module.net) - 1}"], linear_weights="per_tensor")
+    trainer(EdgeCompressionCallback([phase]), max_epochs=1).fit(module, TRAINING, VALIDATION)
+    report = evaluate(tmp_path, module, calibration=calibration)
+    trained, after = (
+        next(row.size_bytes for row in report.rows if row.label == f"torch int8 ({source})")
+        for source in ("trained", "post-training")
+    )
+    assert trained == after
+
+
 # The callback.
 
 

@@ -18,8 +18,8 @@ from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.pruning import Prune, plan
 from lightning_edge.pruning.copies import bare_copy
 from lightning_edge.pruning.cutting import channels_of, make_cut
-from lightning_edge.pruning.groups import trace
 from lightning_edge.pruning.importance import CRITERIA, score
+from lightning_edge.pruning.traced import trace
 from lightning_edge.pruning.verification import find_fault
 from lightning_edge.schedule import Change, Clock
 from lightning_edge.succession import follow

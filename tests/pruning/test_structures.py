@@ -12,6 +12,7 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.pruning import Prune
 from lightning_edge.pruning.cutting import make_cut, undo_cut
+from lightning_edge.pruning.traced import trace
 from lightning_edge.schedule import Change, Clock
 
 
@@ -162,3 +163,51 @@ def test_attention_loses_whole_heads(kind: type[Attention]) -> None:
     assert torch.equal(heads, heads[:, :1] // 8 * 8 + torch.arange(8))
     assert attention.head_dim == 8
     assert attention.num_heads == (2 if kind is CountedAttention else 4)
+
+
+@torch.jit.script
+def halves(y: Tensor) -> Tensor:
+    """A split that is not seen as one, and one part of it read twice."""
+    first, second = y.split([8, 8], 1)
+    return torch.cat([first, second, first + second], 1)
+
+
+class Scripted(nn.Module):
+    """A part that calls TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(16, 16), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(halves(self.wide(x)))
+
+
+def test_only_the_part_that_cannot_be_traced_is_left_alone() -> None:
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(3)])
+    blocks[1].append(Scripted())
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = blocks, nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    network, inputs = Blocks(), Inputs((torch.randn(2, 16),))
+    types = [type(module) for module in network.modules()]
+    structure = trace(network.eval(), inputs)
+    assert [type(module) for module in network.modules()] == types
+    reasons = {group.name: group.reason for group in structure.groups}
+    assert {name for name, reason in reasons.items() if not reason} == {
+        "blocks.0.0",
+        "blocks.0.2",
+        "blocks.1.0",
+        "blocks.2.0",
+        "blocks.2.2",
+    }
+    assert "blocks.1.3" in reasons["blocks.1.2"]
+    assert "cannot trace that" in reasons["blocks.1.2"]
