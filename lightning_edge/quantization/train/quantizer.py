@@ -175,9 +175,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         if self._plan:
             self._follow_plan(model, activations)
         for node in model.graph.nodes:
-            if node not in activations or _annotation(node) is not None or not _is_float(node):
-                continue
-            if node in self._float:
+            if node not in activations or node in self._float or _annotation(node) is not None or not _is_float(node):
                 continue
             if node in masked:
                 if node.target in FIXED_RANGE:  # the softmax, float in front and int8 behind
@@ -209,7 +207,8 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         What lies between layers goes with them: it stays float, or has 16 bits, where all that it is fed does. What
         moves the network's input to its first layers goes with those.
         """
-        nodes = [node for node in model.graph.nodes if node in activations and _is_quantizable(node)]
+        quantizable = {node for node in activations if node.target in _QUANTIZABLE or _is_part(node)}
+        nodes = [node for node in model.graph.nodes if node in quantizable]
         names = {node: node_names(node) for node in nodes}
         known = dict.fromkeys(name for node in nodes for name in reversed(names[node]))
         check_patterns(self._plan, known, "the network")
@@ -318,13 +317,8 @@ def is_layer(node: Node) -> bool:
     return node.target in WEIGHTED and POOLS not in node.meta
 
 
-def _is_quantizable(node: Node) -> bool:
-    return node.target in _QUANTIZABLE or _is_part(node)
-
-
-def _is_part(node: Node) -> bool:
-    """Whether this is one of the results of a split."""
-    return node.target is operator.getitem and node.args[0].target in SPLITTING  # type: ignore[union-attr]
+def _is_part(node: Node) -> bool:  # of what a split gives
+    return node.target is operator.getitem and node.args[0].target in SPLITTING  # type: ignore[union-attr, operator]
 
 
 def _annotation(node: Node) -> Any:
