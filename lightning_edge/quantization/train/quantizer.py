@@ -46,6 +46,8 @@ WEIGHTED: dict[Any, int] = {
     aten.conv2d.default: 0,
     aten.conv1d.padding: 0,
     aten.conv2d.padding: 0,
+    aten.conv3d.default: 0,
+    aten.conv3d.padding: 0,
     aten.conv_transpose1d.default: 1,
     aten.conv_transpose2d.input: 1,
     aten.linear.default: 0,
@@ -215,12 +217,10 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         for node in nodes:
             word = precision_of(names[node], self._plan)
             sources = [source for source in node.all_input_nodes if source in activations]
-            follows = not is_layer(node)
-            if word == "float" or (follows and self._float.issuperset(sources)):
+            moves = not is_layer(node)
+            if word == "float" or (moves and self._float.issuperset(sources)):
                 self._float.add(node)
-            elif node.target in FIXED_RANGE:
-                continue
-            elif word == "int8_a16" or (follows and self._wide.issuperset(sources)):
+            elif node.target not in FIXED_RANGE and (word == "int8_a16" or (moves and self._wide.issuperset(sources))):
                 self._wide.add(node)
         moved = {node for node in activations if node.op == "placeholder"}
         for node in nodes:
@@ -233,8 +233,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         layers = [node for node in nodes if is_layer(node) and node.args[1] not in activations]
         if layers and self._float.issuperset(layers):
             raise CompressionError(
-                f"skip and precisions leave all {len(layers)} layers of the network in float; leave quantization "
-                "out instead"
+                f"skip and precisions leave all {len(layers)} layers of the network in float; leave quantization out"
             )
 
     def _annotate_weighted(self, node: Node, activations: set[Node]) -> None:
@@ -317,8 +316,10 @@ def is_layer(node: Node) -> bool:
     return node.target in WEIGHTED and POOLS not in node.meta
 
 
-def _is_part(node: Node) -> bool:  # of what a split gives
-    return node.target is operator.getitem and node.args[0].target in SPLITTING  # type: ignore[union-attr, operator]
+def _is_part(node: Node) -> bool:
+    """Whether this is one of the results of a split."""
+    whole = node.args[0] if node.target is operator.getitem else None
+    return isinstance(whole, Node) and whole.target in SPLITTING
 
 
 def _annotation(node: Node) -> Any:
@@ -382,8 +383,7 @@ class PerChannelMinMaxNow(PerChannelMinMaxObserver):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Take the range of ``x`` in place of the one so far."""
         self.reset_min_max_vals()
-        observed: torch.Tensor = super().forward(x)
-        return observed
+        return super().forward(x)  # type: ignore[no-any-return]
 
 
 def fed_nodes(model: GraphModule) -> set[Node]:
