@@ -96,7 +96,10 @@ ROOMS = {
     "onnxscript": ("exporters.onnx",),
     "onnxruntime": ("exporters.onnx", "devices.runner"),
     "openvino": ("exporters.onnx",),
-    "transformers": (),
+    "PIL": ("exporters.coreml.runners", "zoo.image_folder"),
+    "timm": ("zoo.backbones",),
+    "torchvision": ("zoo.backbones",),
+    "transformers": ("zoo.backbones",),
     "matplotlib": (),
 }
 

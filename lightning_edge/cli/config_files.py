@@ -6,36 +6,17 @@ import os
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, get_loader, set_loader
 
+from lightning_edge.cli.recipe_files import RECIPE, recipe_path
 from lightning_edge.yaml_files import parse_yaml, read_yaml
 
-RECIPE = "recipe:"
 # What makes a value more than one plain text or number.
 _STRUCTURE = frozenset("[{&*!\n")
 _LONGEST_ARGUMENT = 1000
-
-
-def recipe_names() -> list[str]:
-    """List the recipes that ship with this package."""
-    files = resources.files("lightning_edge.recipes").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-def recipe_path(name: str) -> Path:
-    """Find the file of a recipe, in a checkout as in an installed wheel.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
-    if name not in recipe_names():
-        raise ValueError(f"there is no recipe {name!r}. Recipes: {', '.join(recipe_names())}")
-    return Path(str(resources.files("lightning_edge.recipes") / f"{name}.yaml"))
 
 
 class ConfigFile(ActionConfigFile):
@@ -45,7 +26,7 @@ class ConfigFile(ActionConfigFile):
         """Read one configuration into ``cfg``."""
         if isinstance(values, str) and values.startswith(RECIPE):
             try:
-                values = str(recipe_path(values.removeprefix(RECIPE)))
+                values = str(recipe_path(values))
             except ValueError as error:
                 raise ArgumentError(None, str(error)) from error
         elif isinstance(values, str):

@@ -28,6 +28,7 @@ from lightning_edge.quiet import quiet_libraries
 _OF_FILES = (
     "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources, report "
     "FOLDER [FOLDER ...] makes the page of a report or puts several side by side. "
+    "recipes lists the configurations that ship with this package. "
     "On many trainings: sweep FILE runs them, front FOLDER chooses among them."
 )
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")

@@ -14,8 +14,8 @@ import yaml
 
 from lightning_edge import CompressionError, exporters
 from lightning_edge.cli.config_errors import explain
-from lightning_edge.cli.config_files import recipe_names, recipe_path
 from lightning_edge.cli.main import main
+from lightning_edge.cli.recipe_files import recipe_names, recipe_path
 from lightning_edge.interface import Interface
 from lightning_edge.reporting.manifest import Manifest
 from lightning_edge.zoo.digits import DigitsDataModule
@@ -263,7 +263,9 @@ def test_missing_recipe_lists_those_there_are(run: Run, capfd: pytest.CaptureFix
     with pytest.raises(SystemExit) as exit_info:
         run("fit", "--config", "recipe:quickstat")
     assert exit_info.value.code == 2
-    assert capfd.readouterr().err.startswith("error: there is no recipe 'quickstat'. Recipes: cifar10-resnet8-int8, ")
+    assert capfd.readouterr().err.startswith(
+        "error: there is no recipe 'quickstat'. Did you mean quickstart? Recipes: "
+    )
     with pytest.raises(ValueError, match=r"there is no recipe '\.\./pyproject'"):
         recipe_path("../pyproject")
     assert all(recipe_path(name).is_file() for name in recipe_names())

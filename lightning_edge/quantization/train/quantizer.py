@@ -176,9 +176,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         if self._plan:
             self._follow_plan(model, activations)
         for node in model.graph.nodes:
-            if node not in activations or _annotation(node) is not None or not _is_float(node):
-                continue
-            if node in self._float:
+            if node not in activations or node in self._float or _annotation(node) is not None or not _is_float(node):
                 continue
             if node in masked:
                 if node.target in FIXED_RANGE:  # the softmax, float in front and int8 behind
@@ -210,19 +208,18 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         What lies between layers goes with them: it stays float, or has 16 bits, where all that it is fed does. What
         moves the network's input to its first layers goes with those.
         """
-        nodes = [node for node in model.graph.nodes if node in activations and _is_quantizable(node)]
+        quantizable = {node for node in activations if node.target in _QUANTIZABLE or _is_part(node)}
+        nodes = [node for node in model.graph.nodes if node in quantizable]
         names = {node: node_names(node) for node in nodes}
         known = dict.fromkeys(name for node in nodes for name in reversed(names[node]))
         check_patterns(self._plan, known, "the network")
         for node in nodes:
             word = precision_of(names[node], self._plan)
             sources = [source for source in node.all_input_nodes if source in activations]
-            follows = not is_layer(node)
-            if word == "float" or (follows and self._float.issuperset(sources)):
+            moves = not is_layer(node)
+            if word == "float" or (moves and self._float.issuperset(sources)):
                 self._float.add(node)
-            elif node.target in FIXED_RANGE:
-                continue
-            elif word == "int8_a16" or (follows and self._wide.issuperset(sources)):
+            elif node.target not in FIXED_RANGE and (word == "int8_a16" or (moves and self._wide.issuperset(sources))):
                 self._wide.add(node)
         moved = {node for node in activations if node.op == "placeholder"}
         for node in nodes:
@@ -235,8 +232,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         layers = [node for node in nodes if is_layer(node) and node.args[1] not in activations]
         if layers and self._float.issuperset(layers):
             raise CompressionError(
-                f"skip and precisions leave all {len(layers)} layers of the network in float; leave quantization "
-                "out instead"
+                f"skip and precisions leave all {len(layers)} layers of the network in float; leave quantization out"
             )
 
     def _annotate_weighted(self, node: Node, activations: set[Node]) -> None:
@@ -317,10 +313,6 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
 def is_layer(node: Node) -> bool:
     """Whether an operation is a convolution or linear layer of the network, and not what a pool was written as."""
     return node.target in WEIGHTED and POOLS not in node.meta
-
-
-def _is_quantizable(node: Node) -> bool:
-    return node.target in _QUANTIZABLE or _is_part(node)
 
 
 def _is_part(node: Node) -> bool:
