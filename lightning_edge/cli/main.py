@@ -28,6 +28,7 @@ from lightning_edge.quantization.network import CHILD
 from lightning_edge.quiet import quiet_libraries
 
 _OF_FILES = (
+    "Before a training: fits CONFIG --device NAME. "
     "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources, report "
     "FOLDER [FOLDER ...] makes the page of a report or puts several side by side. "
     "On many trainings: sweep FILE runs them, front FOLDER chooses among them."
