@@ -11,6 +11,7 @@ from importlib import import_module
 
 # Name, and module with a function main(arguments) that returns the status.
 _MODULES = {
+    "fits": "lightning_edge.cli.fits",
     "front": "lightning_edge.cli.front",
     "microcontroller": "lightning_edge.cli.microcontroller",
     "recipes": "lightning_edge.cli.recipes",
@@ -19,6 +20,7 @@ _MODULES = {
     "verify": "lightning_edge.cli.verify",
 }
 COMMANDS = {
+    "fits": "tell whether a file, or a network before it is trained, fits a board",
     "front": "show the Pareto front of a sweep, and take the best files out of it",
     "microcontroller": "write an int8 .tflite file as C++ sources",
     "recipes": "list the configurations that ship with this package, show one, copy some",

@@ -151,7 +151,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit) as exit_info:
         run("evaluate", "--config", str(tmp_path / "settings.yaml"), "--ckpt_path", "checkpoints/trained.ckpt")
-    assert exit_info.value.code == 1
+    assert exit_info.value.code == 3
     error = capfd.readouterr().err
     assert "error: executorch int8 (trained) is over its budget: size_bytes " in error
     assert "above 1,000" in error
