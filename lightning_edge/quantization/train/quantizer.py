@@ -18,7 +18,6 @@ import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import (
     FixedQParamsObserver,
-    HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     PerChannelMinMaxObserver,
@@ -37,6 +36,7 @@ from lightning_edge.quantization.capture.nodes import POOLS, REARRANGES
 from lightning_edge.quantization.capture.norms import logarithms, written_norms
 from lightning_edge.quantization.plan import LinearWeights, Plan, check_patterns, node_names, precision_of
 from lightning_edge.quantization.train.fake_quantize import FakeQuantize
+from lightning_edge.quantization.train.histogram import FastHistogramObserver
 
 aten = torch.ops.aten
 
@@ -151,7 +151,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         self, averaging: float | None, plan: Plan | None = None, linear_weights: LinearWeights = "per_channel"
     ) -> None:
         super().__init__()
-        observer: Callable[..., Any] = HistogramObserver
+        observer: Callable[..., Any] = FastHistogramObserver
         wide: Callable[..., Any] = MinMaxObserver
         if averaging is not None:
             wide = observer = MovingAverageMinMaxObserver.with_args(averaging_constant=averaging)
