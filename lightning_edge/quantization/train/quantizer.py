@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import (
-    HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
 )
@@ -35,6 +34,7 @@ from lightning_edge.quantization.capture.nodes import POOLS, REARRANGES
 from lightning_edge.quantization.capture.norms import logarithms, written_norms
 from lightning_edge.quantization.plan import LinearWeights, Plan, check_patterns, node_names, precision_of
 from lightning_edge.quantization.train.fake_quantize import FakeQuantize
+from lightning_edge.quantization.train.histogram import FastHistogramObserver
 from lightning_edge.quantization.train.specs import activation_spec, fixed_spec, weight_spec, wide_activation_spec
 
 aten = torch.ops.aten
@@ -152,7 +152,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         self, averaging: float | None, plan: Plan | None = None, linear_weights: LinearWeights = "per_channel"
     ) -> None:
         super().__init__()
-        observer: Callable[..., Any] = HistogramObserver
+        observer: Callable[..., Any] = FastHistogramObserver
         wide: Callable[..., Any] = MinMaxObserver
         if averaging is not None:
             wide = observer = MovingAverageMinMaxObserver.with_args(averaging_constant=averaging)
