@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_edge.contents import Contents
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters.micro import arena
+from lightning_edge.exporters.micro.endpoints import comment, declarations
 from lightning_edge.exporters.micro.operators import METHODS
 from lightning_edge.exporters.tflite.graph import op_name, parse
 from lightning_edge.exporters.tflite.read import contents
@@ -67,7 +69,7 @@ class Sources:
     """The two files written, and what they need.
 
     Attributes:
-        header: Declarations, the size of the arena, and the operators to register.
+        header: Declarations, the size of the arena, inputs and outputs, and the operators to register.
         source: The array.
         footprint: What it needs of a microcontroller.
     """
@@ -97,12 +99,13 @@ def write(path: str | Path, folder: str | Path) -> Sources:
     """
     path, folder = Path(path), Path(folder)
     data = _read(path)
-    found = _footprint(path, data)
+    held = _contents(path)
+    found = _footprint(path, data, held)
     name = identifier(path.stem)
     digest = hashlib.sha256(data).hexdigest()
-    origin = f"// Written by lightning-edge from {_comment(path.name)}\n// SHA-256 {digest}\n"
+    origin = f"// Written by lightning-edge from {comment(path.name)}\n// SHA-256 {digest}\n"
     header, source = folder / f"{name}.h", folder / f"{name}.cc"
-    _place({source: origin + _array(name, data), header: origin + _header(name, found)})
+    _place({source: origin + _array(name, data), header: origin + _header(name, found, held)})
     return Sources(header, source, found)
 
 
@@ -117,7 +120,8 @@ def footprint(path: str | Path) -> Footprint:
             without a kernel.
         MissingExtraError: If the extra ``tflite`` is not installed.
     """
-    return _footprint(Path(path), _read(Path(path)))
+    path = Path(path)
+    return _footprint(path, _read(path), _contents(path))
 
 
 def identifier(stem: str) -> str:
@@ -171,10 +175,14 @@ def setup_bytes(model: Any) -> int:
     return max(_PLANNING_BYTES * len(graph.tensors), *preparing, 0)
 
 
-def _footprint(path: Path, data: bytes) -> Footprint:
+def _contents(path: Path) -> Contents:
+    with _refusing(path):
+        return contents(path)
+
+
+def _footprint(path: Path, data: bytes, held: Contents) -> Footprint:
     with _refusing(path):
         model = parse(data)
-        held = contents(path)
     _check(path, model, held.float_compute_ops + held.float_ops, tuple(held.ops))
     with _refusing(path):
         buffers = arena.activations(model)
@@ -252,7 +260,7 @@ def _array(name: str, data: bytes) -> str:
     )
 
 
-def _header(name: str, found: Footprint) -> str:
+def _header(name: str, found: Footprint, held: Contents) -> str:
     guard = f"LIGHTNING_EDGE_{name.upper()}_H_"
     return f"""#ifndef {guard}
 #define {guard}
@@ -265,6 +273,8 @@ extern const std::size_t {name}_data_length;
 // An estimate to begin with: activations, {found.activation_bytes} bytes as planned; about {found.persistent_bytes}
 // that the interpreter keeps; and a tenth. MicroInterpreter::arena_used_bytes() tells what it takes.
 constexpr std::size_t {name}_arena_bytes = {found.arena_bytes};
+
+{declarations(name, held)}
 
 #ifdef {REGISTER_MACRO}
 {register_operators(name, found.operators)}
@@ -324,11 +334,6 @@ def _place(texts: dict[Path, str]) -> None:
 
 def _scales(tensor: Any) -> int:
     return 0 if tensor.quantization is None or tensor.quantization.scale is None else len(tensor.quantization.scale)
-
-
-def _comment(text: str) -> str:
-    """A file's name as a line comment takes it: nothing that ends or continues the line."""
-    return re.sub(r"[^ -\[\]-~]", "?", text)
 
 
 def _text(name: Any) -> str:

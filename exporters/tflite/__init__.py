@@ -22,6 +22,7 @@ from lightning_edge.exporters.passes.base import apply_passes, run_passes
 from lightning_edge.exporters.passes.float_barriers import separate_float_layers
 from lightning_edge.exporters.passes.fold_constants import fold_constants
 from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
+from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.exporters.run import ends
 from lightning_edge.exporters.run.runner import Intermediate, Runner
 from lightning_edge.exporters.target import Target, explain
@@ -53,7 +54,8 @@ CAPTURED_PASSES = (
 )
 # On the exported program, in this order.
 PASSES = (
-    unfold_weights,  # first: later passes move quantized constants about
+    trim_kernels,  # weights that only meet padding are left out; first, while they are stored as they were trained
+    unfold_weights,  # before all that moves quantized constants about
     write_out_log_sigmoid,  # the converter mixes up the axes of the minimum that it writes
     choose_by_where,  # it also mixes up those of where() with operands of fewer dimensions; gives views of constants
     pick_nearest,  # LiteRT rounds the rows of a resize otherwise than torch
@@ -182,11 +184,7 @@ def _convert(network: Deployable) -> bytes:
     except ExportError:
         raise
     except Exception as error:
-        raise explain(
-            "tflite",
-            error,
-            "Replace that operation by one that LiteRT has, or leave the target out.",
-        ) from error
+        raise explain("tflite", error, "LiteRT") from error
 
 
 def _apply_passes(network: Deployable) -> nn.Module:
@@ -218,7 +216,7 @@ def _in_scheme(model: bytes, scheme: Scheme) -> bytes:
         with redirect_stdout(StringIO()):  # it prints sizes and times
             return bytes(work.quantize().quantized_model)
     except Exception as error:
-        raise explain("tflite", error, "Export without scheme=..., or choose another scheme.") from error
+        raise explain("tflite", error, "LiteRT", "Export without scheme=..., or choose another scheme.") from error
 
 
 @contextmanager

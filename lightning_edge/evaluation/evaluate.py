@@ -17,6 +17,7 @@ from torch import nn
 from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
 from lightning_edge.errors import AgreementError, EdgeError, first_line
+from lightning_edge.evaluation.hooks import call_hooks
 from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference
@@ -89,7 +90,9 @@ def evaluate_module(
     """
     with unwinding(), only_run(Path(settings.dirpath)):
         report = _Evaluation(validation, settings, tell).run(calibration, baseline, watched)
-        return write(report, Path(settings.dirpath), recipe)
+        written = write(report, Path(settings.dirpath), recipe)
+    call_hooks(settings.hooks, written, Path(settings.dirpath))
+    return written
 
 
 @dataclass(frozen=True)

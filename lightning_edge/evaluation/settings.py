@@ -11,6 +11,7 @@ from lightning_edge.devices.device import Device
 from lightning_edge.devices.named import check_names
 from lightning_edge.devices.runner import RUNTIMES
 from lightning_edge.devices.settings import DeviceSettings
+from lightning_edge.evaluation.hooks import EvaluationHook
 from lightning_edge.exporters import TARGETS, check_options
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.contents import check_share
@@ -40,6 +41,7 @@ class EvaluationSettings:
         name: First part of each file's name.
         devices: Devices that the files are run on as well, by name or in person.
         on_devices: What is measured there.
+        hooks: What is called with each file and with the report when it is written.
 
     Raises:
         ValueError: If a target or one of its options is unknown, ``max_fallback`` or ``name`` is out of its range, or
@@ -59,6 +61,7 @@ class EvaluationSettings:
     name: str = "model"
     devices: Sequence[str | Device] = ()
     on_devices: DeviceSettings = field(default_factory=DeviceSettings)
+    hooks: Sequence[EvaluationHook] = ()
 
     def __post_init__(self) -> None:
         check_targets(self.targets, self.options)

@@ -200,6 +200,14 @@ def in_folder(config: Mapping[str, Any], folder: Path, seed: int | None = None) 
     return placed
 
 
+def without_edge_callbacks(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a configuration that only trains: without compression and without files."""
+    alone: dict[str, Any] = copy.deepcopy(dict(config))
+    kept = [callback for callback in _callbacks(alone) if _class_name(callback) not in (_COMPRESSION, _EVALUATION)]
+    alone["trainer"]["callbacks"] = kept
+    return alone
+
+
 def _evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
     return next(callback for callback in _callbacks(config) if _class_name(callback) == _EVALUATION)
 

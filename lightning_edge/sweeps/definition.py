@@ -24,7 +24,7 @@ from lightning_edge.sweeps.objectives import (
 from lightning_edge.sweeps.samplers import SamplerName
 from lightning_edge.sweeps.space import Dimension, combinations, count, read_space
 
-_KEYS = ("base", "space", "objectives", "constraints", "trials", "seeds", "sampler")
+_KEYS = ("base", "space", "objectives", "constraints", "trials", "seeds", "sampler", "warm_start")
 _REQUIRED = ("base", "space", "objectives")
 RECIPE = "recipe:"
 
@@ -43,6 +43,7 @@ class Definition:
         trials: How many settings are trained.
         seeds: How often each of them is.
         sampler: What chooses them.
+        warm_start: What every trial begins from: the path of a checkpoint, or epochs to train the float network for.
     """
 
     study: str
@@ -54,6 +55,7 @@ class Definition:
     trials: int
     seeds: int
     sampler: SamplerName
+    warm_start: str | int | None = None
 
     def identity(self) -> dict[str, str]:
         """Give what must stay the same for trials to belong to one study, each as text to compare."""
@@ -64,6 +66,9 @@ class Definition:
             "constraints": dict(self.constraints),
             "seeds": self.seeds,
         }
+        if self.warm_start is not None:
+            # The file may have been beside the sweep file, and a copy of that is elsewhere.
+            parts["warm_start"] = self.warm_start if isinstance(self.warm_start, int) else Path(self.warm_start).name
         return {name: json.dumps(part, sort_keys=True) for name, part in parts.items()}
 
 
@@ -154,6 +159,7 @@ def parse_definition(text: str, path: Path) -> Definition:
         trials=trials,
         seeds=_whole("seeds", given.get("seeds", 1)),
         sampler=_sampler(given.get("sampler"), total, trials),
+        warm_start=_warm_start(given.get("warm_start"), path),
     )
 
 
@@ -169,6 +175,11 @@ def bind(definition: Definition, checker: Checker) -> Sweep:
     """
     base = Base(definition.base, checker.resolve(definition.base))
     base.check_keys(definition.space, definition.seeds)
+    if isinstance(definition.warm_start, str) and not Path(definition.warm_start).is_file():
+        raise SweepError(
+            f"warm_start: there is no file {definition.warm_start!r}; give a checkpoint, or {{epochs: <number>}} to "
+            "train the float network first"
+        )
     deciding = list(definition.objectives)
     objectives = [
         Objective(figure, definition.objectives[figure.name])
@@ -203,9 +214,23 @@ def _check_values(sweep: Sweep, checker: Checker) -> None:
 
 
 def _base(given: str, path: Path) -> str:
-    """Give the name of the base; a file beside the sweep file comes before one in the current folder."""
+    return given if given.startswith(RECIPE) else _beside(given, path)
+
+
+def _beside(given: str, path: Path) -> str:
+    """Find a file that a sweep file names: beside it, else in the current folder."""
     beside = path.parent / given
-    return str(beside) if not given.startswith(RECIPE) and beside.is_file() else given
+    return str(beside) if beside.is_file() else given
+
+
+def _warm_start(given: Any, path: Path) -> str | int | None:
+    if given is None:
+        return None
+    if isinstance(given, str) and given:
+        return _beside(given, path)
+    if isinstance(given, dict) and set(given) == {"epochs"}:
+        return _whole("warm_start.epochs", given["epochs"])
+    raise SweepError(f"warm_start: given {given!r}; allowed: the path of a checkpoint, or {{epochs: <number>}}")
 
 
 def _whole(key: str, value: Any) -> int:

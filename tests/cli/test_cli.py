@@ -114,7 +114,7 @@ def test_export_writes_int8_files(
     manifest = Manifest.read(tmp_path / "out")
     assert [entry.path for entry in manifest.files] == ["model-int8.pte"]
     assert manifest.files[0].agreement["samples"] == 16
-    assert manifest.files[0].interface == Interface(outputs=("scores",), layout="nhwc")
+    assert manifest.files[0].interface == Interface(("input",), ("scores",), layout="nhwc")
     assert [end.shape for end in manifest.files[0].inputs] == [(1, 8, 8, 1)]
     assert [end.shape for end in manifest.files[0].sample] == [(1, 1, 8, 8)]
     assert "lightning_edge.zoo.networks.DigitsCNN" in str(yaml.safe_load(str(manifest.recipe))["model"])

@@ -198,7 +198,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
                 self._annotate_shared(node, [node.args[0]])
             elif node.target in JOINING:
                 self._annotate_shared(node, list(node.args[0]))
-            elif node.target is operator.getitem and node.args[0].target in SPLITTING:
+            elif _is_part(node):
                 self._annotate_split(node)
         return model
 
@@ -211,7 +211,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         What lies between layers goes with them: it stays float, or has 16 bits, where all that it is fed does. What
         moves the network's input to its first layers goes with those.
         """
-        nodes = [node for node in model.graph.nodes if node in activations and node.target in _QUANTIZABLE]
+        nodes = [node for node in model.graph.nodes if node in activations and _is_quantizable(node)]
         names = {node: node_names(node) for node in nodes}
         known = dict.fromkeys(name for node in nodes for name in reversed(names[node]))
         check_patterns(self._plan, known, "the network")
@@ -318,6 +318,16 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
 def is_layer(node: Node) -> bool:
     """Whether an operation is a convolution or linear layer of the network, and not what a pool was written as."""
     return node.target in WEIGHTED and POOLS not in node.meta
+
+
+def _is_quantizable(node: Node) -> bool:
+    return node.target in _QUANTIZABLE or _is_part(node)
+
+
+def _is_part(node: Node) -> bool:
+    """Whether this is one of the results of a split."""
+    whole = node.args[0] if node.target is operator.getitem else None
+    return isinstance(whole, Node) and whole.target in SPLITTING
 
 
 def _annotation(node: Node) -> Any:

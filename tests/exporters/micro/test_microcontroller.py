@@ -22,6 +22,8 @@ from lightning_edge.exporters.micro import sources as microcontroller
 from lightning_edge.exporters.micro.operators import METHODS
 from lightning_edge.exporters.micro.sources import footprint, identifier, write
 from lightning_edge.exporters.tflite import graph as tflite_graph
+from lightning_edge.exporters.tflite.read import contents
+from lightning_edge.interface import Interface
 
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("litert_torch")
@@ -54,7 +56,13 @@ int main() {{
   if ({name}_register_operators(resolver) != kTfLiteOk) return 3;
   if (reinterpret_cast<std::uintptr_t>({name}_data) % 16) return 4;
   for (const auto& name : resolver.registered) std::fprintf(stderr, "%s ", name.c_str());
-  std::fprintf(stderr, "%zu", {name}_arena_bytes);
+  std::fprintf(stderr, "%zu\\n", {name}_arena_bytes);
+  static_assert({name}_inputs == 1 && {name}_outputs == 1 && {name}_labels_length == 3, "counts");
+  for (int size : {name}_input_0_shape) std::fprintf(stderr, "%d ", size);
+  for (int size : {name}_output_0_shape) std::fprintf(stderr, "%d ", size);
+  std::fprintf(stderr, "%d %d\\n", {name}_input_0_zero_point, {name}_output_0_zero_point);
+  std::fprintf(stderr, "%.9g %.9g", {name}_input_0_scale, {name}_output_0_scale);
+  for (const char* label : {name}_labels) std::fprintf(stderr, "\\n%s", label);
   return std::fwrite({name}_data, 1, {name}_data_length, stdout) == {name}_data_length ? 0 : 5;
 }}
 """
@@ -64,7 +72,8 @@ int main() {{
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An int8 file, written once."""
     path = tmp_path_factory.mktemp("model") / "3 pooled-net.tflite"
-    export(network("pooled", "int8"), "tflite", path, batches=batches("pooled"))
+    interface = Interface(inputs=("image",), labels=("cat", 'a "dog"?', "été"))
+    export(network("pooled", "int8"), "tflite", path, batches=batches("pooled"), interface=interface)
     return path
 
 
@@ -141,9 +150,15 @@ def test_it_compiles_and_registers_its_operators(model: Path, tmp_path: Path) ->
     subprocess.run([*compiler, "-I.", "main.cc", "alone.o", "-o", "main"], cwd=tmp_path, check=True)
     ran = subprocess.run([tmp_path / "main"], capture_output=True, check=True)
     assert ran.stdout == model.read_bytes()
-    *registered, arena_bytes = ran.stderr.decode().split()
+    needs, sizes, scales, *labels = ran.stderr.decode().splitlines()
+    *registered, arena_bytes = needs.split()
     assert registered == [METHODS[operator] for operator in written.footprint.operators]
     assert int(arena_bytes) == written.footprint.arena_bytes
+    (given,), (scores,) = (held := contents(model)).inputs, held.outputs
+    assert [*map(int, sizes.split())] == [*given.shape, *scores.shape, given.zero_point, scores.zero_point]
+    assert [*map(float, scales.split())] == pytest.approx([given.scale, scores.scale], rel=1e-8)
+    assert labels == list(held.labels) == ["cat", 'a "dog"?', "été"]
+    assert "// input 0, image: int8" in written.header.read_text()
 
 
 def test_tensorflow_lite_micro_itself_plans_so_and_runs_in_the_arena(
