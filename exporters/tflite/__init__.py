@@ -67,7 +67,9 @@ PASSES = (
     separate_float_layers,  # last: a barrier hides what a layer is fed
 )
 
-_PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
+# What the converter reads from the environment only, some of it once, when it is imported: whether it prints progress
+# and notes, and the note that oneDNN is on, which converting has no use for.
+_QUIET = {"LITERT_TORCH_SHOW_PROGRESS": "n", "TF_CPP_MIN_LOG_LEVEL": "1", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
 @final
@@ -168,9 +170,10 @@ TARGET = TFLite()
 
 
 def _convert(network: Deployable) -> bytes:
-    litert_torch = require("litert_torch", EXTRA)
-    quantize = require("litert_torch.quantize.quant_config", EXTRA)
-    quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
+    with _quiet():
+        litert_torch = require("litert_torch", EXTRA)
+        quantize = require("litert_torch.quantize.quant_config", EXTRA)
+        quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
     inputs, config = network.inputs, None
     try:
         graph = _apply_passes(network)
@@ -221,16 +224,14 @@ def _in_scheme(model: bytes, scheme: Scheme) -> bytes:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the converter from printing its progress, which it reads from the environment only."""
-    before = os.environ.get(_PROGRESS)
-    os.environ[_PROGRESS] = "n"
+    """Keep the converter from printing notes and its progress; what the user has set in the environment stays."""
+    ours = {name: value for name, value in _QUIET.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_PROGRESS]
-        else:
-            os.environ[_PROGRESS] = before
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _check_order(model: Any, inputs: Inputs) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.callbacks.loaders import generators_kept
+from lightning_edge.callbacks.logged_settings import log_settings, plain
 from lightning_edge.callbacks.tracking import log_metrics, log_report
 from lightning_edge.devices.device import Device
 from lightning_edge.devices.settings import DeviceSettings
@@ -145,6 +146,20 @@ class DeviceEvaluationCallback(Callback):
         self.strict = strict
         self.every_n_epochs = every_n_epochs
         self.report: Report | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log what is asked for."""
+        if stage == "fit":
+            log_settings(trainer, pl_module, self)
+
+    def logged_settings(self) -> dict[str, Any]:
+        """Give what files are made and how they are judged, for loggers."""
+        asked = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+        asked["devices"] = [str(device) for device in self.settings.devices]
+        asked["hooks"] = [type(hook).__qualname__ for hook in self.settings.hooks]
+        for name in ("split", "calibration_batches", "strict", "every_n_epochs"):
+            asked[name] = getattr(self, name)
+        return {"evaluation": {name: plain(value) for name, value in asked.items() if value is not None}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out before training what would fail after it.

@@ -45,7 +45,7 @@ class EvaluationSettings:
 
     Raises:
         ValueError: If a target or one of its options is unknown, ``max_fallback`` or ``name`` is out of its range, or
-            there are devices and no target's files run there.
+            there are devices, or a budget's device, and no target's files run there.
     """
 
     targets: Sequence[str]
@@ -69,6 +69,7 @@ class EvaluationSettings:
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
         check_names(self.devices)
+        check_board(self.budget, self.targets, self.options)
         if self.devices and not {*self.targets} & {*RUNTIMES}:
             raise ValueError(
                 f"devices={[str(device) for device in self.devices]} run the files of {' and '.join(RUNTIMES)}, and "
@@ -89,6 +90,29 @@ class EvaluationSettings:
         if scheme is not None and self.tolerance == Tolerance():
             return schemes.tolerance(scheme)
         return self.tolerance
+
+
+def check_board(budget: Budget | None, targets: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a budget of a device that runs none of the files.
+
+    Raises:
+        ValueError: Naming what it runs.
+    """
+    board = None if budget is None else budget.board()
+    if board is None:
+        return
+    if not {*targets} & {*board.targets}:
+        raise ValueError(
+            f"budget: device={board.name!r} runs files of {', '.join(board.targets)}, and targets={list(targets)} has "
+            "none of them; add one, or leave the device out"
+        )
+    for target in board.targets:
+        scheme = options.get(target, {}).get("scheme")
+        if target in targets and scheme is not None and not board.runs(target, scheme):
+            raise ValueError(
+                f"budget: device={board.name!r} runs files in {', '.join(board.schemes)}, and options of {target} ask "
+                f"for scheme={scheme!r}; leave the scheme or the device out"
+            )
 
 
 def check_targets(targets: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import fx
@@ -34,9 +35,9 @@ def pick_nearest(graph: fx.GraphModule, node: fx.Node) -> bool:
     Why: torch takes the row ``floor(i / scale)``, and LiteRT's converter (litert-torch 0.10) writes a resize that takes
     ``floor((i + 1/2) / scale)``. For whole factors both are the same row, and the resize has a faster kernel.
     """
-    if node.target not in _RESIZES:
+    x = node.args[0] if node.target in _RESIZES else None
+    if not isinstance(x, fx.Node):
         return False
-    x = node.all_input_nodes[0]
     before, after = shape_of(x)[2:], shape_of(node)[2:]
     if len(before) == 2 and all(size % small == 0 for size, small in zip(after, before, strict=True)):
         return False
@@ -57,8 +58,7 @@ def pick_nearest(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 def _places(node: fx.Node, sizes: tuple[int, ...]) -> list[torch.Tensor]:
     """Ask torch which row, or column, each of the result's is: by a resize of their numbers."""
-    found = []
-    resize: Any = node.target
+    found, resize = [], cast(Callable[..., torch.Tensor], node.target)
     for axis, size in enumerate(sizes):
         numbers = torch.arange(size, dtype=torch.float64).view([-1 if at == axis else 1 for at in range(len(sizes))])
         image = numbers.expand(sizes)[None, None]
