@@ -144,8 +144,8 @@ class TestSkip:
 
     @pytest.mark.parametrize(
         ("target", "skip"),
-        [(target, ["branch", "head"]) for target in ("executorch", "coreml", "tflite", "onnx")]
-        + [("onnx", ["shortcut"])]
+        [("coreml", ["branch", "head"]), ("tflite", ["branch", "head"]), ("onnx", ["shortcut"])]
+        + [pytest.param(name, ["branch", "head"], marks=pytest.mark.slow) for name in ("executorch", "onnx")]
         + [pytest.param(name, ["shortcut"], marks=pytest.mark.slow) for name in ("executorch", "coreml", "tflite")],
         ids=str,
     )
@@ -230,7 +230,13 @@ class TestPhase:
 
 class TestWideActivations:
     @pytest.mark.parametrize(
-        "precisions", [{"*": "int8_a16"}, {"branch": "int8_a16"}, {"stem": "float", "head": "int8_a16"}], ids=str
+        "precisions",
+        [
+            {"*": "int8_a16"},
+            pytest.param({"branch": "int8_a16"}, marks=pytest.mark.slow),
+            {"stem": "float", "head": "int8_a16"},
+        ],
+        ids=str,
     )
     def test_litert_runs_them(self, precisions: dict[str, str], tmp_path: Path) -> None:
         model = MODELS["residual"]

@@ -73,7 +73,10 @@ def is_running(number: int) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::lightning_edge.exporters.ExportWarning")
-@pytest.mark.parametrize(("name", "package"), [("tflite", "ai_edge_litert"), ("executorch", "executorch")])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("tflite", "ai_edge_litert"), pytest.param("executorch", "executorch", marks=pytest.mark.slow)],
+)
 def test_outputs_are_those_of_the_same_file_in_this_process(name: str, package: str, tmp_path: Path) -> None:
     pytest.importorskip(package)
     inputs = batches("tokens")[0]
@@ -192,23 +195,28 @@ def test_process_and_files_are_gone_with_the_artifact(tmp_path: Path) -> None:
 
 
 @LINUX
-def test_a_process_ends_with_one_that_was_killed(tmp_path: Path) -> None:
+def test_a_script_without_a_main_guard_runs_once_and_its_process_ends_with_it(tmp_path: Path) -> None:
+    # multiprocessing would import the script again in the process, and train once more.
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, signal, sys\nfrom lightning_edge.exporters import TARGETS, load\n"
+        "import os, signal, sys, torch\nfrom lightning_edge.exporters import TARGETS, load\n"
         f"sys.path.append({str(Path(__file__).parents[2])!r})\nTARGETS['faulty'] = 'faulty_target'\n"
-        f"artifact = load({str(file(tmp_path))!r})\nprint(artifact.runner._process.pid, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"artifact = load({str(file(tmp_path))!r})\n"
+        "print(type(artifact.runner).__name__, artifact(torch.ones(1, 3))[0].tolist())\n"
+        "print(artifact.runner._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    (tmp_path / "json.py").write_text("raise SystemExit('the folder of the script is not that of the process')")
+    found = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert found.returncode == -signal.SIGKILL, found.stderr
-    status = Path(f"/proc/{int(found.stdout)}/status")
+    answered, number = found.stdout.splitlines()
+    assert answered == "Isolated [[2.0, 2.0, 2.0]]"
+    status = Path(f"/proc/{int(number)}/status")
     for _ in range(100):
         # Where nobody waits for orphans it stays as a zombie.
         if not status.exists() or "State:\tZ" in status.read_text():
             return
         time.sleep(0.1)
-    pytest.fail(f"process {found.stdout.strip()} is still there")
+    pytest.fail(f"process {number} is still there")
 
 
 # All of these on one process.
@@ -319,21 +327,6 @@ def test_a_process_that_does_not_start_is_one_error(tmp_path: Path, monkeypatch:
 def test_a_limit_that_is_none_is_refused(tmp_path: Path, limit: float) -> None:
     with pytest.raises(ValueError, match=r"time_limit_s=.* is not allowed; give more than 0 seconds"):
         load(file(tmp_path), time_limit_s=limit)
-
-
-def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
-    # multiprocessing would import the script again in the process, and train once more.
-    pytest.importorskip("ai_edge_litert")
-    pytest.importorskip("litert_torch")
-    export(network("pooled", "int8"), "tflite", tmp_path / "net.tflite", isolated=False)
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import torch\nfrom lightning_edge.exporters import load\nartifact = load({str(tmp_path / 'net.tflite')!r})\n"
-        "print(type(artifact.runner).__name__, list(artifact(torch.zeros(2, 2, 5, 4))[0].shape))\n"
-    )
-    (tmp_path / "json.py").write_text("raise SystemExit('the folder of the script is not that of the process')")
-    found = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert (found.stdout, found.returncode) == ("Isolated [2, 3]\n", 0), found.stderr
 
 
 # The report and export are safe without being asked.
