@@ -34,6 +34,8 @@ from lightning_edge.measure import Agreement, Tolerance
 from lightning_edge.tracing import TRACING
 from lightning_edge.verdict import Judgement, Strict, check_strict
 
+_JUST_WRITTEN = "The converter has just written it so: leave the target out, and report it as a fault"
+
 
 def stage(
     model: nn.Module,
@@ -89,13 +91,13 @@ def stage(
         adapted = in_file_form(network, *module.image_input(interface))
         with TRACING, writing(path):
             module.write(adapted, place.staged, **options)
-        contents = inspect_file(module, place.staged, path.name)
+        contents = inspect_file(module, place.staged, path.name, _JUST_WRITTEN)
         check_contents(network, contents, target, wants_delegate=options.get("backend") != "portable")
         if scheme is not None:
             warn_if(target, schemes.check_scheme(contents, scheme, target))
         contents = placed(module, place.staged, contents)
         check_fallback(contents.placements, max_fallback, target)
-        artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
+        artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s, _JUST_WRITTEN)
         warn_not_run(artifact)
         check_batches(network, artifact)
         return Staged(network, artifact, place)

@@ -61,7 +61,7 @@ def test_wheel_holds_the_exporters(installed: Path, tmp_path: Path) -> None:
 
 def test_wheel_finds_and_prints_its_recipes(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from lightning_edge.cli.config_files import recipe_names, recipe_path\n"
+        "from lightning_edge.cli.recipe_files import recipe_names, recipe_path\n"
         "from lightning_edge.cli.main import main\n"
         "print(*[recipe_path(name) for name in recipe_names()])\n"
         "main(['fit', '--config', 'recipe:quickstart', '--print_config'])"

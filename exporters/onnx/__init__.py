@@ -64,8 +64,7 @@ class ONNX(Target):
         except (ExportError, MissingExtraError):
             raise
         except Exception as error:
-            advice = "Replace that operation by one that ONNX has, or leave the target out."
-            raise explain("onnx", error, advice) from error
+            raise explain("onnx", error, "ONNX") from error
         path.write_bytes(data)
 
     def inspect(self, path: Path) -> Contents:

@@ -29,11 +29,13 @@ from lightning_edge.exporters.tflite.passes.ends import float_ends, name_ends
 from lightning_edge.exporters.tflite.passes.float_kernels import use_float_kernels
 from lightning_edge.exporters.tflite.passes.int8_layers import quantize_layers
 from lightning_edge.exporters.tflite.passes.reshapes import reshape_results
+from lightning_edge.exporters.tflite.passes.resizes import pick_nearest
 from lightning_edge.exporters.tflite.passes.simplify import simplify
+from lightning_edge.exporters.tflite.passes.sorts import sort_by_top_k
 from lightning_edge.exporters.tflite.passes.storage import share_empty_buffers, shorten_names, widen_biases
 from lightning_edge.exporters.tflite.passes.unfold_weights import unfold_weights
 from lightning_edge.network import Deployable, Inputs
-from lightning_edge.windows import WindowsAsViews
+from lightning_edge.plain_calls import PlainCalls
 
 EXTRA = "tflite"
 
@@ -50,6 +52,8 @@ PASSES = (
     unfold_weights,  # before all that moves quantized constants about
     write_out_log_sigmoid,  # the converter mixes up the axes of the minimum that it writes
     choose_by_where,  # it also mixes up those of where() with operands of fewer dimensions; gives views of constants
+    pick_nearest,  # LiteRT rounds the rows of a resize otherwise than torch
+    sort_by_top_k,  # LiteRT has no other sort
     fold_constants,  # later passes look at shapes that constants give
     crop_transposed,  # LiteRT crops as SAME only
     drop_expansions,  # the converter mixes up the axes of expand and repeat
@@ -57,7 +61,9 @@ PASSES = (
     separate_float_layers,  # last: a barrier hides what a layer is fed
 )
 
-_PROGRESS = "LITERT_TORCH_SHOW_PROGRESS"
+# What the converter reads from the environment only, some of it once, when it is imported: whether it prints progress
+# and notes, and the note that oneDNN is on, which converting has no use for.
+_QUIET = {"LITERT_TORCH_SHOW_PROGRESS": "n", "TF_CPP_MIN_LOG_LEVEL": "1", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
 def convert(network: Deployable, scheme: Scheme | None, io: Io, *, integer_only: bool) -> bytes:
@@ -94,9 +100,10 @@ def convert(network: Deployable, scheme: Scheme | None, io: Io, *, integer_only:
 
 
 def _converted(network: Deployable) -> bytes:
-    litert_torch = require("litert_torch", EXTRA)
-    quantize = require("litert_torch.quantize.quant_config", EXTRA)
-    quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
+    with _quiet():
+        litert_torch = require("litert_torch", EXTRA)
+        quantize = require("litert_torch.quantize.quant_config", EXTRA)
+        quantizer = require("litert_torch.quantize.pt2e_quantizer", EXTRA)
     inputs, config = network.inputs, None
     try:
         graph = _apply_passes(network)
@@ -104,17 +111,13 @@ def _converted(network: Deployable) -> bytes:
             # The converter needs the config only to know that the graph is quantized.
             scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
             config = quantize.QuantConfig(pt2e_quantizer=quantizer.PT2EQuantizer().set_global(scheme))
-        with torch.no_grad(), _quiet(), WindowsAsViews():
+        with torch.no_grad(), _quiet(), PlainCalls():
             converted = litert_torch.convert(graph, inputs.args, dict(inputs.kwargs) or None, quant_config=config)
             return bytes(converted.model_content())
     except ExportError:
         raise
     except Exception as error:
-        raise explain(
-            "tflite",
-            error,
-            "Replace that operation by one that LiteRT has, or leave the target out.",
-        ) from error
+        raise explain("tflite", error, "LiteRT") from error
 
 
 def _apply_passes(network: Deployable) -> nn.Module:
@@ -146,21 +149,19 @@ def _in_scheme(model: bytes, scheme: Scheme) -> bytes:
         with redirect_stdout(StringIO()):  # it prints sizes and times
             return bytes(work.quantize().quantized_model)
     except Exception as error:
-        raise explain("tflite", error, "Export without scheme=..., or choose another scheme.") from error
+        raise explain("tflite", error, "LiteRT", "Export without scheme=..., or choose another scheme.") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the converter from printing its progress, which it reads from the environment only."""
-    before = os.environ.get(_PROGRESS)
-    os.environ[_PROGRESS] = "n"
+    """Keep the converter from printing notes and its progress; what the user has set in the environment stays."""
+    ours = {name: value for name, value in _QUIET.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_PROGRESS]
-        else:
-            os.environ[_PROGRESS] = before
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _check_order(model: Any, inputs: Inputs) -> None:

@@ -152,7 +152,8 @@ def test_equal_networks_give_equal_files_without_names_from_this_machine(folder:
         second = export(network("residual", precision), "onnx", tmp_path / f"{precision}.onnx").path.read_bytes()
         assert first == second
         model = onnx.ModelProto.FromString(first)
-        assert [*model.metadata_props, *model.graph.metadata_props, *model.graph.value_info] == []
+        assert {entry.key for entry in model.metadata_props} == {"lightning_edge.inputs", "lightning_edge.outputs"}
+        assert [*model.graph.metadata_props, *model.graph.value_info] == []
         assert not [node for node in model.graph.node if node.metadata_props or node.doc_string]
         for part in (b".py", b"site-packages", b"conv2d", b"dequantize_per", b"pkg.torch", b"_frozen_param"):
             assert part not in first
