@@ -118,6 +118,14 @@ def test_deployable_does_not_copy_the_trainer() -> None:
     assert deployable(model, torch.randn(1, 3)).precision == "fp32"
 
 
+def test_buffers_are_in_the_state_dict_of_what_is_written() -> None:
+    """ExecuTorch refuses a file whose convolution has weights that are not, or writes one that does not load."""
+    network = nn.Sequential(nn.Linear(3, 2))
+    network.register_buffer("fixed", torch.ones(2), persistent=False)
+    assert "fixed" in deployable(network, torch.randn(1, 3)).graph.state_dict()
+    assert "fixed" not in network.state_dict()
+
+
 def test_deployable_says_that_inputs_are_missing_or_too_many() -> None:
     with pytest.raises(ValueError, match="inputs are missing: to export Linear in float"):
         deployable(nn.Linear(3, 2))
@@ -592,9 +600,17 @@ def test_explain_puts_the_innermost_message_first() -> None:
         except KeyError as error:
             raise RuntimeError("pass 7 failed\nwith much text") from error
     except RuntimeError as error:
-        told = str(explain("tflite", error, "Do this."))
-    assert told.startswith("tflite: 'Lowering not found: aten.svd.default' (operator aten.svd.default).")
+        told = str(explain("tflite", error, "LiteRT", "Do this."))
+    assert told.startswith("tflite: 'Lowering not found: aten.svd.default'.")
     assert "The converter said: pass 7 failed. Do this." in told
+
+
+def test_a_converters_own_fault_is_no_operation_to_replace() -> None:
+    for said in ("Unsupported fx node lgamma, kind lgamma", "node fft_rfft (fft_rfft) got 1 input(s), expected [4]"):
+        assert "Replace that operation" in str(explain("coreml", ValueError(said), "coremltools"))
+    told = str(explain("onnx", AttributeError("'NoneType' object has no attribute 'shape'"), "ONNX"))
+    assert "No operation is named" in told
+    assert "Replace" not in told
 
 
 def test_weights_that_are_no_numbers_are_refused_but_masks_are_not(tmp_path: Path) -> None:

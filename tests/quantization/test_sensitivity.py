@@ -122,6 +122,17 @@ class TestSkip:
         assert [name for name in operations[:first] if "conv2d" in name or "relu" in name or "hardtanh" in name]
         assert not [name for name in operations[first:] if "conv2d" in name]
 
+    def test_the_parts_of_a_split_in_a_skipped_module_stay_float(self) -> None:
+        class Gate(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                first, second = x.chunk(2, 1)
+                return first * second
+
+        network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), Gate()), nn.Conv2d(4, 4, 3))
+        graph = convert(quantize(network, [torch.randn(4, 3, 8, 8)], skip=["0"])).graph.graph  # type: ignore[union-attr]
+        names = [str(node.target) for node in graph.nodes]
+        assert not any("quantize_per_tensor" in name for name in names[: names.index("aten.mul.Tensor")])
+
     def test_a_pool_is_no_layer_to_choose_for(self) -> None:
         """It is written out as a convolution, and stays with what is before it."""
         model = MODELS["plain"]

@@ -28,6 +28,7 @@ from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import TARGETS, Artifact, export, load, target
 from lightning_edge.exporters.run import isolated
 from lightning_edge.exporters.run.isolated import Isolated
+from lightning_edge.exporters.run.missing import missing_operation
 from lightning_edge.measure import Timing
 
 ISOLATED = True
@@ -105,6 +106,27 @@ def test_a_crash_names_file_runtime_signal_and_last_words(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("said", "operation"),
+    [
+        ("Didn't find op for builtin opcode 'STABLEHLO_SORT' version '1'. An older", "STABLEHLO_SORT"),
+        ("Encountered unresolved custom op: Foo.\nSee instructions", "Foo"),
+        ("NOT_IMPLEMENTED : Could not find an implementation for GridSample(16) node with name 'n'", "GridSample"),
+        ("[method.cpp:819] Missing operator: [0] aten::sort.values\n[method.cpp", "aten::sort.values"),
+        ("version 7 is not known", None),
+    ],
+)
+def test_an_operation_without_a_kernel_is_found_in_a_runtimes_words(said: str, operation: str | None) -> None:
+    assert missing_operation(said) == operation
+
+
+def test_a_file_just_written_is_not_to_be_exported_again(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"version 7 is not known\. The converter has just written it so") as error:
+        export(Doubled(), "faulty", tmp_path / "net.faulty", inputs=torch.zeros(1, 3), loading="refuse")
+    assert "again" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("loading", "says"),
     [
         ("segfault", r"net\.faulty: the process of faulty_target was ended by SIGSEGV while it loaded the file"),
@@ -113,6 +135,10 @@ def test_a_crash_names_file_runtime_signal_and_last_words(tmp_path: Path) -> Non
             r"net\.faulty: faulty_target did not answer within time_limit_s=0\.5 while it loaded .* a larger time_",
         ),
         ("refuse", r"net\.faulty does not load: version 7 is not known\. Export it again"),
+        (
+            "lacking",
+            r"0x:14 \(operation aten::sort\.values\)\. The runtime has no kernel for aten::sort\.values: replace",
+        ),
     ],
 )
 def test_a_file_that_does_not_load_is_one_error(tmp_path: Path, loading: str, says: str) -> None:

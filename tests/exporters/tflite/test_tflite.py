@@ -13,7 +13,7 @@ import torch
 from deployables import batches, exported, int8_weight_count, network, weight_count
 from torch import Tensor, nn
 
-from lightning_edge.errors import ExportError
+from lightning_edge.errors import ExportError, RunnerError
 from lightning_edge.exporters import Artifact, deployable, export, load
 from lightning_edge.exporters.tflite import graph as tflite_graph
 from lightning_edge.exporters.verify.agreement import agreement_of, reference_outputs
@@ -183,6 +183,11 @@ def test_float_islands_are_named(folder: Path) -> None:
     assert all(operation in warned[0] for operation in artifact.contents.float_ops)
 
 
+class Sorted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort(-1).values
+
+
 def test_an_operation_it_does_not_have_is_named(tmp_path: Path) -> None:
     class Unsupported(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -191,6 +196,8 @@ def test_an_operation_it_does_not_have_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match=r"^tflite: Lowering not found: aten\._linalg_svd.*Replace that operation"):
         export(Unsupported(), "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 3, 4))
+    with pytest.raises(RunnerError, match=r"no kernel for STABLEHLO_SORT: replace it in the network, or leave tflite"):
+        export(Sorted(), "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 4))
     assert list(tmp_path.iterdir()) == []
 
 
