@@ -12,7 +12,6 @@ from torch import nn
 from lightning_edge.errors import AgreementError, ExportError
 from lightning_edge.exporters.artifact import Artifact, check_running, inspect_file, open_file, placed
 from lightning_edge.exporters.input_adapter import check_interface
-from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.exporters.program import deployable, in_file_form
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S
 from lightning_edge.exporters.staged import Staged
@@ -34,6 +33,8 @@ from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance
 from lightning_edge.tracing import TRACING
 from lightning_edge.verdict import Judgement, Strict, check_strict
+
+_JUST_WRITTEN = "The converter has just written it so: leave the target out, and report it as a fault"
 
 
 def stage(
@@ -87,17 +88,16 @@ def stage(
         raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
     place = StagedPath(path)
     try:
-        trimmed = trim_kernels(network)
-        adapted = in_file_form(trimmed, *module.image_input(interface))
+        adapted = in_file_form(network, *module.image_input(interface))
         with TRACING, writing(path):
             module.write(adapted, place.staged, **options)
-        contents = inspect_file(module, place.staged, path.name)
-        check_contents(trimmed, contents, target, wants_delegate=options.get("backend") != "portable")
+        contents = inspect_file(module, place.staged, path.name, _JUST_WRITTEN)
+        check_contents(network, contents, target, wants_delegate=options.get("backend") != "portable")
         if scheme is not None:
             warn_if(target, schemes.check_scheme(contents, scheme, target))
         contents = placed(module, place.staged, contents)
         check_fallback(contents.placements, max_fallback, target)
-        artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s)
+        artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s, _JUST_WRITTEN)
         warn_not_run(artifact)
         check_batches(network, artifact)
         return Staged(network, artifact, place)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_edge.callbacks.compression import EdgeCompressionCallback
     from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
     from lightning_edge.callbacks.tracking import OfflineFallbackWandbLogger
+    from lightning_edge.callbacks.warm_start import WarmStart
     from lightning_edge.distillation.phase import Distill
     from lightning_edge.errors import (
         AgreementError,
@@ -77,6 +78,7 @@ _HOMES = {
     "lightning_edge.record": ("load_compressed",),
     "lightning_edge.sparsity": ("Sparsify",),
     "lightning_edge.callbacks.tracking": ("OfflineFallbackWandbLogger",),
+    "lightning_edge.callbacks.warm_start": ("WarmStart",),
     "lightning_edge.reporting.verification": ("verify",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -106,6 +108,7 @@ __all__ = [
     "Sparsify",
     "Timing",
     "Tolerance",
+    "WarmStart",
     "__version__",
     "check_calibration",
     "convert",

@@ -34,7 +34,13 @@ _LAST_BREATH_S = 10.0
 
 
 class RuntimeFault(Exception):
-    """What a runtime raised in its process, other than an error of this package."""
+    """What a runtime raised in its process, other than an error of this package.
+
+    Attributes:
+        printed: What the process had printed by then, as far as it is kept.
+    """
+
+    printed: str = ""
 
 
 @final
@@ -153,10 +159,13 @@ class Isolated(Runner):
                 self._end = f"{self._name}: a call was interrupted, and the process of {self.runtime} ended."
                 self._finish()
                 raise
+            printed = self._printed() if "error" in reply else ""
             self._forget_words()
         if "error" in reply:
-            kind = getattr(errors, reply["error"], RuntimeFault)
-            raise kind(reply["text"])
+            raised = getattr(errors, reply["error"], RuntimeFault)(reply["text"])
+            if isinstance(raised, RuntimeFault):
+                raised.printed = printed
+            raise raised
         return reply, outputs
 
     def _farewell(self) -> str:
@@ -171,10 +180,13 @@ class Isolated(Runner):
         ended = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with status {code}"
         return f"{ended} ({words})" if words else ended
 
-    def _last_words(self) -> str:
+    def _printed(self) -> str:
         size = os.fstat(self._words.fileno()).st_size
         found = os.pread(self._words.fileno(), _WORDS_BYTES, max(0, size - _WORDS_BYTES))
-        lines = [line.strip() for line in found.decode(errors="replace").splitlines()]
+        return found.decode(errors="replace")
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self._printed().splitlines()]
         return next((line[:200] for line in reversed(lines) if line), "")
 
     def _forget_words(self) -> None:

@@ -29,6 +29,7 @@ from lightning_edge.sweeps.samplers import EXTRA
 from lightning_edge.sweeps.study import Study
 from lightning_edge.sweeps.tracking import as_trial, log_front, logger_of, with_logger
 from lightning_edge.sweeps.wandb_agent import read_settings, wandb_config
+from lightning_edge.sweeps.warm_start import beginning_from, common_start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,20 +100,24 @@ def _dry_run(sweep: Sweep) -> int:
     if definition.sampler != "grid":
         print(f"Examples: {definition.sampler} samples anew, and chooses later trials by what came of earlier ones.")
     print(f"{trials} trials x {definition.seeds} seed(s) = {trials * definition.seeds} fits of {definition.base}")
+    if isinstance(definition.warm_start, int):
+        print(f"and one training of the float network before them, for {definition.warm_start} epoch(s)")
     return 0
 
 
 def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
     stop = threading.Event()
     name = sweep.definition.study
-    engine = Engine(
-        sweep,
-        study,
-        given.workers,
-        tell=lambda line: print(line, flush=True),
-        decorate=lambda config, settings, trial: as_trial(config, settings, name, trial),
-        stop=stop,
-    )
+    start: Path | None = None
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+
+    def decorate(config: dict[str, Any], settings: Mapping[str, Any], trial: str) -> dict[str, Any]:
+        tracked = as_trial(config, settings, name, trial)
+        return tracked if start is None else beginning_from(tracked, start)
+
+    engine = Engine(sweep, study, given.workers, tell=tell, decorate=decorate, stop=stop)
     try:
         if given.retry_failed:
             print(f"{study.retry_failed()} failed trial(s) are trained once more")
@@ -121,7 +126,13 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
         if timed := [figure.name for figure in sweep.figures if figure.field in TIMES and given.workers > 1]:
             print(f"note: {timed[0]} is measured while {given.workers - 1} other training(s) use the same machine")
         with _stopped_by_signals(stop) as received:
+            if sweep.definition.warm_start is not None:
+                config = as_trial(sweep.base.config, {}, name, "float")
+                start = common_start(sweep.definition.warm_start, config, study.folder, stop, tell)
             outcome = engine.run()
+    except InterruptedFitError:
+        print(f"stopped; nothing is lost. To go on: {_again()}")
+        return 128 + (received[0] if received else signal.SIGINT)
     except EdgeError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -17,6 +17,7 @@ from torch import nn
 from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
 from lightning_edge.errors import AgreementError, EdgeError, first_line
+from lightning_edge.evaluation.hooks import call_hooks
 from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference
@@ -35,6 +36,7 @@ from lightning_edge.pruning import Prune
 from lightning_edge.pruning.cutting import channels_of
 from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
 from lightning_edge.quantization.calibration_check import in_words
+from lightning_edge.quantization.phase import as_trained
 from lightning_edge.record import changes_of
 from lightning_edge.reporting.monitor import Monitor, choose
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
@@ -88,7 +90,9 @@ def evaluate_module(
     """
     with unwinding(), only_run(Path(settings.dirpath)):
         report = _Evaluation(validation, settings, tell).run(calibration, baseline, watched)
-        return write(report, Path(settings.dirpath), recipe)
+        written = write(report, Path(settings.dirpath), recipe)
+    call_hooks(settings.hooks, written, Path(settings.dirpath))
+    return written
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class _Evaluation:
             try:
                 inputs = calibration()
                 batches = len(inputs)
-                quantized = quantize(floats.network.graph, inputs)
+                quantized = quantize(floats.network.graph, inputs, **as_trained(changes_of(trained)))
                 if findings := check_calibration(quantized, floats.reference.calls, max_clipped=_CLIPPED):
                     self._warnings.append(in_words(findings))
                 found.append(self._int8_candidate(convert(quantized), "post-training", floats))

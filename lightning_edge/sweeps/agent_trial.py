@@ -17,6 +17,7 @@ from lightning_edge.sweeps.fit import Fit, Runner, run_fit
 from lightning_edge.sweeps.locks import Lock
 from lightning_edge.sweeps.objectives import measure
 from lightning_edge.sweeps.tracking import as_trial, with_logger
+from lightning_edge.sweeps.warm_start import beginning_from, common_start
 
 
 def run_settings(
@@ -45,6 +46,9 @@ def run_settings(
         raise SweepError(f"{place} cannot be made: {error.strerror}. Give another --folder") from error
     config = with_logger(sweep.base.configuration(settings), sweep.definition.study)
     config = as_trial(in_folder(config, place.resolve()), settings, sweep.definition.study, name)
+    if sweep.definition.warm_start is not None:
+        start = common_start(sweep.definition.warm_start, sweep.base.config, folder, stop)
+        config = beginning_from(config, start)
     lock = Lock(place / "lock")
     lock.acquire()
     try:

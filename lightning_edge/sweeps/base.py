@@ -29,8 +29,8 @@ Place = tuple[str | int, ...]
 class Checker(Protocol):
     """What knows configurations: the command line's own parser, in practice."""
 
-    def resolve(self, base: str) -> dict[str, Any]:
-        """Give the complete configuration, with all defaults, of ``recipe:<name>`` or of a file.
+    def resolve(self, *configs: str) -> dict[str, Any]:
+        """Give the complete configuration, with all defaults, of recipes or files, later ones merged over earlier ones.
 
         Raises:
             SweepError: If it is none.
@@ -198,6 +198,14 @@ def in_folder(config: Mapping[str, Any], folder: Path, seed: int | None = None) 
     if seed is not None:
         placed["seed_everything"] = seed
     return placed
+
+
+def without_edge_callbacks(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a configuration that only trains: without compression and without files."""
+    alone: dict[str, Any] = copy.deepcopy(dict(config))
+    kept = [callback for callback in _callbacks(alone) if _class_name(callback) not in (_COMPRESSION, _EVALUATION)]
+    alone["trainer"]["callbacks"] = kept
+    return alone
 
 
 def _evaluation(config: Mapping[str, Any]) -> dict[str, Any]:

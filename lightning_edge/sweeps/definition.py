@@ -24,7 +24,7 @@ from lightning_edge.sweeps.objectives import (
 from lightning_edge.sweeps.samplers import SamplerName
 from lightning_edge.sweeps.space import Dimension, combinations, count, read_space
 
-_KEYS = ("base", "space", "objectives", "constraints", "trials", "seeds", "sampler")
+_KEYS = ("base", "space", "objectives", "constraints", "trials", "seeds", "sampler", "warm_start")
 _REQUIRED = ("base", "space", "objectives")
 RECIPE = "recipe:"
 
@@ -36,24 +36,31 @@ class Definition:
     Attributes:
         study: Name of the study: that of the file, without its ending.
         text: The file.
-        base: ``recipe:<name>`` or a path.
+        configs: What is varied: ``recipe:<name>`` or paths, later ones merged over earlier ones.
         space: The values of each setting.
         objectives: ``max`` or ``min`` by name of a figure.
         constraints: Largest values by name of a figure.
         trials: How many settings are trained.
         seeds: How often each of them is.
         sampler: What chooses them.
+        warm_start: What every trial begins from: the path of a checkpoint, or epochs to train the float network for.
     """
 
     study: str
     text: str
-    base: str
+    configs: tuple[str, ...]
     space: Mapping[str, Dimension]
     objectives: Mapping[str, Direction]
     constraints: Mapping[str, float]
     trials: int
     seeds: int
     sampler: SamplerName
+    warm_start: str | int | None = None
+
+    @property
+    def base(self) -> str:
+        """What is varied, as one text."""
+        return " + ".join(self.configs)
 
     def identity(self) -> dict[str, str]:
         """Give what must stay the same for trials to belong to one study, each as text to compare."""
@@ -64,6 +71,9 @@ class Definition:
             "constraints": dict(self.constraints),
             "seeds": self.seeds,
         }
+        if self.warm_start is not None:
+            # The file may have been beside the sweep file, and a copy of that is elsewhere.
+            parts["warm_start"] = self.warm_start if isinstance(self.warm_start, int) else Path(self.warm_start).name
         return {name: json.dumps(part, sort_keys=True) for name, part in parts.items()}
 
 
@@ -139,21 +149,20 @@ def parse_definition(text: str, path: Path) -> Definition:
     for key in _REQUIRED:
         if key not in given:
             raise SweepError(f"{key}: it is missing; a sweep file needs {', '.join(_REQUIRED)}")
-    if not isinstance(given["base"], str) or not given["base"]:
-        raise SweepError(f"base: given {given['base']!r}; allowed: recipe:<name>, or the path of a configuration")
     space = read_space(given["space"])
     total = count(space)
     trials = _whole("trials", given.get("trials", 24 if total is None else total))
     return Definition(
         study=path.stem,
         text=text,
-        base=_base(given["base"], path),
+        configs=_configs(given["base"], path),
         space=space,
         objectives=read_objectives(given["objectives"]),
         constraints=read_constraints(given.get("constraints")),
         trials=trials,
         seeds=_whole("seeds", given.get("seeds", 1)),
         sampler=_sampler(given.get("sampler"), total, trials),
+        warm_start=_warm_start(given.get("warm_start"), path),
     )
 
 
@@ -167,8 +176,13 @@ def bind(definition: Definition, checker: Checker) -> Sweep:
     Raises:
         SweepError: If a setting or a figure does not exist there, or a value is not allowed.
     """
-    base = Base(definition.base, checker.resolve(definition.base))
+    base = Base(definition.base, checker.resolve(*definition.configs))
     base.check_keys(definition.space, definition.seeds)
+    if isinstance(definition.warm_start, str) and not Path(definition.warm_start).is_file():
+        raise SweepError(
+            f"warm_start: there is no file {definition.warm_start!r}; give a checkpoint, or {{epochs: <number>}} to "
+            "train the float network first"
+        )
     deciding = list(definition.objectives)
     objectives = [
         Objective(figure, definition.objectives[figure.name])
@@ -202,10 +216,29 @@ def _check_values(sweep: Sweep, checker: Checker) -> None:
                 raise SweepError(f"space: {key}: {value!r} is not allowed: {refused[0]}") from refused[0]
 
 
-def _base(given: str, path: Path) -> str:
-    """Give the name of the base; a file beside the sweep file comes before one in the current folder."""
+def _configs(given: Any, path: Path) -> tuple[str, ...]:
+    names = given if isinstance(given, list) else [given]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise SweepError(
+            f"base: given {given!r}; allowed: recipe:<name>, or the path of a configuration, or a list of them"
+        )
+    return tuple(name if name.startswith(RECIPE) else _beside(name, path) for name in names)
+
+
+def _beside(given: str, path: Path) -> str:
+    """Find a file that a sweep file names: beside it, else in the current folder."""
     beside = path.parent / given
-    return str(beside) if not given.startswith(RECIPE) and beside.is_file() else given
+    return str(beside) if beside.is_file() else given
+
+
+def _warm_start(given: Any, path: Path) -> str | int | None:
+    if given is None:
+        return None
+    if isinstance(given, str) and given:
+        return _beside(given, path)
+    if isinstance(given, dict) and set(given) == {"epochs"}:
+        return _whole("warm_start.epochs", given["epochs"])
+    raise SweepError(f"warm_start: given {given!r}; allowed: the path of a checkpoint, or {{epochs: <number>}}")
 
 
 def _whole(key: str, value: Any) -> int:

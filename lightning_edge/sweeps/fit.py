@@ -69,6 +69,19 @@ def run_fit(fit: Fit) -> Mapping[str, Any]:
         TrialFailedError: If there is no report; with what the training said last.
         InterruptedFitError: If ``stop`` was set.
     """
+    status = train(fit)
+    if not fit.report_path.exists():
+        raise TrialFailedError(why_it_failed(status, tail(fit.folder / LOG)))
+    # A report is written when all files are measured; one target that failed does not spoil the others.
+    return read_report(fit.report_path)
+
+
+def train(fit: Fit) -> int:
+    """Train, and give the status of the process: below zero, the signal that ended it.
+
+    Raises:
+        InterruptedFitError: If ``stop`` was set.
+    """
     fit.folder.mkdir(parents=True, exist_ok=True)
     config = replace_text(fit.folder / CONFIG, strict_yaml.dump(fit.config))
     command = [sys.executable, *_safe_path(), "-m", "lightning_edge.cli", "fit", "--config", str(config)]
@@ -88,10 +101,7 @@ def run_fit(fit: Fit) -> Mapping[str, Any]:
                     raise InterruptedFitError("it was stopped")
         finally:
             end(process)
-    if not fit.report_path.exists():
-        raise TrialFailedError(why_it_failed(process.returncode, tail(fit.folder / LOG)))
-    # A report is written when all files are measured; one target that failed does not spoil the others.
-    return read_report(fit.report_path)
+    return process.returncode
 
 
 def seconds_of(fit: Fit) -> float:

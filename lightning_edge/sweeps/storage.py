@@ -92,13 +92,13 @@ def check_folder(definition: Definition, folder: Path) -> None:
 
 
 def _check_same(given: dict[str, str], known: dict[str, str], what: str, advice: str) -> None:
-    differing = [name for name, text in given.items() if known.get(name) != text]
+    differing = [name for name in {**given, **known} if known.get(name) != given.get(name)]
     # A base may have been beside the file, and the copy is elsewhere: the name of the file tells.
     if "base" in differing and Path(given["base"].strip('"')).name == Path(str(known.get("base")).strip('"')).name:
         differing.remove("base")
     if differing:
         name = differing[0]
-        raise SweepError(f"{what}: its {name} is {known.get(name)}, and yours {given[name]}; {advice}")
+        raise SweepError(f"{what}: its {name} is {known.get(name)}, and yours {given.get(name)}; {advice}")
 
 
 def _journal(path: Path) -> Any:
