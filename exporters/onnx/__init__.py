@@ -61,6 +61,15 @@ class ONNX(Target):
     schemes = get_args(Scheme)
     int8_options = frozenset({"weights"})
 
+    def prepare(self, network: Deployable, *, scheme: Scheme | None = None, **options: Any) -> Deployable:
+        """Put a network in float16 if it is to be; write transposed convolutions of an int8 one as convolutions."""
+        if scheme == "fp16":
+            return _in_half(network)
+        if network.precision == "int8":  # ONNX Runtime has no int8 kernel for them
+            graph = run_passes(network.graph, (convolve_transposed,))
+            return network if graph is network.graph else network.with_graph(graph)
+        return network
+
     def write(
         self,
         network: Deployable,
@@ -84,7 +93,7 @@ class ONNX(Target):
             ExportError: If torch.onnx refuses the network.
         """
         try:
-            model = _convert(_in_half(network) if scheme == "fp16" else network)
+            model = _convert(network)
             onnx_graph.name_outputs(model, network.output_names(), network.interface.inputs)
             if network.precision == "int8":
                 rewrite(model, unsigned_last=weights == "uint8")
@@ -176,8 +185,6 @@ def _in_half(network: Deployable) -> Deployable:
 def _convert(network: Deployable) -> Any:
     require("onnxscript", EXTRA)
     inliner = require("onnx.inliner", EXTRA)
-    if network.precision == "int8":  # ONNX Runtime has no int8 kernel for them
-        network = network.with_graph(run_passes(network.graph, (convolve_transposed,)))
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             program_after(network, PROGRAM_PASSES), dynamo=True, opset_version=_OPSET, verbose=False

@@ -78,6 +78,11 @@ class TFLite(Target):
     activation_bits = frozenset({8, 16})
     schemes = get_args(Scheme)
 
+    def prepare(self, network: Deployable, **options: Any) -> Deployable:
+        """Run `CAPTURED_PASSES`."""
+        graph = run_passes(network.graph, CAPTURED_PASSES)
+        return network if graph is network.graph else network.with_graph(graph)
+
     def write(
         self,
         network: Deployable,
@@ -187,7 +192,7 @@ def _convert(network: Deployable) -> bytes:
 
 def _apply_passes(network: Deployable) -> nn.Module:
     """Return what the converter is given: the exported program with `PASSES` applied."""
-    exported = network.with_graph(run_passes(network.graph, CAPTURED_PASSES)).program().module()
+    exported = network.program().module()
     assert isinstance(exported, fx.GraphModule)
     return exported if apply_passes(exported, PASSES) else network.graph
 

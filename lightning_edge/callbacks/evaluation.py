@@ -73,6 +73,8 @@ class DeviceEvaluationCallback(Callback):
         interface: How the files are called: names, layout, pixels, labels.
         devices: Devices to run the files on as well: names that ``devices.yaml`` describes, or `Device` objects.
         on_devices: What is measured on devices, and of how many samples.
+        jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one.
+            If not given one a core, and in this process where there is one core only.
 
     Attributes:
         settings: The arguments that say which files are made, and how they are tested, timed and judged.
@@ -102,6 +104,7 @@ class DeviceEvaluationCallback(Callback):
         interface: Interface | None = None,
         devices: list[str | Device] | None = None,
         on_devices: DeviceSettings | None = None,
+        jobs: int | None = None,
     ) -> None:
         check_split(split)
         check_strict(strict)
@@ -120,6 +123,7 @@ class DeviceEvaluationCallback(Callback):
             interface=interface,
             devices=devices or [],
             on_devices=on_devices or DeviceSettings(),
+            jobs=jobs,
         )
         self.module = module
         self.split = split

@@ -12,6 +12,7 @@ from lightning_edge.devices.named import check_names
 from lightning_edge.devices.runner import RUNTIMES
 from lightning_edge.devices.settings import DeviceSettings
 from lightning_edge.exporters import TARGETS, check_options
+from lightning_edge.exporters.jobs import check_jobs
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.contents import check_share
 from lightning_edge.interface import Interface
@@ -40,10 +41,12 @@ class EvaluationSettings:
         name: First part of each file's name.
         devices: Devices that the files are run on as well, by name or in person.
         on_devices: What is measured there.
+        jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one.
+            ``None``: one a core, and in this process where there is one core only.
 
     Raises:
-        ValueError: If a target or one of its options is unknown, ``max_fallback`` or ``name`` is out of its range, or
-            there are devices and no target's files run there.
+        ValueError: If a target or one of its options is unknown, ``max_fallback``, ``name`` or ``jobs`` is out of its
+            range, or there are devices and no target's files run there.
     """
 
     targets: Sequence[str]
@@ -59,10 +62,12 @@ class EvaluationSettings:
     name: str = "model"
     devices: Sequence[str | Device] = ()
     on_devices: DeviceSettings = field(default_factory=DeviceSettings)
+    jobs: int | None = None
 
     def __post_init__(self) -> None:
         check_targets(self.targets, self.options)
         check_share(self.max_fallback)
+        check_jobs(self.jobs)
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
         check_names(self.devices)

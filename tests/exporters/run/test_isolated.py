@@ -59,7 +59,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def process(artifact: Artifact) -> int:
     assert isinstance(artifact.runner, Isolated)
-    return artifact.runner._process.pid
+    return artifact.runner._child.process.pid
 
 
 def is_running(number: int) -> bool:
@@ -171,7 +171,7 @@ def test_a_process_ends_with_one_that_was_killed(tmp_path: Path) -> None:
     script.write_text(
         "import os, signal, sys\nfrom lightning_edge.exporters import TARGETS, load\n"
         f"sys.path.append({str(Path(__file__).parents[2])!r})\nTARGETS['faulty'] = 'faulty_target'\n"
-        f"artifact = load({str(file(tmp_path))!r})\nprint(artifact.runner._process.pid, flush=True)\n"
+        f"artifact = load({str(file(tmp_path))!r})\nprint(artifact.runner._child.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
@@ -193,7 +193,7 @@ def test_what_a_runtime_prints_goes_nowhere(loaded: Artifact, capfd: pytest.Capt
     for _ in range(3):
         assert torch.equal(loaded(sample(faulty_target.CHATTER))[0], 2 * sample(faulty_target.CHATTER))
     assert capfd.readouterr() == ("", "")
-    assert os.fstat(loaded.runner._words.fileno()).st_size == 0  # and does not fill the disk
+    assert os.fstat(loaded.runner._child.words.fileno()).st_size == 0  # and does not fill the disk
 
 
 def test_what_a_runtime_raises_ends_nothing(loaded: Artifact) -> None:
