@@ -361,8 +361,10 @@ def _result(reply: Mapping[str, Any], target: str, child: Child | None) -> _Writ
 
 def _error(reply: Mapping[str, Any], target: str) -> Exception:
     kind = getattr(errors, reply["error"], None) or getattr(builtins, reply["error"], None)
-    known = isinstance(kind, type) and issubclass(kind, Exception)
-    error = kind(reply["text"]) if known else ExportError(f"{target}: {reply['error']}: {reply['text']}")
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        error: Exception = kind(reply["text"])
+    else:
+        error = ExportError(f"{target}: {reply['error']}: {reply['text']}")
     if not isinstance(error, errors.EdgeError):  # one of ours says all that there is to say
         error.add_note(f"In the process that wrote the file:\n{reply['trace']}")
     return error

@@ -6,7 +6,7 @@ import copy
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import nn
@@ -50,6 +50,7 @@ class ExecuTorch(Target):
         backend: Backend = "xnnpack",
         scheme: Scheme | None = None,
         group_size: int | None = _GROUP,
+        **options: Any,
     ) -> Deployable:
         """Refuse what the backend does not support; put weights in their scheme, and paddings where XNNPACK has them.
 

@@ -114,9 +114,10 @@ SCRIPT = """
 import sys
 from lightning_edge.exporters.jobs import Writers
 import torch
+ends = {"onnx": ".onnx", "tflite": ".tflite", "coreml": ".mlpackage", "executorch": ".pte"}
 with Writers(2, print) as writers:
     files = [writers.begin(torch.nn.Linear(2, 2), name, f"n{end}", label=name, inputs=torch.ones(1, 2))
-             for name, end in {"onnx": ".onnx", "tflite": ".tflite", "coreml": ".mlpackage", "executorch": ".pte"}.items()]
+             for name, end in ends.items()]
     for file in files:
         artifact = file.staged().accept()
         print(artifact.target, [list(output.shape) for output in artifact(torch.ones(3, 2))])
