@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge import EdgeCompressionCallback, Quantize, convert, quantize
-from lightning_edge.zoo.cifar10 import mirror_and_shift
+from lightning_edge.zoo.augmentation import mirror_and_shift
 from lightning_edge.zoo.image_files import read_images
 from lightning_edge.zoo.networks import DSCNN, MobileNetV2, ResNet8, load_reference_weights
 from lightning_edge.zoo.task import Classifier

@@ -26,6 +26,7 @@ from lightning_edge.exporters.input_adapter import (
 from lightning_edge.exporters.run.calls import TensorSpec, conform, stack
 from lightning_edge.exporters.run.child import Child
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S, Isolated
+from lightning_edge.exporters.run.missing import missing_operation
 from lightning_edge.exporters.run.not_run import NotRun
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.exporters.run.time_limit import within
@@ -41,6 +42,8 @@ Result = TypeVar("Result")
 MOST_BYTES = 2**31 - 1
 # A package's weights lie in a file of their own that has no such end; no device has room for more.
 MOST_PACKAGE_BYTES = 2**34
+
+EXPORT_AGAIN = "Export it again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +244,7 @@ def _check_place(path: Path, module: Target) -> None:
     except OSError as error:
         raise RunnerError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise RunnerError(f"{error}. Export it again") from error
+        raise RunnerError(f"{error}. Give one that export() wrote") from error
 
 
 def _inspected(module: Target, path: Path, time_limit_s: float) -> Contents:
@@ -255,8 +258,14 @@ def _inspected(module: Target, path: Path, time_limit_s: float) -> Contents:
         ) from error
 
 
-def inspect_file(module: Target, path: Path, name: str) -> Contents:
-    """Read what a target's file holds; ``name`` is what an error calls it.
+def inspect_file(module: Target, path: Path, name: str, advice: str = EXPORT_AGAIN) -> Contents:
+    """Read what a target's file holds.
+
+    Args:
+        module: The target.
+        path: The file.
+        name: What an error calls it.
+        advice: What to do about one that cannot be read.
 
     Raises:
         RunnerError: If it is not what its suffix says.
@@ -266,7 +275,7 @@ def inspect_file(module: Target, path: Path, name: str) -> Contents:
     except EdgeError:
         raise
     except Exception as error:
-        raise RunnerError(f"{name} is no {module.suffix} file: {first_line(error)}. Export it again") from error
+        raise RunnerError(f"{name} is no {module.suffix} file: {first_line(error)}. {advice}") from error
 
 
 def placed(module: Target, path: Path, contents: Contents) -> Contents:
@@ -282,17 +291,19 @@ def open_file(
     threads: int,
     isolated: bool,
     time_limit_s: float,
+    advice: str = EXPORT_AGAIN,
     child: Child | None = None,
 ) -> Artifact:
     """Load a file whose contents are known; see `load`. One that nothing here can run is given without being loaded.
 
     Args:
-        name: Name of the target.
+        name: A key of `TARGETS`.
         path: The file.
         contents: What it holds.
         threads: As for `load`.
         isolated: As for `load`.
         time_limit_s: As for `load`.
+        advice: What to do about one that does not load, unless an operation without a kernel is why.
         child: A process to load it in, such as the one that wrote it.
 
     Raises:
@@ -317,7 +328,11 @@ def open_file(
     except EdgeError:
         raise
     except Exception as error:
-        raise RunnerError(f"{path.name} does not load: {first_line(error)}. Export it again") from error
+        said = first_line(error).rstrip(".?")
+        if (operation := missing_operation(f"{error}\n{getattr(error, 'printed', '')}")) is not None:
+            said += f" (operation {operation})" if operation not in said else ""
+            advice = f"The runtime has no kernel for {operation}: replace it in the network, or leave {name} out"
+        raise RunnerError(f"{path.name} does not load: {said}. {advice}") from error
     return Artifact(name, path, size_bytes(path), compressed_bytes(path), contents, runner, load_ms)
 
 

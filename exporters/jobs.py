@@ -36,7 +36,7 @@ from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 from lightning_edge.reporting.typed import built
 
-_WRITER = "lightning_edge.exporters.writer"
+_WRITER = "lightning_edge.exporters.writer_process"
 # The largest networks that were tried took ten minutes.
 WRITE_LIMIT_S = 3600.0
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters.input_adapter import check_interface
-from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.exporters.program import deployable, in_file_form
 from lightning_edge.exporters.target import TARGETS, Target, check_options
 from lightning_edge.exporters.target import target as target_of
@@ -26,22 +25,15 @@ class Forms:
     """Networks in the form of a file, each made once for all targets that take it so."""
 
     def __init__(self) -> None:
-        self._trimmed: dict[int, tuple[Deployable, Deployable]] = {}
-        self._adapted: dict[tuple[int, Interface, torch.dtype], Deployable] = {}
-
-    def trimmed(self, network: Deployable) -> Deployable:
-        """Give a network without weights that only ever meet padding."""
-        if id(network) not in self._trimmed:
-            self._trimmed[id(network)] = trim_kernels(network), network  # kept, so that the number stays its own
-        return self._trimmed[id(network)][0]
+        self._adapted: dict[tuple[int, Interface, torch.dtype], tuple[Deployable, Deployable]] = {}
 
     def adapted(self, network: Deployable, interface: Interface, pixel_type: torch.dtype) -> Deployable:
         """Give it in the form of a file of this interface, see `in_file_form`."""
-        trimmed = self.trimmed(network)
         key = id(network), interface, pixel_type
         if key not in self._adapted:
-            self._adapted[key] = in_file_form(trimmed, interface, pixel_type)
-        return self._adapted[key]
+            # The network is kept, so that its number stays its own.
+            self._adapted[key] = in_file_form(network, interface, pixel_type), network
+        return self._adapted[key][0]
 
 
 @dataclass(frozen=True)

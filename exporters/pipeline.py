@@ -24,7 +24,7 @@ from lightning_edge.exporters.verify.contents import (
     warn_if,
     warn_not_run,
 )
-from lightning_edge.exporters.writer import written
+from lightning_edge.exporters.writer import JUST_WRITTEN, written
 from lightning_edge.files import StagedPath
 from lightning_edge.interface import Interface
 from lightning_edge.interrupts import unwinding
@@ -110,12 +110,11 @@ def opened(
         RunnerError: If it does not load.
     """
     options, target = asked.options, asked.target
-    trimmed = asked.forms.trimmed(asked.network)
-    check_contents(trimmed, contents, target, wants_delegate=options.get("backend") != "portable")
+    check_contents(asked.network, contents, target, wants_delegate=options.get("backend") != "portable")
     if options.get("scheme") is not None:
         warn_if(target, schemes.check_scheme(contents, options["scheme"], target))
     check_fallback(contents.placements, asked.max_fallback, target)
-    artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s, child)
+    artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s, JUST_WRITTEN, child)
     warn_not_run(artifact)
     check_batches(asked.network, artifact)
     return Staged(asked.network, artifact, place)

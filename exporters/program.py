@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import ExportError
+from lightning_edge.exporters.default_names import with_names
 from lightning_edge.exporters.input_adapter import Front, front_of, in_layout
 from lightning_edge.exporters.passes.base import Pass, apply_passes
 from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
@@ -64,7 +65,7 @@ def in_file_form(
 
     Args:
         network: The network.
-        interface: How the file is to be called.
+        interface: How the file is to be called; names that it lacks are given, see `with_names`.
         pixel_type: Type of images that are pixels.
     """
     interface = interface or Interface()
@@ -86,13 +87,21 @@ def in_file_form(
     inputs = inputs.map(given)
     graph = _FileForm(network.graph, call, front_of(network, interface))
     scales = network.output_scales
-    return Deployable(graph, inputs, network.precision, scales, interface=interface)
+    written = Deployable(graph, inputs, network.precision, scales, interface=interface)
+    written.interface = with_names(interface, written)
+    return written
 
 
 def in_plain_order(network: nn.Module) -> nn.Module:
-    """Lay out all tensors of a network in their plain order, in place; ExecuTorch cannot fold channels_last weights."""
+    """Have all tensors of a network in their plain order, and all buffers in its state_dict, in place.
+
+    ExecuTorch cannot fold channels_last weights, and takes a buffer that is not in the state_dict for none of its own.
+    """
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.contiguous()
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer)
     return network
 
 

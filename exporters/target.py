@@ -19,7 +19,10 @@ from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 
-_OPERATOR = re.compile(r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*")
+_OPERATOR = re.compile(
+    r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*"
+    r"|(?<=\bnode )\w+(?=,| \(| got)|(?<='Builder' has no attribute ')\w+"  # of coremltools
+)
 
 
 class Target(ABC):
@@ -215,22 +218,31 @@ def options_of(name: str, precision: Precision, options: Mapping[str, Mapping[st
     return chosen
 
 
-def explain(target: str, error: BaseException, advice: str) -> ExportError:
+def explain(target: str, error: BaseException, owner: str, advice: str | None = None) -> ExportError:
     """Turn what a converter raised into one error: innermost message, operator, what to try.
 
     Args:
         target: Name of the target.
         error: What the converter raised.
-        advice: What to try, one sentence.
+        owner: Whose operations the target has.
+        advice: What to try, one sentence. If not given, to replace the operation that the converter names; where it
+            names none, the fault is not the network's.
     """
     innermost = error
     while (
         below := innermost.__cause__ or (None if innermost.__suppress_context__ else innermost.__context__)
     ) is not None:
         innermost = below
+    said = first_line(innermost).rstrip(".")
     found = _OPERATOR.search(str(innermost)) or _OPERATOR.search(str(error))
-    operator = f" (operator {found.group().rstrip('.')})" if found else ""
-    outer = "" if innermost is error else f" The converter said: {first_line(error)}."
+    operator = f" (operator {found.group().rstrip('.')})" if found and found.group() not in said else ""
+    outer = "" if innermost is error else f" The converter said: {first_line(error).rstrip('.')}."
     if "data-dependent" in str(error).lower():
         advice = "The network's control flow depends on its values: write it without if and .item() on tensors."
-    return ExportError(f"{target}: {first_line(innermost).rstrip('.')}{operator}.{outer} {advice}")
+    elif advice is None and found:
+        advice = f"Replace that operation by one that {owner} has, or leave the target out."
+    elif advice is None:
+        advice = (
+            "No operation is named, so that this may be no fault of the network: leave the target out and report it."
+        )
+    return ExportError(f"{target}: {said}{operator}.{outer} {advice}")

@@ -1,41 +1,23 @@
-"""Writes a file and reads back what it holds: in this process, or as the process that a target's files are written in.
-
-The process is started by `jobs` as ``python -m lightning_edge.exporters.writer <socket>``. It loads the network as an
-exported program, writes a file, and ends with whoever asks, so that no other process imports a converter.
-"""
+"""Writes a file and reads back what it holds."""
 
 from __future__ import annotations
 
-import os
-import select
-import socket
-import sys
-import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_edge.contents import Contents
 from lightning_edge.exporters.artifact import inspect_file, placed
-from lightning_edge.exporters.run import messages
-from lightning_edge.exporters.run.worker import leave, serve
 from lightning_edge.exporters.target import Target
 from lightning_edge.exporters.verify.contents import ExportWarning
 from lightning_edge.files import writing
-from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
-from lightning_edge.quiet import quiet_libraries
 from lightning_edge.tracing import TRACING
 
-# How often the process looks whether anybody still waits for its file.
-_LOOK_S = 1.0
+# What to do about a file that cannot be read or loaded.
+JUST_WRITTEN = "The converter has just written it so: leave the target out, and report it as a fault"
 
 
 def written(
@@ -64,7 +46,7 @@ def written(
     with TRACING, writing(path):
         module.write(network, staged, **options)
     tell("reading the file back")
-    return placed(module, staged, inspect_file(module, staged, path.name))
+    return placed(module, staged, inspect_file(module, staged, path.name, JUST_WRITTEN))
 
 
 @contextmanager
@@ -77,74 +59,3 @@ def export_warnings() -> Iterator[list[str]]:
             yield found
         finally:
             found += [str(entry.message) for entry in caught if issubclass(entry.category, ExportWarning)]
-
-
-def main() -> None:
-    """Write the files that are asked for, and then run the last one, as a worker does, if that is asked."""
-    leave(lambda: _serve(socket.socket(fileno=int(sys.argv[1]))))
-
-
-def _serve(connection: socket.socket) -> None:
-    quiet_libraries()
-    stays = False
-    while not stays:
-        try:
-            message, _ = messages.receive(connection)
-        except (EOFError, ConnectionError):
-            return
-        with _ending_with(connection):
-            reply = _answer(message, lambda step: messages.send(connection, {"step": step}))
-        messages.send(connection, reply)
-        stays = message["stay"] and "contents" in reply
-    serve(connection)
-
-
-def _answer(message: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    torch.set_num_threads(message["threads"])
-    tell("loading the network")
-    with export_warnings() as told:
-        try:
-            network = _loaded(message)
-        except Exception as error:
-            return {"foreign": f"{type(error).__name__}: {error}"}
-        module = import_module(message["module"]).TARGET
-        places = Path(message["path"]), Path(message["staged"])
-        try:
-            contents = written(module, network, *places, message["options"], tell)
-        except Exception as error:
-            return {"error": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
-    # Not a Counter: asdict would count its pairs.
-    plain = replace(contents, ops=dict(contents.ops))
-    return {"contents": asdict(plain), "warnings": told}
-
-
-def _loaded(message: Mapping[str, Any]) -> Deployable:
-    # Registers the operations of converted networks, which a program names.
-    from torch.ao.quantization.fx import _decomposed  # noqa: F401
-
-    program = torch.export.load(message["program"])
-    interface = Interface.of(message["interface"])
-    return Deployable.of_program(program, message["precision"], tuple(message["scales"]), interface)
-
-
-@contextmanager
-def _ending_with(connection: socket.socket) -> Iterator[None]:
-    """Within this context, this process ends when the one that waits for it has: nobody asks it for anything then."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_LOOK_S):
-            if select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK):
-                os._exit(1)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-
-
-if __name__ == "__main__":
-    main()

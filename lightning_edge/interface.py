@@ -82,9 +82,9 @@ class Interface:
 
     Attributes:
         inputs: Names of the file's inputs: positional arguments as they come, then keyword arguments sorted by name.
-            Those of the converters if not given.
-        outputs: Names of its outputs, in the order in which the network gives them. Those of the network's dict, or
-            the converters', if not given.
+            If not given ``input``, or ``input_0`` and on, and keyword arguments by their own names.
+        outputs: Names of its outputs, in the order in which the network gives them. If not given the keys of the
+            network's dict, else ``output``, or ``output_0`` and on.
         layout: Layout of the file's own 4-D inputs. ``"nhwc"`` saves an app that has images so a transpose.
         pixels: How images are made of pixels; with it the file takes 4-D inputs as uint8 from 0 to 255.
         labels: Names of the classes, kept in the file: as many as the first output of shape ``(batch, classes)`` has,

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.contents import Precision
 from lightning_edge.interface import Interface
+from lightning_edge.plain_calls import PlainCalls
 from lightning_edge.tracing import TRACING
-from lightning_edge.windows import WindowsAsViews
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Deployable(nn.Module):
         """
         if self._exported is not None:
             return self._exported
-        with TRACING, torch.no_grad(), WindowsAsViews():
+        with TRACING, torch.no_grad(), PlainCalls():
             if self.interface.max_batch > 1:
                 return _without_aliases(_for_any_batch(self.graph, self.inputs, self.interface.max_batch))
             program = torch.export.export(self.graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)

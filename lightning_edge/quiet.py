@@ -6,7 +6,6 @@ Everything else that they say stays. Knows no torch.
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 
 # Loggers and the words of a line: kernels of torchao for other GPUs, a registration that it makes, and a flag of the
@@ -18,13 +17,10 @@ _LINES = (
 )
 # torch 2.13 itself makes what it calls deprecated, whenever a graph is copied, and so does lightning 2.6.
 _DEPRECATED = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
-# Of TensorFlow, which litert-torch brings: its notes are left out, its warnings and errors stay.
-_WITHOUT_NOTES = "1"
 
 
 def quiet_libraries() -> None:
     """Leave these lines out from here on; safe to call many times."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", _WITHOUT_NOTES)
     for name, words in _LINES:
         logger = logging.getLogger(None if name == "root" else name)
         if not any(isinstance(known, _Without) and known.words == words for known in logger.filters):

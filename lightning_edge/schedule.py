@@ -181,6 +181,15 @@ class Phase(ABC):
     def describe(self, change: Change) -> str:
         """Say in one line what a change did."""
 
+    def figures(self, network: Any, change: Change) -> dict[str, float]:
+        """Say in figures what a change did, for loggers; nothing where it did nothing.
+
+        Args:
+            network: The network after it.
+            change: The change.
+        """
+        return {change["kind"]: 1.0}
+
     def settings(self) -> dict[str, Any]:
         """Give the settings as plain values, to be compared with those of a checkpoint; objects by their class."""
         return {name: _plain(value) for name, value in vars(self).items() if not name.startswith("_")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
@@ -135,15 +135,26 @@ def copy_of(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
 
 @contextmanager
 def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Set the mode of every module while the context lasts, and put back, module by module, what each had."""
+    """Set the mode of every module while the context lasts, and put back, module by module, what each had.
+
+    A module with a ``train`` of its own is told by that: some keep in evaluation what they compute from their weights,
+    as LeViT's biases of attention, and throw it away there.
+    """
     modes = {child: child.training for child in module.modules()}
-    for child in modes:
-        child.training = training
+    set_modes(dict.fromkeys(modes, training))
     try:
         yield
     finally:
-        for child, mode in modes.items():
-            child.training = mode
+        set_modes(modes)
+
+
+def set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Set the mode of each module, by its own ``train`` where it has one."""
+    for module, mode in modes.items():
+        if type(module).train is not nn.Module.train:
+            module.train(mode)
+    for module, mode in modes.items():  # train() reaches submodules, too
+        module.training = mode
 
 
 @contextmanager

@@ -6,30 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import fold, unfold
-from torch.overrides import TorchFunctionMode
 
 
-class WindowsAsViews(TorchFunctionMode):
-    """Computes ``unfold`` and ``fold`` of windows side by side as views, while the context lasts."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function, or what stands for it."""
-        result = None
-        if func is unfold:
-            result = _unfolded(*args, **(kwargs or {}))
-        elif func is fold:
-            result = _folded(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if result is None else result
-
-
-def _unfolded(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Tensor | None:
+def unfolded(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Tensor | None:
     """Images (N, C, H, W) as (N, C * window, count); ``None`` for windows that overlap, or have gaps or a frame."""
     window = _side_by_side(kernel_size, dilation, padding, stride)
     if window is None or input.dim() != 4 or not _fits(input.shape[2:], window):
@@ -40,10 +23,10 @@ def _unfolded(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any =
     return apart.reshape(-1, channels * high * wide, rows * columns)
 
 
-def _folded(
+def folded(
     input: Tensor, output_size: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
 ) -> Tensor | None:
-    """The other way around."""
+    """Windows (N, C * window, count) as images (N, C, H, W); ``None`` likewise."""
     window, size = _side_by_side(kernel_size, dilation, padding, stride), _pair(output_size)
     if window is None or input.dim() != 3 or not _fits(size, window):
         return None

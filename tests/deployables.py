@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_edge.exporters import Artifact, ExportWarning, deployable, export
+from lightning_edge.measure import Agreement
 from lightning_edge.network import Deployable, Inputs, Precision
 from lightning_edge.quantization import quantize
 
@@ -129,3 +131,28 @@ def exported(model: nn.Module, target: str, path: Path, **options: Any) -> tuple
         warnings.simplefilter("always", ExportWarning)
         artifact = export(model, target, path, **options)
     return artifact, [str(warning.message) for warning in caught if issubclass(warning.category, ExportWarning)]
+
+
+class Branches(nn.Module):
+    """Networks of the same inputs side by side, by name: one file shows what each of them becomes."""
+
+    def __init__(self, branches: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.names = list(branches)
+        self.branches = nn.ModuleList(branches.values())
+
+    def forward(self, *inputs: Tensor) -> list[Any]:
+        return [branch(*inputs) for branch in self.branches]
+
+
+def beyond(
+    names: list[str], agreement: Agreement | None, *, steps: float | None = None, relative: float | None = None
+) -> dict[str, str]:
+    """Name the outputs that lie further from the network's than allowed, in steps of their scale or relatively."""
+    assert agreement is not None
+    found = {}
+    for name, output in zip(names, agreement.outputs, strict=True):
+        far = relative is not None and output.max_relative >= relative
+        if far or (steps is not None and (output.max_steps is None or output.max_steps > steps)):
+            found[name] = f"{output.max_steps} steps, {output.max_relative:.2g} of the largest output"
+    return found

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lightning_edge import Interface
 from lightning_edge.exporters import TARGETS, Artifact, ExportWarning, contents_of, export, load, target
 from lightning_edge.exporters import input_adapter as front
+from lightning_edge.exporters.default_names import RESERVED, with_names
 from lightning_edge.exporters.verify.agreement import reference_outputs
-from lightning_edge.network import Precision
+from lightning_edge.network import Deployable, Inputs, Precision
 
 NAMED = Interface(inputs=("picture", "extra"), outputs=("logits", "hidden"), layout="nhwc")
 
@@ -143,15 +144,51 @@ def test_names_are_those_that_the_runtimes_give(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(signature(**feed)["logits"]), wanted)
 
 
+class Odd(nn.Module):
+    """Outputs whose keys are no names everywhere, and one that is called as an input is."""
+
+    def forward(self, x: Tensor, *, mask: Tensor) -> dict[str, Tensor]:
+        return {"state": x * mask, "mask": x + 1, "a.b": x - 1, "a b": x * 3, "0": x * 2}
+
+
+ODD = Inputs((torch.rand(1, 4),), {"mask": torch.rand(1, 4)})
+ODD_NAMES = (["input", "mask"], ["output_state", "output_mask", "a_b", "output_a_b", "output_0"])
+
+
+def test_default_names_are_names_in_every_format() -> None:
+    found = with_names(Interface(), Deployable(Odd(), ODD, "fp32"))
+    assert ([*found.inputs], [*found.outputs]) == ODD_NAMES
+    two = Deployable(nn.Bilinear(4, 4, 2), Inputs((torch.rand(1, 4), torch.rand(1, 4))), "fp32")
+    assert with_names(Interface(), two).inputs == ("input_0", "input_1")
+    assert with_names(Interface(outputs=("input",)), two).outputs == ("input",)
+    assert with_names(Interface(), two).outputs == ("output",)
+
+
+def test_the_words_that_are_no_names_are_core_mls() -> None:
+    package = pytest.importorskip("lightning_edge.exporters.coreml.package")
+    pytest.importorskip("coremltools")
+    assert all(package.feature_names([word], []) != [word] for word in RESERVED)
+    assert package.feature_names(ODD_NAMES[1], ODD_NAMES[0]) == ODD_NAMES[1]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_edge.exporters.ExportWarning")
+@pytest.mark.parametrize("name", TARGETS)
+def test_default_names_are_the_same_for_all_targets(tmp_path: Path, name: str) -> None:
+    pytest.importorskip(target(name).needs[0])
+    contents = export(Odd(), name, tmp_path / f"net{target(name).suffix}", inputs=ODD, isolated=False).contents
+    assert ([end.name for end in contents.inputs], [end.name for end in contents.outputs]) == ODD_NAMES
+    assert (list(contents.interface.inputs), list(contents.interface.outputs)) == ODD_NAMES
+
+
 def test_names_may_be_those_of_what_is_inside(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     given = (torch.rand(2, 3, 6, 5), torch.rand(2, 4))
     plain = export(Pair(), "onnx", tmp_path / "plain.onnx", inputs=given)
-    swapped = Interface(inputs=("args_1", "args_0"), outputs=("relu", "conv2d"))
+    swapped = Interface(inputs=("input_1", "input_0"), outputs=("relu", "conv2d"))
     artifact = export(Pair(), "onnx", tmp_path / "net.onnx", inputs=given, interface=swapped, batches=[given])
-    assert [end.name for end in artifact.contents.inputs] == ["args_1", "args_0"]
+    assert [end.name for end in artifact.contents.inputs] == ["input_1", "input_0"]
     assert [end.name for end in artifact.contents.outputs] == ["relu", "conv2d"]
-    assert [end.name for end in plain.contents.inputs] == ["args_0", "args_1"]
+    assert [end.name for end in plain.contents.inputs] == ["input_0", "input_1"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ ROWS = [
         "errors",
         "interface",
         "windows",
+        "embedding_bags",
         "moved",
         "verdict",
         "regular_files",
@@ -26,7 +27,7 @@ ROWS = [
         "tracing",
         "quiet",
     },
-    {"reporting.devices"},
+    {"reporting.devices", "plain_calls"},
     {
         "yaml_files",
         "reporting.rendering",
@@ -35,9 +36,10 @@ ROWS = [
         "macs",
         "files",
         "reporting.monitor",
-        "reporting.budget",
         "reporting.provenance",
     },
+    {"boards"},
+    {"reporting.budget"},
     {"reporting.terminal"},
     {"reporting.typed"},
     {"reporting.html"},
@@ -47,7 +49,7 @@ ROWS = [
     {"distillation", "evaluation.reference"},
     {"record"},
     {"exporters.passes"},
-    {"exporters.input_adapter"},
+    {"exporters.input_adapter", "exporters.default_names"},
     {"exporters.program"},
     {"exporters.run"},
     {"exporters.target"},
@@ -66,7 +68,7 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"quiet"}
+WITHOUT_TORCH |= {"quiet", "boards"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
 WITHOUT_TORCH |= {"devices.runner", "reporting.devices"}
 WITHOUT_TORCH |= {
@@ -93,10 +95,14 @@ ROOMS = {
     "flatbuffers": ("exporters.tflite",),
     "ethosu": ("exporters.micro.vela",),
     "onnx": ("exporters.onnx",),
+    "onnx_ir": ("exporters.onnx",),
     "onnxscript": ("exporters.onnx",),
     "onnxruntime": ("exporters.onnx", "devices.runner"),
     "openvino": ("exporters.onnx",),
-    "transformers": (),
+    "PIL": ("exporters.coreml.runners", "zoo.image_folder"),
+    "timm": ("zoo.backbones",),
+    "torchvision": ("zoo.backbones",),
+    "transformers": ("zoo.backbones",),
     "matplotlib": (),
 }
 

@@ -61,7 +61,7 @@ def test_wheel_holds_the_exporters(installed: Path, tmp_path: Path) -> None:
 
 def test_wheel_finds_and_prints_its_recipes(installed: Path, tmp_path: Path) -> None:
     code = (
-        "from lightning_edge.cli.config_files import recipe_names, recipe_path\n"
+        "from lightning_edge.cli.recipe_files import recipe_names, recipe_path\n"
         "from lightning_edge.cli.main import main\n"
         "print(*[recipe_path(name) for name in recipe_names()])\n"
         "main(['fit', '--config', 'recipe:quickstart', '--print_config'])"
@@ -69,11 +69,11 @@ def test_wheel_finds_and_prints_its_recipes(installed: Path, tmp_path: Path) -> 
     paths, _, configuration = run(code, installed, tmp_path).partition("\n")
     assert "lightning_edge.zoo.digits.DigitsDataModule" in configuration
     shipped = [Path(path) for path in paths.split()]
-    assert {path.name for path in shipped} == {path.name for path in (ROOT / "recipes").glob("*.yaml")}
-    assert len(shipped) >= 2
-    for path in shipped:
-        assert path.is_relative_to(installed)
-        assert path.read_bytes() == (ROOT / "recipes" / path.name).read_bytes()
+    folder = installed / "lightning_edge" / "recipes"
+    names = {path.relative_to(folder) for path in shipped}
+    assert names == {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml")}
+    assert Path("compression/int8.yaml") in names
+    assert all((folder / name).read_bytes() == (ROOT / "recipes" / name).read_bytes() for name in names)
 
 
 def test_wheel_carries_types_license_and_command(installed: Path) -> None:

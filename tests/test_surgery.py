@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError
-from lightning_edge.surgery import capture_inputs, find_network, redirected
+from lightning_edge.surgery import capture_inputs, find_network, in_mode, redirected
 
 
 class OneNetwork(L.LightningModule):
@@ -89,3 +89,35 @@ def test_captured_inputs_are_those_of_the_first_call_and_the_step_goes_no_furthe
     assert torch.equal(inputs.tensors[0], torch.ones(1, 3))
     assert went_on == []
     assert capture_inputs(network, lambda: None) is None
+
+
+class Keeps(nn.Module):
+    """Keeps in evaluation what it computes from its weight, and throws it away in training, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> Keeps:
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return x + 2 * self.weight
+        if not self.kept:
+            self.kept["bias"] = 2 * self.weight
+        return x + self.kept["bias"]
+
+
+def test_modules_throw_away_what_they_keep_in_evaluation() -> None:
+    network = nn.Sequential(Keeps(), nn.Dropout())
+    network[1].eval()
+    with in_mode(network, training=False):
+        network(torch.zeros(3))
+        assert network[0].kept
+    assert not network[0].kept
+    assert [module.training for module in network.modules()] == [True, True, False]

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from lightning_edge.exporters import export
 from lightning_edge.network import Inputs
+from lightning_edge.plain_calls import PlainCalls
 from lightning_edge.quantization import quantize
 from lightning_edge.quantization.capture.graph import capture
-from lightning_edge.windows import WindowsAsViews
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def called(function: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, list[str]]
             result: Tensor = function(x, *args[1:], **kwargs)
             return result
 
-    with WindowsAsViews():
+    with PlainCalls():
         program = torch.export.export(Call(), args[:1], strict=False)
     names = [str(node.target).split(".")[1] for node in program.graph.nodes if node.op == "call_function"]
     return program.module()(args[0]), names

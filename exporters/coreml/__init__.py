@@ -135,8 +135,7 @@ class CoreML(Target):
                     f"{first_line(error)} "
                     "Free some space there, or set TMPDIR to a folder that has it."
                 ) from error
-            advice = "Replace that operation by one that coremltools has, or leave the target out."
-            raise explain("coreml", error, advice) from error
+            raise explain("coreml", error, "coremltools") from error
         if not sparse_weights:
             compact(path, network.output_names(), network.interface)
 

@@ -106,11 +106,8 @@ class ExecuTorch(Target):
         except EdgeError:
             raise
         except Exception as error:
-            raise explain(
-                "executorch" if backend == "xnnpack" else f"executorch, backend={backend!r}",
-                error,
-                "Replace that operation by one that ExecuTorch's core operator set has, or leave the target out.",
-            ) from error
+            name = "executorch" if backend == "xnnpack" else f"executorch, backend={backend!r}"
+            raise explain(name, error, "ExecuTorch's core operator set") from error
         with path.open("wb") as file:
             lowered.write_to_file(file)
 

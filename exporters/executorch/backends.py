@@ -10,7 +10,7 @@ from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters.coreml import package as mlpackage
 from lightning_edge.exporters.coreml.decompositions import decompositions
 from lightning_edge.exporters.executorch import patches
-from lightning_edge.exporters.executorch.passes import PASSES, VULKAN_PASSES
+from lightning_edge.exporters.executorch.passes import COMMON_PASSES, PASSES, VULKAN_PASSES
 from lightning_edge.exporters.executorch.passes.fold_constants import fold_constants
 from lightning_edge.exporters.executorch.read import coreml as pte_coreml
 from lightning_edge.exporters.passes.base import apply_passes, run_passes
@@ -54,13 +54,11 @@ def prepared(network: Deployable, backend: Backend) -> Deployable:
 def program_of(network: Deployable, backend: Backend) -> Any:
     """Export a network and run the passes of the backend on it."""
     program = fold_constants(network.program())
-    if backend == "coreml":  # for the same converter
-        return program.run_decompositions(decompositions(program.graph))
-    passes = {"xnnpack": PASSES, "vulkan": VULKAN_PASSES}.get(backend)
-    if passes is None:
-        return program
     graph = program.module(check_guards=False)
-    return network.with_graph(graph).program() if apply_passes(graph, passes) else program
+    if apply_passes(graph, {"xnnpack": PASSES, "vulkan": VULKAN_PASSES}.get(backend, COMMON_PASSES)):
+        program = network.with_graph(graph).program()
+    # For the same converter as Core ML's own packages.
+    return program.run_decompositions(decompositions(program.graph)) if backend == "coreml" else program
 
 
 def lowering_passes(backend: Backend) -> list[Any] | None:

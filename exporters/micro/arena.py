@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from lightning_edge.exporters.tflite.graph import dtype_name, schema_module
+from lightning_edge.exporters.tflite.graph import dtype_name
 
 # TensorFlow Lite Micro starts every buffer at a multiple of this, and rounds its size up to one.
 ALIGNMENT_BYTES = 16
@@ -87,7 +87,7 @@ def plan(buffers: Sequence[Buffer]) -> Plan:
     Returns:
         The plan; of no buffers, one of no bytes.
     """
-    sizes = [_aligned(buffer.size_bytes) for buffer in buffers]
+    sizes = [aligned(buffer.size_bytes) for buffer in buffers]
     offsets = [0] * len(buffers)
     placed: list[int] = []  # by offset
     for index in sorted(range(len(buffers)), key=lambda index: (-sizes[index], -index)):
@@ -116,7 +116,7 @@ def activations(model: Any) -> list[Buffer]:
         model: A file as `parse` gives it, of one graph.
 
     Returns:
-        A buffer for each, in the order of the file's tensors; then those of sums of transposed convolutions.
+        A buffer for each, in the order of the file's tensors. What kernels ask for beside them is `scratch.scratch`.
 
     Raises:
         ValueError: If there is more than one graph, a shape is not fixed, or a type has no fixed width.
@@ -140,18 +140,8 @@ def activations(model: Any) -> list[Buffer]:
         if index in first and not tensor.isVariable and not _is_constant(model, tensor):
             size_bytes = tensor_bytes(tensor)
             if size_bytes:
-                found.append(Buffer(size_bytes, first[index], last[index], _name(tensor)))
-    return found + list(_sums(graph))
-
-
-def _sums(graph: Any) -> Iterator[Buffer]:
-    """Sums of integer transposed convolutions, four times as wide as what they give, while these run."""
-    transposed = schema_module().BuiltinOptions.TransposeConvOptions
-    for step, op in enumerate(graph.operators, start=1):
-        if op.builtinOptionsType == transposed:
-            tensor = graph.tensors[int(op.outputs[0])]
-            if dtype_name(tensor.type) in ("int8", "int16"):
-                yield Buffer(4 * tensor_bytes(tensor), step, step, f"sums of {_name(tensor)}")
+                found.append(Buffer(size_bytes, first[index], last[index], tensor_name(tensor)))
+    return found
 
 
 def variable_bytes(model: Any) -> int:
@@ -161,7 +151,7 @@ def variable_bytes(model: Any) -> int:
         ValueError: If a shape is not fixed, or a type has no fixed width.
     """
     tensors = [tensor for graph in model.subgraphs for tensor in graph.tensors if tensor.isVariable]
-    return sum(_aligned(tensor_bytes(tensor)) for tensor in tensors)
+    return sum(aligned(tensor_bytes(tensor)) for tensor in tensors)
 
 
 def tensor_bytes(tensor: Any) -> int:
@@ -176,11 +166,16 @@ def tensor_bytes(tensor: Any) -> int:
     shape = [] if tensor.shape is None else [int(size) for size in tensor.shape]
     signature = shape if tensor.shapeSignature is None else [int(size) for size in tensor.shapeSignature]
     if min(shape, default=1) < 0 or min(signature[1:], default=1) < 0:
-        raise ValueError(f"the shape of tensor {_name(tensor)!r} is not fixed: {signature}")
+        raise ValueError(f"the shape of tensor {tensor_name(tensor)!r} is not fixed: {signature}")
     dtype = dtype_name(tensor.type)
     if dtype not in _WIDTHS:
-        raise ValueError(f"tensor {_name(tensor)!r} is of type {dtype}; allowed: {', '.join(_WIDTHS)}")
+        raise ValueError(f"tensor {tensor_name(tensor)!r} is of type {dtype}; allowed: {', '.join(_WIDTHS)}")
     return prod(shape) * _WIDTHS[dtype]
+
+
+def tensor_name(tensor: Any) -> str:
+    """The name of a tensor as text."""
+    return tensor.name.decode(errors="replace") if isinstance(tensor.name, bytes) else str(tensor.name)
 
 
 def _most_alive(buffers: Sequence[Buffer], sizes: Sequence[int]) -> int:
@@ -198,14 +193,11 @@ def _together(one: Buffer, other: Buffer) -> bool:
     return one.first_use <= other.last_use and other.first_use <= one.last_use
 
 
-def _aligned(size_bytes: int) -> int:
+def aligned(size_bytes: int) -> int:
+    """Round up to `ALIGNMENT_BYTES`."""
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def _is_constant(model: Any, tensor: Any) -> bool:
     data = model.buffers[tensor.buffer].data
     return data is not None and len(data) > 0
-
-
-def _name(tensor: Any) -> str:
-    return tensor.name.decode(errors="replace") if isinstance(tensor.name, bytes) else str(tensor.name)

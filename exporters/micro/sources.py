@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_edge.contents import Contents
 from lightning_edge.errors import ExportError
-from lightning_edge.exporters.micro import arena
+from lightning_edge.exporters.micro.arena import ALIGNMENT_BYTES
+from lightning_edge.exporters.micro.endpoints import comment, declarations
+from lightning_edge.exporters.micro.memory import memory
 from lightning_edge.exporters.micro.operators import METHODS
 from lightning_edge.exporters.tflite.graph import op_name, parse
 from lightning_edge.exporters.tflite.read import contents
@@ -20,21 +23,8 @@ from lightning_edge.regular_files import read_regular
 
 REGISTER_MACRO = "LIGHTNING_EDGE_REGISTER_OPERATORS"
 _BYTES_A_LINE = 16
-# What TensorFlow Lite Micro keeps beside the activations, on a processor of 32 bits; see `persistent_bytes`.
-_BASE_BYTES = 1024
-_TENSOR_BYTES = 16
-_OPERATOR_BYTES = 160
-_CHANNEL_BYTES = 8
-_END_BYTES = 128
-# What it takes for a while before there are activations, in their place; see `setup_bytes`.
-_PLANNING_BYTES = 64
-_PREPARING_BYTES = 96
-_ZERO_POINT_BYTES = 4
-_MARGIN = 1.1
-_KIB = 1024
 # Its array takes five times as much as text; no microcontroller has a hundredth of it.
 _MOST_BYTES = 2**28
-_CONVOLUTIONS = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
 _OFFLINE_PLAN = "OfflineMemoryAllocation"
 
 
@@ -46,11 +36,10 @@ class Footprint:
         operators: The kinds of its operations, as the schema names them.
         size_bytes: The file, which lies in flash.
         weight_bytes: Weights of its convolution, linear and matrix layers in the file.
-        activation_bytes: Activations in RAM, as TensorFlow Lite Micro's planner lays them out (`arena.plan`).
-        lower_bound_bytes: The most activations that live at one step: what no plan goes below.
-        persistent_bytes: What the interpreter keeps beside them: an estimate (`persistent_bytes`).
-        arena_bytes: The arena to begin with, an estimate: the activations, or what setting up takes where that is more
-            (`setup_bytes`), what is kept, and a margin of a tenth, up to the next KiB.
+        activation_bytes: Activations in RAM; this and the next three are those of `Memory`.
+        lower_bound_bytes: The most activations that live at one step.
+        persistent_bytes: What the interpreter keeps beside them.
+        arena_bytes: The arena, an upper bound.
     """
 
     operators: tuple[str, ...]
@@ -67,7 +56,7 @@ class Sources:
     """The two files written, and what they need.
 
     Attributes:
-        header: Declarations, the size of the arena, and the operators to register.
+        header: Declarations, the size of the arena, inputs and outputs, and the operators to register.
         source: The array.
         footprint: What it needs of a microcontroller.
     """
@@ -97,12 +86,13 @@ def write(path: str | Path, folder: str | Path) -> Sources:
     """
     path, folder = Path(path), Path(folder)
     data = _read(path)
-    found = _footprint(path, data)
+    held = _contents(path)
+    found = _footprint(path, data, held)
     name = identifier(path.stem)
     digest = hashlib.sha256(data).hexdigest()
-    origin = f"// Written by lightning-edge from {_comment(path.name)}\n// SHA-256 {digest}\n"
+    origin = f"// Written by lightning-edge from {comment(path.name)}\n// SHA-256 {digest}\n"
     header, source = folder / f"{name}.h", folder / f"{name}.cc"
-    _place({source: origin + _array(name, data), header: origin + _header(name, found)})
+    _place({source: origin + _array(name, data), header: origin + _header(name, found, held)})
     return Sources(header, source, found)
 
 
@@ -117,7 +107,8 @@ def footprint(path: str | Path) -> Footprint:
             without a kernel.
         MissingExtraError: If the extra ``tflite`` is not installed.
     """
-    return _footprint(Path(path), _read(Path(path)))
+    path = Path(path)
+    return _footprint(path, _read(path), _contents(path))
 
 
 def identifier(stem: str) -> str:
@@ -126,69 +117,25 @@ def identifier(stem: str) -> str:
     return name if name and not name[0].isdigit() else f"model_{name}".rstrip("_")
 
 
-def persistent_bytes(model: Any) -> int:
-    """Estimate what TensorFlow Lite Micro keeps in the arena beside the activations, on a processor of 32 bits.
-
-    1024 for the allocator, planner and interpreter; 16 for each tensor (``TfLiteEvalTensor`` is 12); 160 for each
-    operation (a node and its registration are 32; the rest is its parsed options and its kernel's data, aligned to 16);
-    8 for each output channel of a convolution, and of a linear layer with scales by channel (a multiplier and a shift);
-    128 for each input and output; and all variables. Scratch memory that optimized kernels ask for is not in it: the
-    margin of `Footprint.arena_bytes` is for that. ``MicroInterpreter::arena_used_bytes()`` is exact, on the device.
-
-    Args:
-        model: A file as `parse` gives it, of one graph.
-    """
-    graph = model.subgraphs[0]
-    channels = 0
-    for op in graph.operators:
-        name = op_name(model, op)
-        if name in _CONVOLUTIONS or (name == "FULLY_CONNECTED" and _scales(graph.tensors[op.inputs[1]]) > 1):
-            channels += int(graph.tensors[op.outputs[0]].shape[-1])
-    return (
-        _BASE_BYTES
-        + _TENSOR_BYTES * len(graph.tensors)
-        + _OPERATOR_BYTES * len(graph.operators)
-        + _CHANNEL_BYTES * channels
-        + _END_BYTES * (len(graph.inputs) + len(graph.outputs))
-        + arena.variable_bytes(model)
-    )
+def _contents(path: Path) -> Contents:
+    with _refusing(path):
+        return contents(path)
 
 
-def setup_bytes(model: Any) -> int:
-    """Estimate what TensorFlow Lite Micro takes of the activations' place before the first inference.
-
-    The more of two: 64 for each tensor, while it plans; and, while it prepares the operation that takes most, 96 for
-    each tensor of it and 4 for each of their zero points, which the file may hold one of for each channel.
-
-    Args:
-        model: A file as `parse` gives it, of one graph.
-    """
-    graph = model.subgraphs[0]
-    operations = [[graph.tensors[index] for index in (*op.inputs, *op.outputs) if index >= 0] for op in graph.operators]
-    preparing = [
-        sum(_PREPARING_BYTES + _ZERO_POINT_BYTES * _scales(tensor) for tensor in tensors) for tensors in operations
-    ]
-    return max(_PLANNING_BYTES * len(graph.tensors), *preparing, 0)
-
-
-def _footprint(path: Path, data: bytes) -> Footprint:
+def _footprint(path: Path, data: bytes, held: Contents) -> Footprint:
     with _refusing(path):
         model = parse(data)
-        held = contents(path)
     _check(path, model, held.float_compute_ops + held.float_ops, tuple(held.ops))
     with _refusing(path):
-        buffers = arena.activations(model)
-        persistent = persistent_bytes(model)
-    plan = arena.plan(buffers)
-    head = max(plan.activation_bytes, setup_bytes(model))
+        needed = memory(model)
     return Footprint(
         operators=tuple(held.ops),
         size_bytes=len(data),
         weight_bytes=held.int8_weight_bytes + held.int4_weight_bytes,
-        activation_bytes=plan.activation_bytes,
-        lower_bound_bytes=plan.lower_bound_bytes,
-        persistent_bytes=persistent,
-        arena_bytes=-(-int((head + persistent) * _MARGIN) // _KIB) * _KIB,
+        activation_bytes=needed.activation_bytes,
+        lower_bound_bytes=needed.lower_bound_bytes,
+        persistent_bytes=needed.persistent_bytes,
+        arena_bytes=needed.arena_bytes,
     )
 
 
@@ -243,7 +190,7 @@ def _array(name: str, data: bytes) -> str:
         [
             f'#include "{name}.h"',
             "",
-            f"alignas({arena.ALIGNMENT_BYTES}) const unsigned char {name}_data[] = {{",
+            f"alignas({ALIGNMENT_BYTES}) const unsigned char {name}_data[] = {{",
             *lines,
             "};",
             f"const std::size_t {name}_data_length = sizeof({name}_data);",
@@ -252,7 +199,7 @@ def _array(name: str, data: bytes) -> str:
     )
 
 
-def _header(name: str, found: Footprint) -> str:
+def _header(name: str, found: Footprint, held: Contents) -> str:
     guard = f"LIGHTNING_EDGE_{name.upper()}_H_"
     return f"""#ifndef {guard}
 #define {guard}
@@ -262,9 +209,12 @@ def _header(name: str, found: Footprint) -> str:
 extern const unsigned char {name}_data[];
 extern const std::size_t {name}_data_length;
 
-// An estimate to begin with: activations, {found.activation_bytes} bytes as planned; about {found.persistent_bytes}
-// that the interpreter keeps; and a tenth. MicroInterpreter::arena_used_bytes() tells what it takes.
+// An upper bound for the reference kernels and CMSIS-NN's: activations, {found.activation_bytes} bytes as planned; what
+// kernels ask for; and {found.persistent_bytes} that the interpreter keeps. MicroInterpreter::arena_used_bytes() tells
+// what it takes.
 constexpr std::size_t {name}_arena_bytes = {found.arena_bytes};
+
+{declarations(name, held)}
 
 #ifdef {REGISTER_MACRO}
 {register_operators(name, found.operators)}
@@ -320,15 +270,6 @@ def _place(texts: dict[Path, str]) -> None:
     finally:
         for place in reversed(staged):
             place.discard()
-
-
-def _scales(tensor: Any) -> int:
-    return 0 if tensor.quantization is None or tensor.quantization.scale is None else len(tensor.quantization.scale)
-
-
-def _comment(text: str) -> str:
-    """A file's name as a line comment takes it: nothing that ends or continues the line."""
-    return re.sub(r"[^ -\[\]-~]", "?", text)
 
 
 def _text(name: Any) -> str:

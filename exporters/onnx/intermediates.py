@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import onnx_ir as ir
 from torch import Tensor
 
-from lightning_edge.errors import require
-from lightning_edge.exporters.onnx.graph import VIEWS, Graph
+from lightning_edge.exporters.onnx.graph import VIEWS, constant, maker, operand
 from lightning_edge.exporters.onnx.read import parse
 from lightning_edge.exporters.run.runner import Intermediate, as_int8
 
@@ -30,19 +28,18 @@ class Inside:
 
     def __init__(self, data: bytes) -> None:
         model = parse(data)
-        graph = Graph(model)
         self._found: dict[str, tuple[str, float, int]] = {}
-        for node in graph.nodes:
-            name = node.input[0]
-            scale = graph.constant(node.input[1]) if node.op_type == "DequantizeLinear" else None
-            if scale is None or scale.size != 1 or graph.maker(name) is None:
+        for node in model.graph:
+            value = operand(node, 0)
+            scale = constant(node.inputs[1]) if node.op_type == "DequantizeLinear" else None
+            if scale is None or scale.size != 1 or value is None or value.producer() is None or not value.name:
                 continue
-            zero = graph.constant(node.input[2]) if len(node.input) > 2 else None
+            zero = constant(operand(node, 2))
             point = 0 if zero is None else int(zero.item())
-            self._found.setdefault(name, (_maker(graph, name), float(scale.item()), point))
-        onnx = require("onnx", "onnx")
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._found if name not in graph.outputs)
-        self.data: bytes = model.SerializeToString()
+            if value.name not in self._found and not value.is_graph_output():
+                model.graph.outputs.append(value)
+            self._found.setdefault(value.name, (_maker(value), float(scale.item()), point))
+        self.data: bytes = ir.to_proto(model).SerializeToString()
         self.names = list(self._found)
 
     def read(self, values: list[Tensor]) -> list[Intermediate]:
@@ -50,9 +47,9 @@ class Inside:
         return [as_int8(*known, value) for known, value in zip(self._found.values(), values, strict=True)]
 
 
-def _maker(graph: Graph, name: str) -> str:
+def _maker(value: ir.Value) -> str:
     """What computed a value, through operations that only clip, move or quantize."""
-    node: Any = graph.maker(name)
-    while node.op_type in _PASSED and (before := graph.maker(node.input[0])) is not None:
+    node = maker(value)
+    while node is not None and node.op_type in _PASSED and (before := maker(operand(node, 0))) is not None:
         node = before
-    return f"{node.op_type} {node.name}".strip()
+    return "" if node is None else f"{node.op_type} {node.name or ''}".strip()

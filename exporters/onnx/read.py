@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+import onnx_ir as ir
 
 from lightning_edge.contents import Contents, Endpoint
 from lightning_edge.errors import RunnerError, require
-from lightning_edge.exporters.onnx.graph import VIEWS, Graph, all_nodes, attribute
+from lightning_edge.exporters.onnx.graph import VIEWS, attribute, maker, operand
 from lightning_edge.exporters.run.calls import of_one_sample
 from lightning_edge.interface import Interface
 
@@ -77,8 +78,12 @@ _MOVES = VIEWS | {
 _STORED_THROUGH = frozenset({_DEQUANTIZE, "Cast", "Mul", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Identity"})
 
 
-def parse(data: bytes) -> Any:
-    """Read a file into a ``ModelProto``.
+_HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+_FLOATS = _HALVES | {ir.DataType.FLOAT, ir.DataType.DOUBLE}
+
+
+def parse(data: bytes) -> ir.Model:
+    """Read a file, with the shapes and types of its values as far as they can be inferred.
 
     Raises:
         RunnerError: If its weights lie in another file.
@@ -100,9 +105,15 @@ def parse(data: bytes) -> Any:
             )
     try:
         onnx.checker.check_model(model)
+        inferred: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(model))
     except Exception as error:
         raise ValueError(f"it is cut short or damaged ({str(error).strip().splitlines()[0]})") from error
-    return model
+    return inferred
+
+
+def given(graph: ir.Graph) -> list[ir.Value]:
+    """Give the inputs of a graph without those that are constants."""
+    return [value for value in graph.inputs if not value.is_initializer()]
 
 
 def contents(path: Path) -> Contents:
@@ -112,115 +123,103 @@ def contents(path: Path) -> Contents:
         RunnerError: If its weights lie in another file.
         ValueError: If it is cut short or no ONNX file.
     """
-    onnx = require("onnx", _EXTRA)
     model = parse(path.read_bytes())
-    graph = Graph(model)
-    types = {name: kind.elem_type for name, kind in graph.types().items()}
-    types |= {name: value.data_type for name, value in graph.initializers.items()}
-    kinds = onnx.TensorProto
-    floats = {kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE}
+    nodes = list(model.graph.all_nodes())
     bytes_of: dict[str, dict[str, int]] = {"int8": {}, "int4": {}, "float": {}, "half": {}}
     float_compute: list[str] = []
     float_other: list[str] = []
-    for node in all_nodes(graph.proto):
+    for node in nodes:
         name = node.op_type
         if name in _PRODUCTS:
-            if not _runs_in_int8(graph, node):
+            if not _runs_in_int8(node):
                 float_compute.append(name)
             for position in _PRODUCTS[name]:
-                weight = _stored(graph, node.input[position])
+                weight = _stored(node.inputs[position])
                 if weight is not None:
-                    found = _kinds_of(weight.data_type, kinds, floats)
-                    for kind in found:
-                        bytes_of[kind][weight.name] = _length(onnx, weight, halved="int4" in found)
-        elif name not in _MOVES and not _runs_in_int8(graph, node) and _takes_or_gives(node, floats, types):
+                    for kind in _kinds_of(weight.dtype):
+                        bytes_of[kind][str(weight.name)] = weight.nbytes
+        elif name not in _MOVES and not _runs_in_int8(node) and _takes_or_gives_floats(node):
             float_other.append(name)
     return Contents(
         int8_weight_bytes=sum(bytes_of["int8"].values()),
         float_weight_bytes=sum(bytes_of["float"].values()),
-        ops=dict(sorted(Counter(node.op_type for node in all_nodes(graph.proto)).items())),
+        ops=dict(sorted(Counter(node.op_type for node in nodes).items())),
         float_compute_ops=tuple(float_compute),
         float_ops=tuple(float_other),
         half_weight_bytes=sum(bytes_of["half"].values()),
         int4_weight_bytes=sum(bytes_of["int4"].values()),
-        inputs=_endpoints(onnx, [value for value in model.graph.input if value.name not in graph.initializers]),
-        outputs=_endpoints(onnx, model.graph.output),
-        interface=Interface.of_notes({entry.key: entry.value for entry in model.metadata_props}),
+        inputs=_endpoints(given(model.graph)),
+        outputs=_endpoints(model.graph.outputs),
+        interface=Interface.of_notes(model.metadata_props),
     )
 
 
-def _endpoints(onnx: Any, values: Iterable[Any]) -> tuple[Endpoint, ...]:
+def _endpoints(values: Iterable[ir.Value]) -> tuple[Endpoint, ...]:
     found = []
     for value in values:
-        kind = value.type.tensor_type
-        sizes = [int(size.dim_value) if size.HasField("dim_value") else -1 for size in kind.shape.dim]
-        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
-        found.append(Endpoint(value.name, of_one_sample(sizes), dtype))
+        sizes = [size if isinstance(size, int) else -1 for size in value.shape or ()]
+        dtype = "unknown" if value.dtype is None else str(value.dtype.numpy())
+        found.append(Endpoint(str(value.name), of_one_sample(sizes), dtype))
     return tuple(found)
 
 
-def _runs_in_int8(graph: Graph, node: Any) -> bool:
+def _runs_in_int8(node: ir.Node) -> bool:
     """Whether ONNX Runtime has an int8 kernel for an operation where it stands."""
     if node.op_type in _INTEGER:
         return True
     if node.op_type not in _INT8_KERNELS:
         return False
-    if node.op_type == "Resize" and attribute(node, "mode", b"nearest") != b"nearest":
+    if node.op_type == "Resize" and attribute(node, "mode", "nearest") != "nearest":
         return False
     # A resize is told its sizes by its other inputs.
-    floats = [name for name in (node.input[:1] if node.op_type == "Resize" else node.input) if name]
-    return all(_is_dequantized(graph, name) for name in floats) and all(
-        _is_quantized(graph, name) for name in node.output if name
+    floats = [value for value in (node.inputs[:1] if node.op_type == "Resize" else node.inputs) if value is not None]
+    return all(_is_dequantized(value) for value in floats) and all(
+        _is_quantized(value) for value in node.outputs if value.name
     )
 
 
-def _takes_or_gives(node: Any, floats: set[int], types: dict[str, int]) -> bool:
+def _takes_or_gives_floats(node: ir.Node) -> bool:
     """Whether one of an operation's values is float, or of a type that cannot be told."""
-    values = [name for name in (*node.input, *node.output) if name]
-    return any(types.get(name) in floats or name not in types for name in values)
+    values = (value for value in (*node.inputs, *node.outputs) if value is not None and value.name)
+    return any(value.dtype is None or value.dtype in _FLOATS for value in values)
 
 
-def _is_dequantized(graph: Graph, name: str) -> bool:
-    while (node := graph.maker(name)) is not None:
+def _is_dequantized(value: ir.Value | None) -> bool:
+    while (node := maker(value)) is not None:
         if node.op_type == _DEQUANTIZE:
             return True
         if node.op_type not in VIEWS:
             return False
-        name = node.input[0]
+        value = operand(node, 0)
     return False
 
 
-def _is_quantized(graph: Graph, name: str) -> bool:
-    readers = graph.readers[name]
+def _is_quantized(value: ir.Value) -> bool:
+    readers = value.consumers()
     return (
-        name not in graph.outputs
+        not value.is_graph_output()
         and bool(readers)
         and all(
-            node.op_type == _QUANTIZE
-            or (node.op_type in VIEWS and all(_is_quantized(graph, made) for made in node.output))
+            node.op_type == _QUANTIZE or (node.op_type in VIEWS and all(_is_quantized(made) for made in node.outputs))
             for node in readers
         )
     )
 
 
-def _stored(graph: Graph, name: str) -> Any:
+def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The constant behind an operand."""
-    while name not in graph.initializers:
-        node = graph.maker(name, *_STORED_THROUGH)
+    while value is not None and not value.is_initializer():
+        node = maker(value, *_STORED_THROUGH)
         if node is None:
             return None
-        if node.op_type == "Mul" and node.input[1] not in graph.initializers:  # not weights by their scale
+        scale = operand(node, 1)
+        if node.op_type == "Mul" and (scale is None or not scale.is_initializer()):  # not weights by their scale
             return None
-        name = node.input[0]
-    return graph.initializers[name]
+        value = operand(node, 0)
+    return None if value is None else value.const_value
 
 
-def _kinds_of(data_type: int, kinds: Any, floats: set[int]) -> tuple[str, ...]:
-    if data_type in floats:
-        return ("float", "half") if data_type in (kinds.FLOAT16, kinds.BFLOAT16) else ("float",)
-    return ("int4",) if data_type in (kinds.INT4, kinds.UINT4) else ("int8",)
-
-
-def _length(onnx: Any, weight: Any, *, halved: bool) -> int:
-    size = int(onnx.numpy_helper.to_array(weight).nbytes)
-    return (size + 1) // 2 if halved else size
+def _kinds_of(data_type: ir.DataType) -> tuple[str, ...]:
+    if data_type in _FLOATS:
+        return ("float", "half") if data_type in _HALVES else ("float",)
+    return ("int4",) if data_type in (ir.DataType.INT4, ir.DataType.UINT4) else ("int8",)

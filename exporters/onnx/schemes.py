@@ -7,19 +7,22 @@ and runs at each call: MobileNetV2 took three times as long with it as in float.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy
+import onnx_ir as ir
 
 from lightning_edge.errors import ExportError
-from lightning_edge.exporters.onnx.graph import Array, Graph, attribute
+from lightning_edge.exporters.onnx.graph import Array, add_constant, attribute, constant, make, operand, put_in_place
+
+_CHANNELS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
-def rewrite(model: Any, scheme: Literal["int8_weight_only", "int8_dynamic"]) -> None:
+def store_in_int8(graph: ir.Graph, scheme: Literal["int8_weight_only", "int8_dynamic"]) -> None:
     """Give every layer with constant weights int8 ones, in place.
 
     Args:
-        model: A ``ModelProto`` in float32.
+        graph: The graph of a float32 model.
         scheme: ``"int8_weight_only"`` has the weights as floats once the file is loaded; ``"int8_dynamic"`` finds the
             range of each linear layer's input when it runs (``DynamicQuantizeLinear``) and multiplies integers.
             Weights of convolutions are stored only: ONNX Runtime's ConvInteger took 2 to 8 times as long as Conv.
@@ -27,30 +30,24 @@ def rewrite(model: Any, scheme: Literal["int8_weight_only", "int8_dynamic"]) -> 
     Raises:
         ExportError: If ``"int8_dynamic"`` finds no linear layer.
     """
-    graph = Graph(model)
-    nodes: list[Any] = []
     found_linear = False
-    for node in graph.nodes:
-        weight = graph.constant(node.input[1]) if node.op_type in _CHANNELS and len(node.input) > 1 else None
+    for node in graph:
+        weight = constant(operand(node, 1)) if node.op_type in _CHANNELS else None
         if weight is None or weight.dtype != numpy.float32 or weight.ndim < 2:
-            nodes.append(node)
-        elif scheme == "int8_dynamic" and _has_integer_form(node, weight):
-            nodes += _on_the_fly(graph, node, weight)
+            continue
+        if scheme == "int8_dynamic" and _has_integer_form(node, weight):
+            _multiply_integers(graph, node, weight)
             found_linear = True
         else:
-            nodes += [*_stored(graph, node, weight), node]
+            _store(graph, node, weight)
     if scheme == "int8_dynamic" and not found_linear:
         raise ExportError(
             "onnx: scheme='int8_dynamic' left no weight in that form: this target has it for linear layers, and the "
             "network has none with fixed weights. Choose scheme='int8_weight_only', which takes as long as float here."
         )
-    graph.settle(nodes)
 
 
-_CHANNELS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-
-
-def _channel_axis(node: Any, weight: Array) -> int:
+def _channel_axis(node: ir.Node, weight: Array) -> int:
     """Where the output channels of a weight are; those of a transposed convolution lie in groups and share a scale."""
     if node.op_type == "Conv":
         return 0
@@ -70,39 +67,37 @@ def _quantized(weight: Array, axis: int) -> tuple[Array, Array]:
     return values, scale.reshape(-1)
 
 
-def _stored(graph: Graph, node: Any, weight: Array) -> list[Any]:
+def _store(graph: ir.Graph, node: ir.Node, weight: Array) -> None:
     """Let a layer read its weights from integers, times the scale of each channel."""
     axis = _channel_axis(node, weight)
     values, scale = _quantized(weight, axis)
     shape = [1] * weight.ndim
     shape[axis] = -1
-    wide = graph.make("Cast", [graph.add_constant(values)], to=1)
-    scaled = graph.make("Mul", [*wide.output, graph.add_constant(scale.reshape(shape))])
-    node.input[1] = scaled.output[0]
-    return [wide, scaled]
+    wide = make("Cast", [add_constant(graph, values)], to=ir.DataType.FLOAT)
+    scaled = make("Mul", [wide.outputs[0], add_constant(graph, scale.reshape(shape))])
+    node.prepend([wide, scaled])
+    node.replace_input_with(1, scaled.outputs[0])
 
 
-def _has_integer_form(node: Any, weight: Array) -> bool:
+def _has_integer_form(node: ir.Node, weight: Array) -> bool:
     if node.op_type == "Gemm":
         plain = attribute(node, "alpha", 1.0) == 1.0 and attribute(node, "beta", 1.0) == 1.0
         return plain and not attribute(node, "transA", 0)
     return node.op_type == "MatMul" and weight.ndim == 2
 
 
-def _on_the_fly(graph: Graph, node: Any, weight: Array) -> list[Any]:
+def _multiply_integers(graph: ir.Graph, node: ir.Node, weight: Array) -> None:
     """Write a linear layer as integers times integers, scaled back, with its bias in float."""
     axis = _channel_axis(node, weight)
     values, scale = _quantized(weight, axis)
     if axis == 0:
         values = numpy.ascontiguousarray(values.T)
-    quantize = graph.make("DynamicQuantizeLinear", [node.input[0]], [graph.new_name() for _ in range(3)])
-    data, step, zero = quantize.output
-    product = graph.make("MatMulInteger", [data, graph.add_constant(values), zero])
-    wide = graph.make("Cast", product.output, to=1)
-    steps = graph.make("Mul", [step, graph.add_constant(scale)])
-    scaled = graph.make("Mul", [wide.output[0], steps.output[0]])
-    made = [quantize, product, wide, steps, scaled]
-    if len(node.input) > 2 and node.input[2]:
-        made.append(graph.make("Add", [scaled.output[0], node.input[2]]))
-    made[-1].output[0] = node.output[0]
-    return made
+    quantize = make("DynamicQuantizeLinear", node.inputs[:1], outputs=3)
+    data, step, zero = quantize.outputs
+    product = make("MatMulInteger", [data, add_constant(graph, values), zero])
+    wide = make("Cast", product.outputs, to=ir.DataType.FLOAT)
+    steps = make("Mul", [step, add_constant(graph, scale)])
+    made = [quantize, product, wide, steps, make("Mul", [wide.outputs[0], steps.outputs[0]])]
+    if operand(node, 2) is not None:
+        made.append(make("Add", [made[-1].outputs[0], node.inputs[2]]))
+    put_in_place(node, *made)

@@ -28,7 +28,7 @@ _PRODUCTS = {
     "einsum": 1,
     "scaled_dot_product_attention": 2,
 }
-_LAYERS = frozenset({"conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "linear"})
+_LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear"})
 _RECURRENT = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu"})
 _ADDED_FIRST = frozenset({"addmm", "baddbmm"})
 _OF_STACKS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
@@ -37,8 +37,8 @@ _OF_STACKS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 def float_products(graph: torch.nn.Module) -> list[str]:
     """Name the convolution, linear and matmul operations of a converted graph that a file may compute in float.
 
-    They are those that are not quantized on all sides, and those of two activations: they have no weights, and not
-    every target has int8 kernels for them.
+    They are those that are not quantized on all sides, those of two activations, which have no weights, and
+    convolutions of volumes: not every target has int8 kernels for them.
     """
     if not isinstance(graph, fx.GraphModule):
         return []
@@ -49,7 +49,7 @@ def float_products(graph: torch.nn.Module) -> list[str]:
             first = 1 if name in _ADDED_FIRST else 0
             factors = node.args[1] if name == "einsum" else node.args[first : first + 2]
             quantized = all(_is_dequantized(factor) for factor in factors) and _is_quantized(node)
-            if not (quantized and _is_weight(graph, name, factors[-1])):
+            if name == "conv3d" or not (quantized and _is_weight(graph, name, factors[-1])):
                 # Converters split transposed convolutions into one for each group.
                 groups = node.args[6] if name.startswith("conv_transpose") and len(node.args) > 6 else 1
                 found += [name] * _PRODUCTS[name] * groups

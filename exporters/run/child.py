@@ -88,10 +88,14 @@ class Child:
         ended = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with status {code}"
         return f"{ended} ({words})" if words else ended
 
-    def _last_words(self) -> str:
+    def printed(self) -> str:
+        """What it has printed, the last of it."""
         size = os.fstat(self.words.fileno()).st_size
         found = os.pread(self.words.fileno(), _WORDS_BYTES, max(0, size - _WORDS_BYTES))
-        lines = [line.strip() for line in found.decode(errors="replace").splitlines()]
+        return found.decode(errors="replace")
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self.printed().splitlines()]
         return next((line[:200] for line in reversed(lines) if line), "")
 
     def forget_words(self) -> None:

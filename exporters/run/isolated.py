@@ -26,7 +26,13 @@ WORKER = "lightning_edge.exporters.run.worker"
 
 
 class RuntimeFault(Exception):
-    """What a runtime raised in its process, other than an error of this package."""
+    """What a runtime raised in its process, other than an error of this package.
+
+    Attributes:
+        printed: What the process had printed by then, as far as it is kept.
+    """
+
+    printed: str = ""
 
 
 @final
@@ -135,8 +141,11 @@ class Isolated(Runner):
                 self._end = f"{self._name}: a call was interrupted, and the process of {self.runtime} ended."
                 self._finish()
                 raise
+            printed = self._child.printed() if "error" in reply else ""
             self._child.forget_words()
         if "error" in reply:
-            kind = getattr(errors, reply["error"], RuntimeFault)
-            raise kind(reply["text"])
+            raised = getattr(errors, reply["error"], RuntimeFault)(reply["text"])
+            if isinstance(raised, RuntimeFault):
+                raised.printed = printed
+            raise raised
         return reply, outputs

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy
+
 from lightning_edge.exporters.tflite import graph as tflite_graph
 from lightning_edge.exporters.tflite.graph import schema_module
 
@@ -25,8 +27,6 @@ def readers(graph: Any) -> dict[int, list[Any]]:
 
 def constant(model: Any, graph: Any, index: int, dtype: str = "int32") -> Any | None:
     """Give a constant of this type, as numpy calls it, as an array of its shape; ``None`` for other tensors."""
-    import numpy
-
     tensor = graph.tensors[int(index)]
     if tflite_graph.dtype_name(tensor.type) != dtype or not tflite_graph.length_bytes(model, tensor):
         return None
@@ -46,8 +46,6 @@ def add_constant(
         dtype: Their type, as numpy calls it.
         scales: What a step of them is, of each in the first dimension or of all; zero stands for zero.
     """
-    import numpy
-
     schema, values = schema_module(), numpy.asarray(values, dtype=dtype)
     model.buffers.append(schema.BufferT(data=numpy.frombuffer(values.tobytes(), dtype=numpy.uint8)))
     shape, kind = numpy.array(values.shape, dtype=numpy.int32), getattr(schema.TensorType, dtype.upper())
@@ -74,7 +72,6 @@ def same_scale(first: Any, second: Any) -> bool:
 
 def read_instead(model: Any, graph: Any, same: Mapping[int, int]) -> None:
     """Let operations and the caller read one tensor instead of another that has the same values."""
-    import numpy
 
     def final(index: int) -> int:
         while index in same:
@@ -106,8 +103,6 @@ def drop_unread(model: Any) -> None:
 
 def _drop_tensors(model: Any, graph: Any) -> None:
     """Number the tensors anew that operations and the caller have, and forget the rest."""
-    import numpy
-
     holders = [(graph, "inputs"), (graph, "outputs")]
     holders += [(op, name) for op in graph.operators for name in ("inputs", "outputs")]
     used = sorted({int(index) for holder, name in holders for index in getattr(holder, name) if index >= 0})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+import numpy
 
 from lightning_edge.errors import require
 
@@ -18,13 +20,6 @@ PRODUCTS = {
     "TRANSPOSE_CONV": (2, 1),
     "CONV_3D_TRANSPOSE": (2, 1),
     "BATCH_MATMUL": (0, 1),
-}
-# Those with a bias, with the positions of what they are fed and of the bias.
-_PRODUCTS_WITH_BIAS = {
-    "CONV_2D": (0, 2),
-    "DEPTHWISE_CONV_2D": (0, 2),
-    "FULLY_CONNECTED": (0, 2),
-    "TRANSPOSE_CONV": (2, 3),
 }
 # Constants must lie at multiples of this, or a runtime that maps the file reads unaligned words.
 _ALIGNMENT = 16
@@ -82,93 +77,12 @@ def maker_names(model: Any) -> dict[int, str]:
     return {int(index): f"{op_name(model, op)} {place}" for place, op in operators for index in op.outputs}
 
 
-def shorten_names(model: Any) -> None:
-    """Name tensors by their number: the converter writes the whole module path into each, for debugging only."""
-    for graph in model.subgraphs:
-        ends = {*graph.inputs, *graph.outputs}
-        for index, tensor in enumerate(graph.tensors):
-            if index not in ends:
-                tensor.name = str(index).encode()
-
-
-def share_empty_buffers(model: Any) -> None:
-    """Let all tensors without data have the schema's one empty buffer: the converter gives each activation its own."""
-    kept, places = [model.buffers[0]], {}
-    holders = [tensor for graph in model.subgraphs for tensor in graph.tensors] + (model.metadata or [])
-    for holder in holders:
-        buffer = model.buffers[holder.buffer]
-        if buffer.data is None or not len(buffer.data):
-            holder.buffer = 0
-            continue
-        if holder.buffer not in places:
-            places[holder.buffer] = len(kept)
-            kept.append(buffer)
-        holder.buffer = places[holder.buffer]
-    model.buffers = kept
-
-
-def float_ends(model: Any) -> None:
-    """Let the graph take and give float: quantize at its int8 inputs, dequantize at its int8 outputs.
-
-    What lies between is not touched, so the kernels inside stay int8.
-    """
-    graph = model.subgraphs[0]
-    graph.inputs = [int(index) for index in graph.inputs]
-    graph.outputs = [int(index) for index in graph.outputs]
-    inputs = _convert_ends(model, graph, graph.inputs, "QUANTIZE")
-    outputs = _convert_ends(model, graph, graph.outputs, "DEQUANTIZE")
-    graph.operators = [*inputs, *graph.operators, *outputs]
-
-
-def widen_biases(model: Any) -> None:
-    """Store the biases of layers with 16-bit inputs in 64 bits, as LiteRT's 16x8 kernels read them.
-
-    The converter writes 32 bits, and the kernels read past their end.
-    """
-    import numpy
-
-    schema = schema_module()
-    for graph in model.subgraphs:
-        for op in graph.operators:
-            data, position = _PRODUCTS_WITH_BIAS.get(op_name(model, op), (0, -1))
-            if position < 0 or len(op.inputs) <= position or op.inputs[position] < 0:
-                continue
-            bias = graph.tensors[op.inputs[position]]
-            wide = graph.tensors[op.inputs[data]].type == schema.TensorType.INT16
-            if wide and bias.type == schema.TensorType.INT32:
-                values = numpy.frombuffer(bytes(model.buffers[bias.buffer].data), dtype=numpy.int32)
-                wider = numpy.frombuffer(values.astype(numpy.int64).tobytes(), dtype=numpy.uint8)
-                model.buffers.append(schema.BufferT(data=wider))
-                bias.buffer = len(model.buffers) - 1
-                bias.type = schema.TensorType.INT64
-
-
 def set_note(model: Any, name: str, value: bytes) -> None:
     """Keep a few bytes in the file's metadata."""
     schema = schema_module()
-    import numpy
-
     model.buffers.append(schema.BufferT(data=numpy.frombuffer(value, dtype=numpy.uint8)))
     note = schema.MetadataT(name=name, buffer=len(model.buffers) - 1)
     model.metadata = [*(model.metadata or []), note]
-
-
-def name_ends(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Name what the first graph takes and gives, in its signature and as tensors; a side without names stays.
-
-    Raises:
-        ValueError: If a side has another number of ends.
-    """
-    graph = model.subgraphs[0]
-    for side, names in (("inputs", inputs), ("outputs", outputs)):
-        if not names:
-            continue
-        entries = list(getattr(model.signatureDefs[0], side))
-        for name, index in zip(names, getattr(graph, side), strict=True):
-            # One value may be given twice: each time an entry of its own.
-            entry = next(entry for entry in entries if int(entry.tensorIndex) == int(index))
-            entries.remove(entry)
-            entry.name = graph.tensors[int(index)].name = name.encode()
 
 
 def notes(data: bytes) -> Mapping[str, str]:
@@ -224,8 +138,6 @@ def _aligned(buffer: Any) -> Any:
 
 def _bring_constants_in(model: Any, data: bytes) -> None:
     """Read the constants that lie behind the flatbuffer, where ai-edge-quantizer puts large ones, as those in it."""
-    import numpy
-
     for buffer in model.buffers:
         if buffer.offset > 1:  # 0 and 1 stand for none
             if buffer.offset + buffer.size > len(data):
@@ -247,28 +159,6 @@ def length_bytes(model: Any, tensor: Any) -> int:
     """Count the bytes of a tensor's constant; 0 if it has none."""
     data = model.buffers[tensor.buffer].data
     return 0 if data is None else len(data)
-
-
-def _convert_ends(model: Any, graph: Any, ends: list[int], operator: str) -> list[Any]:
-    """Put a float tensor and the operation to it at each int8 end of the graph; returns the operations."""
-    schema = schema_module()
-    signatures = model.signatureDefs or []
-    maps = [signature.inputs if operator == "QUANTIZE" else signature.outputs for signature in signatures]
-    added: dict[int, int] = {}
-    operators = []
-    for position, inner in enumerate(ends):
-        quantized = graph.tensors[inner]
-        if quantized.type not in (schema.TensorType.INT8, schema.TensorType.INT16):
-            continue
-        if inner not in added:
-            added[inner] = add_float(graph, inner, quantized.name)
-            quantized.name = str(inner).encode()
-            pair = (added[inner], inner) if operator == "QUANTIZE" else (inner, added[inner])
-            operators.append(conversion(model, operator, *pair))
-        ends[position] = added[inner]
-    for entry in (entry for entries in maps for entry in entries):
-        entry.tensorIndex = added.get(int(entry.tensorIndex), entry.tensorIndex)
-    return operators
 
 
 def add_float(graph: Any, index: int, name: bytes) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning_edge.errors import require
@@ -34,11 +35,13 @@ _AXIS_LABELS = 2
 _COLORS = {1: 2, 3: 1}
 
 
-def describe(model: Any, interface: Interface) -> None:
-    """Write the metadata of a file that takes pixels or has labels into its object tree; nothing for others.
+def add_metadata(model: Any, interface: Interface) -> None:
+    """Write how a file is called into its object tree: our notes, and where it takes pixels or has labels, metadata.
 
-    The normalization it states is none: the graph does it, and an app is to hand pixels over as they are.
+    The normalization that the metadata states is none: the graph does it, and an app hands over pixels as they are.
     """
+    for name, text in replace(interface, labels=()).notes().items():  # those have a place of their own
+        tflite_graph.set_note(model, name, text.encode())
     if interface.pixels is None and not interface.labels:
         return
     graph = model.subgraphs[0]

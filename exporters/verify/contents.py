@@ -11,6 +11,7 @@ from torch import nn
 from lightning_edge.contents import Contents, Placements
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters.artifact import Artifact
+from lightning_edge.exporters.passes.base import run_passes
 from lightning_edge.exporters.passes.precision import (
     activation_bits,
     float_layers,
@@ -18,6 +19,7 @@ from lightning_edge.exporters.passes.precision import (
     has_recurrent_layers,
     int8_weight_count,
 )
+from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.network import Deployable
 
 
@@ -78,11 +80,7 @@ def check_contents(network: Deployable, contents: Contents, target: str, *, want
             f"({contents.float_weight_bytes} bytes are float). Operations in it: {_counted(contents.ops)}."
         )
     wanted = float_products(network.graph)
-    if len(contents.float_compute_ops) > len(wanted) and not (
-        has_recurrent_layers(network.graph)
-        and contents.int8_weight_bytes
-        >= int8_weight_count(network.graph, without_zeros=contents.sparse_weight_bytes > 0)
-    ):
+    if len(contents.float_compute_ops) > len(wanted) and not _is_all_but_recurrent(network, contents):
         allowed = f" (of the network itself, {_counted(wanted)} may stay in float)" if wanted else ""
         raise ExportError(
             f"{target}: the network is int8 but the file computes in float: {_counted(contents.float_compute_ops)}"
@@ -99,6 +97,14 @@ def check_contents(network: Deployable, contents: Contents, target: str, *, want
     if contents.float_compute_ops or contents.float_ops:
         names = _counted((*contents.float_compute_ops, *contents.float_ops))
         _warn(target, f"an int8 file, but these operations in it compute in float: {names}")
+
+
+def _is_all_but_recurrent(network: Deployable, contents: Contents) -> bool:
+    """Whether a network has recurrent layers, and a file all int8 weights that the passes leave."""
+    if not has_recurrent_layers(network.graph):
+        return False
+    left = run_passes(network.graph, (trim_kernels,))
+    return contents.int8_weight_bytes >= int8_weight_count(left, without_zeros=contents.sparse_weight_bytes > 0)
 
 
 def check_fallback(placements: Placements | None, limit: float | None, target: str) -> None:

@@ -16,6 +16,7 @@ from lightning_edge import record
 from lightning_edge.callbacks import checkpoints, processes
 from lightning_edge.callbacks.batch import BatchAtHand, SkippedBatchError
 from lightning_edge.callbacks.distillation import DistillationWiring
+from lightning_edge.callbacks.logged_settings import log_settings
 from lightning_edge.distillation.phase import Distill
 from lightning_edge.errors import CompressionError
 from lightning_edge.quantization import float_copy, is_quantized, quantized_forward
@@ -83,6 +84,12 @@ class EdgeCompressionCallback(Callback):
             self._load(trainer, pl_module, checkpoint)
 
         checkpoints.hook(pl_module, load, lambda checkpoint: self._save(pl_module, checkpoint))
+        if stage == "fit":
+            log_settings(trainer, pl_module, self)
+
+    def logged_settings(self) -> dict[str, Any]:
+        """Give the settings of every phase, for loggers."""
+        return {"phases": record.settings_of(self.phases)}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the LightningModule and its optimizers as they were, but for the network."""
@@ -304,8 +311,10 @@ class EdgeCompressionCallback(Callback):
     def _tell(self, trainer: Trainer, phase: Phase, change: Change) -> None:
         when = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
         rank_zero_info(f"{type(phase).__name__}, {when}: {phase.describe(change)}")
-        for logger in trainer.loggers:
-            logger.log_metrics({f"edge/{phase.name}/{change['kind']}": 1.0}, step=trainer.global_step)
+        assert self._found is not None
+        figures = {f"edge/{phase.name}/{name}": value for name, value in phase.figures(self._found, change).items()}
+        for logger in trainer.loggers if figures else ():
+            logger.log_metrics(figures, step=trainer.global_step)
 
 
 def _clock(trainer: Trainer, batch_idx: int) -> Clock:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -15,15 +16,24 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
-from lightning_edge.callbacks.tracking import log_report
+from lightning_edge.callbacks.loaders import generators_kept
+from lightning_edge.callbacks.logged_settings import log_settings, plain
+from lightning_edge.callbacks.tracking import log_metrics, log_report
 from lightning_edge.devices.device import Device
 from lightning_edge.devices.settings import DeviceSettings
-from lightning_edge.errors import DeviceError, EdgeError, MissingExtraError
+from lightning_edge.errors import DeviceError, EdgeError, MissingExtraError, first_line
 from lightning_edge.evaluation.evaluate import evaluate_module
+from lightning_edge.evaluation.hooks import EvaluationHook
 from lightning_edge.evaluation.on_devices import check_devices, raise_device_failures
 from lightning_edge.evaluation.refusals import raise_failures
 from lightning_edge.evaluation.settings import EvaluationSettings
-from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs, check_data, check_split
+from lightning_edge.evaluation.validation import (
+    Split,
+    Validation,
+    calibration_inputs,
+    check_data,
+    check_split,
+)
 from lightning_edge.exporters import check_target_installed
 from lightning_edge.interface import Interface
 from lightning_edge.measure import Timing, Tolerance
@@ -73,6 +83,9 @@ class DeviceEvaluationCallback(Callback):
         interface: How the files are called: names, layout, pixels, labels.
         devices: Devices to run the files on as well: names that ``devices.yaml`` describes, or `Device` objects.
         on_devices: What is measured on devices, and of how many samples.
+        hooks: What is called with each file and with the report, for uploads of one's own.
+        every_n_epochs: Evaluate during training as well, after every so many epochs, into ``<dirpath>/epoch-<n>``. The
+            float file is left out there, and failures are warnings. The training goes on as it would without.
         jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one.
             If not given one a core, and in this process where there is one core only.
 
@@ -104,12 +117,16 @@ class DeviceEvaluationCallback(Callback):
         interface: Interface | None = None,
         devices: list[str | Device] | None = None,
         on_devices: DeviceSettings | None = None,
+        hooks: list[EvaluationHook] | None = None,
+        every_n_epochs: int | None = None,
         jobs: int | None = None,
     ) -> None:
         check_split(split)
         check_strict(strict)
         if calibration_batches < 0:
             raise ValueError(f"calibration_batches={calibration_batches} is not allowed; give 0 or more")
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs} is not allowed; give 1 or more, or leave it out")
         self.settings = EvaluationSettings(
             targets=targets,
             dirpath=dirpath,
@@ -123,6 +140,7 @@ class DeviceEvaluationCallback(Callback):
             interface=interface,
             devices=devices or [],
             on_devices=on_devices or DeviceSettings(),
+            hooks=hooks or [],
             jobs=jobs,
         )
         self.module = module
@@ -130,7 +148,22 @@ class DeviceEvaluationCallback(Callback):
         self.calibration_batches = calibration_batches
         self.metrics = metrics
         self.strict = strict
+        self.every_n_epochs = every_n_epochs
         self.report: Report | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log what is asked for."""
+        if stage == "fit":
+            log_settings(trainer, pl_module, self)
+
+    def logged_settings(self) -> dict[str, Any]:
+        """Give what files are made and how they are judged, for loggers."""
+        asked = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+        asked["devices"] = [str(device) for device in self.settings.devices]
+        asked["hooks"] = [type(hook).__qualname__ for hook in self.settings.hooks]
+        for name in ("split", "calibration_batches", "strict", "every_n_epochs"):
+            asked[name] = getattr(self, name)
+        return {"evaluation": {name: plain(value) for name, value in asked.items() if value is not None}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out before training what would fail after it.
@@ -177,6 +210,27 @@ class DeviceEvaluationCallback(Callback):
         for problem in problems:
             rank_zero_warn(f"Nothing may be measured on {problem}")
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate during training where that is asked for; nothing that fails here ends the training."""
+        ended = trainer.current_epoch + 1
+        if self.every_n_epochs is None or ended % self.every_n_epochs or ended == trainer.max_epochs:
+            return
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        folder = Path(self.settings.dirpath) / f"epoch-{ended:04d}"
+        begun = time.monotonic()
+        try:
+            with isolate_rng(), generators_kept(trainer.train_dataloader, trainer.val_dataloaders):
+                report = self._evaluate(trainer, pl_module, folder, fp32_files=False)
+        except Exception as error:
+            rank_zero_warn(f"The evaluation after epoch {ended} failed: {type(error).__name__}: {first_line(error)}")
+            return
+        seconds = time.monotonic() - begun
+        rank_zero_info(f"The evaluation after epoch {ended} took {seconds:.0f} s; it is in {folder}")
+        log_metrics(trainer.loggers, {**report.metrics(), "edge/evaluation_s": seconds}, folder, trainer.global_step)
+        for row in report.failures:
+            rank_zero_warn(f"After epoch {ended}, {row.label} failed: {row.error}")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, write, print and log; then raise if a target failed.
 
@@ -208,13 +262,19 @@ class DeviceEvaluationCallback(Callback):
         for line in failures(self.report.devices):
             rank_zero_warn(f"failed on a device: {line}")
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> Report:
+    def _evaluate(
+        self, trainer: Trainer, pl_module: LightningModule, folder: Path, fp32_files: bool | None = None
+    ) -> Report:
         name = self._module(trainer)
         compression = _compression(trainer)
         trained = compression is not None and is_quantized(find_network(pl_module, name))
         return evaluate_module(
             Validation.after_fit(trainer, pl_module, name, self.split, self.metrics),
-            replace(self.settings, dirpath=folder),
+            replace(
+                self.settings,
+                dirpath=folder,
+                fp32_files=self.settings.fp32_files if fp32_files is None else fp32_files,
+            ),
             calibration=(lambda: self._calibration(trainer, pl_module)) if self.calibration_batches else None,
             baseline=compression.baseline(pl_module) if compression is not None and trained else None,
             watched=_watched(trainer),

@@ -11,7 +11,8 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
@@ -35,16 +36,36 @@ def log_report(loggers: Iterable[Logger], report: Report, folder: Path, step: in
     """
     metrics = report.metrics()
     for logger in loggers:
-        try:
+        with _forgiven(logger, folder):
             logger.log_metrics(metrics, step=step)
             if is_wandb(logger):
                 _log_wandb(logger.experiment, report, folder)  # type: ignore[attr-defined]
             logger.save()
-        except Exception as error:
-            warnings.warn(
-                f"{type(logger).__name__} did not take the report ({type(error).__name__}: {error}); it is in {folder}",
-                stacklevel=2,
-            )
+
+
+def log_metrics(loggers: Iterable[Logger], metrics: Mapping[str, float], folder: Path, step: int) -> None:
+    """Give metrics to every logger; one that fails is warned of and passed over.
+
+    Args:
+        loggers: The Trainer's loggers.
+        metrics: Numbers by name.
+        folder: Where the report is that they are from.
+        step: Step to log at.
+    """
+    for logger in loggers:
+        with _forgiven(logger, folder):
+            logger.log_metrics(dict(metrics), step=step)
+
+
+@contextmanager
+def _forgiven(logger: Logger, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(
+            f"{type(logger).__name__} did not take the report ({type(error).__name__}: {error}); it is in {folder}",
+            stacklevel=3,
+        )
 
 
 def is_wandb(logger: Logger) -> bool:

@@ -16,6 +16,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from textwrap import fill
 
+from lightning_edge.errors import EdgeError
+
 _KEY = re.compile(r'Parser key "(?P<name>[^"]+)":')
 _CLASS = re.compile(r"Problem with given class_path '(?P<name>[^']+)':")
 _OPTION = re.compile(r"(?:Option|does not accept option) '(?P<name>[^']+)'")
@@ -159,8 +161,11 @@ def _types(text: str) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """Say what was raised first, and by the constructor of which class: jsonargparse wraps it once for every type."""
-    while (inner := error.__cause__ or error.__context__) is not None:
+    """Say what was raised first, and by the constructor of which class: jsonargparse wraps it once for every type.
+
+    An error of ours says all there is to say, also of what it came from.
+    """
+    while not isinstance(error, EdgeError) and (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     owner, traceback = "", error.__traceback__
     while traceback is not None:

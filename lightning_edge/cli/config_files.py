@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentError
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from jsonargparse import ActionConfigFile
+import yaml
+from jsonargparse import ActionConfigFile, get_loader, set_loader
 
+from lightning_edge.cli.recipe_files import RECIPE, recipe_path
 from lightning_edge.yaml_files import parse_yaml, read_yaml
 
-RECIPE = "recipe:"
-
-
-def recipe_names() -> list[str]:
-    """List the recipes that ship with this package."""
-    files = resources.files("lightning_edge.recipes").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-def recipe_path(name: str) -> Path:
-    """Find the file of a recipe, in a checkout as in an installed wheel.
-
-    Raises:
-        ValueError: If there is no such recipe.
-    """
-    if name not in recipe_names():
-        raise ValueError(f"there is no recipe {name!r}. Recipes: {', '.join(recipe_names())}")
-    return Path(str(resources.files("lightning_edge.recipes") / f"{name}.yaml"))
+# What makes a value more than one plain text or number.
+_STRUCTURE = frozenset("[{&*!\n")
+_LONGEST_ARGUMENT = 1000
 
 
 class ConfigFile(ActionConfigFile):
@@ -39,7 +26,7 @@ class ConfigFile(ActionConfigFile):
         """Read one configuration into ``cfg``."""
         if isinstance(values, str) and values.startswith(RECIPE):
             try:
-                values = str(recipe_path(values.removeprefix(RECIPE)))
+                values = str(recipe_path(values))
             except ValueError as error:
                 raise ArgumentError(None, str(error)) from error
         elif isinstance(values, str):
@@ -60,3 +47,29 @@ def _read_strictly(given: str) -> None:
         read_yaml(given)
     elif "\n" in given or ":" in given:  # the configuration itself
         parse_yaml(given, "the text")
+
+
+@contextmanager
+def strict_values() -> Iterator[None]:
+    """Within this context jsonargparse reads whatever it reads as strictly as ``--config``, files of parts included.
+
+    Its own loader is PyYAML's in C, which crashes with some thousand brackets in each other, and fills in aliases
+    without end.
+    """
+    loader = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        if _STRUCTURE & set(text):
+            try:
+                parse_yaml(text, "the value")
+            except ValueError as error:
+                if "\n" in text.strip() or len(text) > _LONGEST_ARGUMENT:  # of a file, and meant to be no plain text
+                    raise
+                raise yaml.YAMLError(str(error)) from error
+        return loader(text)
+
+    set_loader("yaml", load, (yaml.YAMLError,))
+    try:
+        yield
+    finally:
+        set_loader("yaml", loader, (yaml.YAMLError,))

@@ -16,20 +16,26 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_edge import exporters, record
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
+from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback
 from lightning_edge.cli import commands
 from lightning_edge.cli.config_errors import cause, explain
-from lightning_edge.cli.config_files import ConfigFile
+from lightning_edge.cli.config_files import ConfigFile, strict_values
 from lightning_edge.cli.trainer import EdgeTrainer
-from lightning_edge.errors import EdgeError, first_line
+from lightning_edge.errors import BudgetError, EdgeError, first_line
+from lightning_edge.evaluation.refusals import raise_over_budget
 from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.quantization.network import CHILD
 from lightning_edge.quiet import quiet_libraries
 
 _OF_FILES = (
+    "Before a training: fits CONFIG --device NAME. "
     "On files alone: verify FOLDER checks them against their manifest, microcontroller FILE makes C++ sources, report "
     "FOLDER [FOLDER ...] makes the page of a report or puts several side by side. "
+    "recipes lists the configurations that ship with this package. "
     "On many trainings: sweep FILE runs them, front FOLDER chooses among them."
 )
+# Status of a run whose files are all written, and over their budget.
+OVER_BUDGET = 3
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 _DEBUG = "JSONARGPARSE_DEBUG=true shows the whole of it, and where it was raised"
 # How torch begins when the weights of a checkpoint are not those of the module.
@@ -130,6 +136,17 @@ class EdgeCLI(LightningCLI):
 
     before_evaluate = before_export
 
+    def after_fit(self) -> None:
+        """End with the status of a missed budget, now that checkpoints, files and report are written.
+
+        Raises:
+            BudgetError: If a file to ship is over it.
+        """
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, DeviceEvaluationCallback) and callback.report is not None:
+                raise_over_budget(callback.report)
+
     def _parse_ckpt_path(self) -> None:
         """Refuse a checkpoint that is none before anything is built."""
         subcommand = self.config.get("subcommand")
@@ -157,15 +174,20 @@ def main(args: list[str] | None = None) -> None:
         args: Arguments without the program's name, ``sys.argv`` if not given.
 
     Raises:
-        SystemExit: With status 2 for a mistake in the arguments, 1 for a failure of our own making.
+        SystemExit: With status 2 for a mistake in the arguments, 3 for files over their budget, after all is written, 1
+            for a failure of our own making.
     """
     quiet_libraries()
     try:
         commands.run(sys.argv[1:] if args is None else args)
-        EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)
+        with strict_values():
+            EdgeCLI(trainer_class=EdgeTrainer, parser_class=EdgeParser, save_config_callback=_SaveConfig, args=args)
     except Exception as error:
         if _debugging() or not _is_told(error):
             raise
+        if isinstance(error, BudgetError):
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(OVER_BUDGET)
         sys.stderr.write(f"error: {_told(error)}\n({_DEBUG})\n")
         sys.exit(1)
 

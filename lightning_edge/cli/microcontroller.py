@@ -44,7 +44,7 @@ def table(name: str, found: Footprint, estimate: Estimate | None = None) -> Tabl
         ("weights", _kib(found.weight_bytes), "read from the file; a part of it"),
         ("activations", _kib(found.activation_bytes), "planned as TensorFlow Lite Micro does"),
         ("lower bound", _kib(found.lower_bound_bytes), "what lives at one step"),
-        ("arena", _kib(found.arena_bytes), "estimate: activations, the interpreter's own, a tenth"),
+        ("arena", _kib(found.arena_bytes), "upper bound: activations, what kernels ask for, the interpreter's own"),
     ]
     if estimate is not None:
         by = f"Vela's estimate for {estimate.configuration}"

@@ -15,8 +15,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_edge.cli.config_errors import cause
-from lightning_edge.cli.config_files import RECIPE, recipe_path
 from lightning_edge.cli.main import EdgeCLI, EdgeParser
+from lightning_edge.cli.recipe_files import RECIPE, recipe_path
 from lightning_edge.cli.trainer import EdgeTrainer
 from lightning_edge.errors import EdgeError, SweepError
 
@@ -50,20 +50,26 @@ class CommandLineChecker:
         # What stands beside our callbacks and was parsed already; to parse all of it takes a second.
         self._allowed: set[str] = set()
 
-    def resolve(self, base: str) -> dict[str, Any]:
-        """Give the complete configuration, with all defaults, of ``recipe:<name>`` or of a file.
+    def resolve(self, *configs: str) -> dict[str, Any]:
+        """Give the complete configuration, with all defaults, of recipes or files, later ones merged over earlier ones.
+
+        Args:
+            configs: ``recipe:<name>``, or the path of a file.
 
         Raises:
-            SweepError: If it is none.
+            SweepError: If one is none.
         """
-        try:
-            path = recipe_path(base.removeprefix(RECIPE)) if base.startswith(RECIPE) else Path(base)
-        except ValueError as error:
-            raise SweepError(f"base: {error}") from error
-        if not path.is_file():
-            raise SweepError(f"base: there is no file {base!r}; give recipe:<name> or the path of a configuration")
-        with _refusals(f"base: {base}: "):
-            complete = self._parser.parse_args(["--config", str(path)])
+        options: list[str] = []
+        for given in configs:
+            try:
+                path = recipe_path(given) if given.startswith(RECIPE) else Path(given)
+            except ValueError as error:
+                raise SweepError(f"base: {error}") from error
+            if not path.is_file():
+                raise SweepError(f"base: there is no file {given!r}; give recipe:<name> or the path of a configuration")
+            options += ["--config", str(path)]
+        with _refusals(f"base: {' + '.join(configs)}: "):
+            complete = self._parser.parse_args(options)
             text = self._parser.dump(complete, skip_unset=False)
         config = yaml.safe_load(text)
         # `fit` takes no name of a configuration from a configuration.

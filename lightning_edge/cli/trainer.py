@@ -84,7 +84,7 @@ class EdgeTrainer(Trainer):
         if batches < 1:
             raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
         network = find_network(self._load(model, ckpt_path, callback.module, "validate", datamodule), callback.module)
-        loaders = _loader(datamodule or model, "val_dataloader")
+        loaders = loader_of(datamodule or model, "val_dataloader")
         inputs = calibration_inputs(model, loaders, batches, callback.module, datamodule)
         finished = deployable(network, None if is_quantized(network) else inputs[0])
         artifacts: list[Artifact] = []
@@ -153,14 +153,14 @@ class EdgeTrainer(Trainer):
         require_devices(settings)
         split = split or callback.split
         self._load(model, ckpt_path, callback.module, split, datamodule)
-        loaders = _loader(datamodule or model, "val_dataloader" if split == "validate" else "test_dataloader")
+        loaders = loader_of(datamodule or model, "val_dataloader" if split == "validate" else "test_dataloader")
         limit = self.limit_val_batches if split == "validate" else self.limit_test_batches
         validation = Validation(model, loaders, callback.module, split, limit, datamodule, callback.metrics)
 
         def calibration() -> list[Inputs]:
             if datamodule is not None:
                 datamodule.setup("fit")
-            loader = _loader(datamodule or model, "train_dataloader")
+            loader = loader_of(datamodule or model, "train_dataloader")
             return calibration_inputs(model, loader, callback.calibration_batches, callback.module, datamodule)
 
         report = evaluate_module(
@@ -199,7 +199,7 @@ class EdgeTrainer(Trainer):
 
     def _callback(self, targets: list[str] | None, strict: Strict | None, **others: Any) -> DeviceEvaluationCallback:
         """The configuration's callback, or a default one, with the settings that were given in place of its own."""
-        found = _first(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
+        found = first_of(self.callbacks, DeviceEvaluationCallback) or DeviceEvaluationCallback(list(exporters.TARGETS))
         callback = copy.copy(found)
         settings = callback.settings if targets is None else callback.settings.for_targets(targets)
         given = {name: value for name, value in others.items() if value is not None}
@@ -207,7 +207,7 @@ class EdgeTrainer(Trainer):
         if strict is not None:
             check_strict(strict)
             callback.strict = strict
-        compression = _first(self.callbacks, EdgeCompressionCallback)
+        compression = first_of(self.callbacks, EdgeCompressionCallback)
         if compression is not None and compression.module is not None:
             callback.module = compression.module
         return callback
@@ -236,7 +236,7 @@ def _exported(
     return of_artifact(artifact, options.get("scheme")), artifact
 
 
-def _loader(source: LightningModule | LightningDataModule, name: str) -> Any:
+def loader_of(source: LightningModule | LightningDataModule, name: str) -> Any:
     """The dataloader of a module that has one, for there is nothing to compare on otherwise.
 
     Raises:
@@ -247,7 +247,8 @@ def _loader(source: LightningModule | LightningDataModule, name: str) -> Any:
     return getattr(source, name)()
 
 
-def _first(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback | None:
+def first_of(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback | None:
+    """The first of the callbacks that is of this kind."""
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 

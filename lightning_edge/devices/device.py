@@ -100,3 +100,7 @@ class Device(ABC):
             DeviceError: If a file that the settings name is not there.
             MissingExtraError: If an optional package is not installed.
         """
+
+    def temperature_c(self) -> float | None:
+        """Tell the device's temperature in degrees Celsius, where the runner there cannot read it; ``None`` else."""
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -73,6 +73,7 @@ class RemoteRunner(Runner):
     ) -> None:
         self._contents = contents
         self._limit_s = time_limit_s
+        self._device = device
         self._asked = Conversation(name, device)
         self.about: About = self._asked.about
         self.inputs = tuple(ends.spec(end) for end in contents.inputs)
@@ -107,6 +108,7 @@ class RemoteRunner(Runner):
             RunnerError: If the file fails to run, or the device says what cannot be.
         """
         calls = min(calls, MAX_CALLS)
+        temperature_c = self._device.temperature_c()
         reply, given = self._asked.ask(
             "while calls were timed",
             {"do": "time", "calls": calls, "seconds": seconds, "keep": keep},
@@ -122,7 +124,8 @@ class RemoteRunner(Runner):
         made = figure(reply.get("calls"))
         if made is None or not len(ns) <= made <= calls:
             self._asked.strange(f"calls={reply.get('calls')!r}"[:80])
-        return Times(ns, int(made), state_of(reply.get("before")), state_of(reply.get("after")))
+        before = _warm(state_of(reply.get("before")), temperature_c)
+        return Times(ns, int(made), before, _warm(state_of(reply.get("after")), self._device.temperature_c()))
 
     def peak_memory_bytes(self) -> int | None:
         """Ask for the peak of the resident memory of the whole process on the device; ``None`` if it does not tell."""
@@ -189,6 +192,11 @@ class RemoteRunner(Runner):
 def runs_on_devices(target: str) -> bool:
     """Whether there is a runtime for files of a target on devices."""
     return target in RUNTIMES
+
+
+def _warm(state: State, temperature_c: float | None) -> State:
+    """Add the temperature that the way to a device tells, where the runner there cannot read it."""
+    return state if state.temperature_c is not None else replace(state, temperature_c=temperature_c)
 
 
 def _most_bytes(end: Endpoint, samples: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, final
 
 from lightning_edge.devices.device import Channel, Device, Farewell
-from lightning_edge.devices.local import last_line
+from lightning_edge.devices.pipes import last_line
 from lightning_edge.errors import DeviceError, check_installed, first_line, require
 
 EXTRA = "ssh"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import nn
@@ -17,9 +17,10 @@ from torch import nn
 from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
 from lightning_edge.errors import AgreementError, EdgeError, first_line
+from lightning_edge.evaluation.hooks import call_hooks
 from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
-from lightning_edge.evaluation.reference import Reference
+from lightning_edge.evaluation.reference import Reference, compared_with
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import Artifact, deployable, options_of
@@ -30,12 +31,13 @@ from lightning_edge.exporters.verify.agreement import judge_file
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
-from lightning_edge.network import Deployable, Inputs, flatten_outputs, sort_keywords
+from lightning_edge.network import Deployable, Inputs, sort_keywords
 from lightning_edge.one_run import only_run
 from lightning_edge.pruning import Prune
 from lightning_edge.pruning.cutting import channels_of
 from lightning_edge.quantization import check_calibration, convert, float_copy, is_quantized, quantize
 from lightning_edge.quantization.calibration_check import in_words
+from lightning_edge.quantization.phase import as_trained
 from lightning_edge.record import changes_of
 from lightning_edge.reporting.monitor import Monitor, choose
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
@@ -89,7 +91,9 @@ def evaluate_module(
     """
     with unwinding(), only_run(Path(settings.dirpath)):
         report = _Evaluation(validation, settings, tell).run(calibration, baseline, watched)
-        return write(report, Path(settings.dirpath), recipe)
+        written = write(report, Path(settings.dirpath), recipe)
+    call_hooks(settings.hooks, written, Path(settings.dirpath))
+    return written
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ class _Evaluation:
             try:
                 inputs = calibration()
                 batches = len(inputs)
-                quantized = quantize(floats.network.graph, inputs)
+                quantized = quantize(floats.network.graph, inputs, **as_trained(changes_of(trained)))
                 if findings := check_calibration(quantized, floats.reference.calls, max_clipped=_CLIPPED):
                     self._warnings.append(in_words(findings))
                 found.append(self._int8_candidate(convert(quantized), "post-training", floats))
@@ -228,7 +232,7 @@ class _Evaluation:
         self._tell(f"Validating {row.label}")
         answer = reference.answers()
         if floats is not None and comparison is not None:
-            answer = _compared_with(floats.answers(), answer, comparison)
+            answer = compared_with(floats.answers(), answer, comparison)
         metrics = self._validation.run(answer)
         # A converted graph in torch computes on float numbers in int8 steps, at a speed that means nothing.
         self._rows.append(replace(row, metrics=metrics, is_reference=precision == "int8"))
@@ -385,16 +389,3 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _compared_with(
-    floats: Callable[..., Any], answer: Callable[..., Any], comparison: Comparison
-) -> Callable[..., Any]:
-    """Answer calls, and collect how far each answer lies from the float network's."""
-
-    def both(*args: Any, **kwargs: Any) -> Any:
-        outputs = answer(*args, **kwargs)
-        comparison.update(flatten_outputs(floats(*args, **kwargs)), flatten_outputs(outputs))
-        return outputs
-
-    return both

@@ -11,6 +11,7 @@ from lightning_edge.devices.device import Device
 from lightning_edge.devices.named import check_names
 from lightning_edge.devices.runner import RUNTIMES
 from lightning_edge.devices.settings import DeviceSettings
+from lightning_edge.evaluation.hooks import EvaluationHook
 from lightning_edge.exporters import TARGETS, check_options
 from lightning_edge.exporters.jobs import check_jobs
 from lightning_edge.exporters.verify import schemes
@@ -41,12 +42,13 @@ class EvaluationSettings:
         name: First part of each file's name.
         devices: Devices that the files are run on as well, by name or in person.
         on_devices: What is measured there.
+        hooks: What is called with each file and with the report when it is written.
         jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one.
             ``None``: one a core, and in this process where there is one core only.
 
     Raises:
         ValueError: If a target or one of its options is unknown, ``max_fallback``, ``name`` or ``jobs`` is out of its
-            range, or there are devices and no target's files run there.
+            range, or there are devices, or a budget's device, and no target's files run there.
     """
 
     targets: Sequence[str]
@@ -62,6 +64,7 @@ class EvaluationSettings:
     name: str = "model"
     devices: Sequence[str | Device] = ()
     on_devices: DeviceSettings = field(default_factory=DeviceSettings)
+    hooks: Sequence[EvaluationHook] = ()
     jobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +74,7 @@ class EvaluationSettings:
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
         check_names(self.devices)
+        check_board(self.budget, self.targets, self.options)
         if self.devices and not {*self.targets} & {*RUNTIMES}:
             raise ValueError(
                 f"devices={[str(device) for device in self.devices]} run the files of {' and '.join(RUNTIMES)}, and "
@@ -91,6 +95,29 @@ class EvaluationSettings:
         if scheme is not None and self.tolerance == Tolerance():
             return schemes.tolerance(scheme)
         return self.tolerance
+
+
+def check_board(budget: Budget | None, targets: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a budget of a device that runs none of the files.
+
+    Raises:
+        ValueError: Naming what it runs.
+    """
+    board = None if budget is None else budget.board()
+    if board is None:
+        return
+    if not {*targets} & {*board.targets}:
+        raise ValueError(
+            f"budget: device={board.name!r} runs files of {', '.join(board.targets)}, and targets={list(targets)} has "
+            "none of them; add one, or leave the device out"
+        )
+    for target in board.targets:
+        scheme = options.get(target, {}).get("scheme")
+        if target in targets and scheme is not None and not board.runs(target, scheme):
+            raise ValueError(
+                f"budget: device={board.name!r} runs files in {', '.join(board.schemes)}, and options of {target} ask "
+                f"for scheme={scheme!r}; leave the scheme or the device out"
+            )
 
 
 def check_targets(targets: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None) -> None:

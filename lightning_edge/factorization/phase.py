@@ -148,6 +148,10 @@ class Factorize(Phase):
             text += "; left alone: " + "; ".join(f"{name}: {why}" for name, why in change["left_alone"].items())
         return text
 
+    def figures(self, network: nn.Module, change: Change) -> dict[str, float]:
+        """Give the parameters that are left."""
+        return {**super().figures(network, change), "params": sum(part.numel() for part in network.parameters())}
+
     def _rank(self, values: Tensor, layer: Layer) -> int:
         needed = numerical_rank(values, layer.weight)
         if self.energy is not None:

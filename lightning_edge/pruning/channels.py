@@ -76,6 +76,11 @@ def channels_of(layer: nn.Module, side: Side) -> Channels | str:
     return f"{type(layer).__name__} is left alone"
 
 
+def is_known(layer: nn.Module) -> bool:
+    """Say whether the table below has a layer's type."""
+    return any(isinstance(layer, kinds) for kinds, _ in _TABLE)
+
+
 def _present(layer: nn.Module, *places: Place) -> tuple[Place, ...]:
     return tuple(place for place in places if getattr(layer, place.tensor, None) is not None)
 

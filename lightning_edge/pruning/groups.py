@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_edge.errors import CompressionError
-from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.pruning.channels import Channels, Integers, Side, channels_of
-from lightning_edge.pruning.cost import Positions
-from lightning_edge.pruning.opaque import as_wholes, untouched
+from lightning_edge.pruning.dependency import Watch
+from lightning_edge.pruning.ways import Way, fits, of_heads, of_parts
 
 # A reason that groups are left alone for is told with the names of three, and at most so many reasons.
 TOLD = 6
@@ -59,6 +56,9 @@ class Group:
         attributes: How many channels of (module, attribute) one unit holds.
         norms: For each LayerNorm and GroupNorm, the unit of each of its channels.
         reason: Why the group keeps all of its channels; empty: it may lose some.
+        way: The `Way` by which its channels go; empty: each alone, as far as layers let them.
+        counters: How many of what (module, attribute) of the network's own counts one unit holds.
+        others: The same channels by other ways, to be tried where this one does not work.
     """
 
     name: str
@@ -68,13 +68,24 @@ class Group:
     attributes: dict[tuple[str, str], int] = field(default_factory=dict)
     norms: dict[str, Integers] = field(default_factory=dict)
     reason: str = ""
+    way: str = ""
+    counters: dict[tuple[str, str], int] = field(default_factory=dict)
+    others: list[Group] = field(default_factory=list)
 
     @property
     def identity(self) -> str:
-        """Tells the group from others of the network, before and after cuts: by what it shortens."""
+        """Tells the group from others of the network, before and after cuts: by what it shortens, and how."""
         places = sorted(f"{slot.tensor}:{slot.dimension}" for slot in self.slots)
         counted = sorted(f"{module}.{attribute}" for module, attribute in self.attributes)
-        return hashlib.sha256("\n".join([self.name, *places, *counted]).encode()).hexdigest()[:16]
+        way = [self.way] if self.way else []
+        return hashlib.sha256("\n".join([self.name, *places, *counted, *way]).encode()).hexdigest()[:16]
+
+    def working(self, faulty: Mapping[str, str]) -> Group:
+        """Give the group by its first way that is not known to fail; where all are, with the reason of this one."""
+        ways = [self] if self.reason else [way for way in (self, *self.others) if way.identity not in faulty]
+        if ways and ways[0] is not self:
+            ways[0].others = [way for way in ways if way is not ways[0]]
+        return ways[0] if ways else replace(self, reason=faulty[self.identity])
 
     def keeps(self, units: Integers) -> NDArray[np.bool_]:
         """Whether each unit is among these; the last entry stands for -1, what belongs to none."""
@@ -86,21 +97,6 @@ class Group:
         """By how many units the group shrinks so that every layer's channels stay multiples of ``round_to``."""
         steps = [round_to // math.gcd(round_to, count) for count in self.attributes.values()]
         return math.lcm(*steps) if steps else round_to
-
-
-@dataclass(frozen=True)
-class Structure:
-    """A network's groups, and what its weights are used for.
-
-    Attributes:
-        groups: All groups, those that stay as they are with the reason.
-        positions: Where each weight of the traced copy is used.
-        inputs: The call that was traced.
-    """
-
-    groups: list[Group]
-    positions: Positions
-    inputs: Inputs
 
 
 def left_alone(groups: Sequence[Group]) -> str:
@@ -117,75 +113,21 @@ def left_alone(groups: Sequence[Group]) -> str:
     return f"Left alone are {'; '.join(told)}{more}." if told else "No layer is left alone."
 
 
-def trace(network: nn.Module, inputs: Inputs) -> Structure:
-    """Find a network's groups by running it.
+class Reading:
+    """Reads torch-pruning's groups of one network.
 
     Args:
-        network: A copy in eval mode whose parameters all require gradients; it is left as it is.
-        inputs: One call of it.
-
-    Raises:
-        CompressionError: If torch-pruning cannot trace it.
+        network: The network.
+        graph: torch-pruning's graph of it.
+        watch: What was seen while it ran.
+        untraced: Names of modules that were taken as a whole, with the reason.
     """
-    positions = Positions(inputs.batch_size)
 
-    def forward(model: nn.Module, _: Any) -> list[Tensor]:
-        with positions.counted(model):
-            outputs = flatten_outputs(model(*inputs.args, **inputs.kwargs))
-        # An operation behind each output marks it as one: torch-pruning sees no output where a layer comes last.
-        return [output * 1 for output in outputs if output.requires_grad]
-
-    graph = _dependency_graph()
-    try:
-        with warnings.catch_warnings(), as_wholes(network) as opaque:
-            warnings.simplefilter("ignore")  # on parameters outside of layers, which are ours to judge
-            graph.build_dependency(
-                network,
-                example_inputs=inputs.args,
-                forward_fn=forward,
-                unwrapped_parameters=[],
-                customized_pruners={kind: untouched() for kind in opaque},
-                ignored_layers=[],
-                ignored_params=[],
-                verbose=False,
-            )
-            types = (nn.modules.conv._ConvNd, nn.Linear)
-            found = list(graph.get_all_groups(ignored_layers=[], root_module_types=types))
-    except Exception as error:
-        raise CompressionError(
-            f"{type(network).__name__} cannot be pruned: torch-pruning cannot trace it "
-            f"({type(error).__name__}: {error}). Its forward must run on a batch in eval mode and "
-            "give tensors that depend on its parameters. Move what cannot be traced out of the network that is "
-            "compressed, or leave Prune out."
-        ) from error
-    reading = _Reading(network, graph)
-    return Structure([reading.group(group) for group in found], positions, inputs)
-
-
-def _dependency_graph() -> Any:
-    """torch-pruning's graph, which asks what kind of layer each is some ten times; here it is told once."""
-    from torch_pruning import DependencyGraph
-
-    class Graph(DependencyGraph):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self._pruners: dict[Any, Any] = {}
-
-        def get_pruner_of_module(self, module: Any) -> Any:
-            found = self._pruners.get(id(module))
-            if found is None:
-                # With the layer itself, so that no other one comes to have its id.
-                found = self._pruners[id(module)] = (super().get_pruner_of_module(module), module)
-            return found[0]
-
-    return Graph()
-
-
-class _Reading:
-    """Reads torch-pruning's groups of one network."""
-
-    def __init__(self, network: nn.Module, graph: Any) -> None:
+    def __init__(self, network: nn.Module, graph: Any, watch: Watch, untraced: Mapping[str, str]) -> None:
+        self.untraced = untraced
+        self.network = network
         self.graph = graph
+        self.watch = watch
         self.modules: dict[int, str] = {}
         # All names of each tensor: more than one where layers share it.
         self.names: dict[int, list[str]] = {}
@@ -196,9 +138,28 @@ class _Reading:
                     self.names.setdefault(id(tensor), []).append(f"{name}.{key}" if name else key)
         self.sharers = {name: names for names in self.names.values() for name in names}
 
-    def group(self, found: Any) -> Group:
+    def ways(self, group: Group, found: Any) -> Iterator[Way]:
+        """Give the other ways to cut a group, one of each name."""
+        seen: set[str] = set()
+        for item in found:
+            node = item.dep.target
+            indices, roots = (np.array(given, dtype=np.int64) for given in (item.idxs, item.root_idxs))
+            ways: Iterable[Way] = ()
+            if node.grad_fn in self.watch.shapes:
+                ways = of_heads(self.network, group.makers, *self.watch.shapes[node.grad_fn], indices, roots)
+            elif type(node.module).__name__ == "_SplitOp" and node.module.split_sizes:
+                ways = of_parts(self.network, group.name, node.module.split_sizes, indices, roots)
+            for way in ways:
+                if way.name not in seen:
+                    seen.add(way.name)
+                    yield way
+
+    def group(self, found: Any, way: Way | None = None) -> Group:
+        """Read one group, as its channels go alone or by another way."""
         root = found[0].dep.target.module
         group = Group(self.modules[id(root)])
+        if way is not None:
+            group.way, group.counters = way.name, dict(way.counters)
         layers: list[tuple[nn.Module, str, Channels, Integers, Integers]] = []
         parameters: list[tuple[Tensor, int, Integers, Integers]] = []
         every = list(range(len(found[0].idxs)))
@@ -228,7 +189,8 @@ class _Reading:
                 side: Side = "both" if out and self.graph.is_in_channel_pruning_fn(handler) else "out" if out else "in"
                 if side != "in":
                     group.makers.append(name)
-                described = channels_of(node.module, side)
+                why = self.untraced.get(name)
+                described = channels_of(node.module, side) if why is None else f"torch-pruning cannot trace that: {why}"
                 if isinstance(described, str):
                     group.reason = group.reason or f"its channels reach {name or 'the network'!r}, and {described}"
                     continue
@@ -241,8 +203,12 @@ class _Reading:
                 layers.append((node.module, name, described, indices, origin))
         if group.reason:
             return group
+        if way is not None:
+            union.merge(way.keys, way.roots)
         unit_of = union.units()
         group.units = int(unit_of.max()) + 1
+        if way is not None and not fits(way, unit_of):
+            return self._left(group, "its channels go together in yet other ways")
         if group.units == 1:
             return self._left(group, "its channels only go all at once")
         for module, name, described, indices, origin in layers:

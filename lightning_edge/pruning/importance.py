@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_edge.pruning.groups import Group, Slot
+from lightning_edge.schedule import Batch
 
 Criterion = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "lamp", "obd", "random"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -128,3 +129,17 @@ def _lamp(scores: Floats) -> Floats:
     result = np.empty_like(scores)
     result[ascending] = ordered / np.maximum(larger, np.finfo(np.float64).tiny)
     return result
+
+
+def sensitivities(criterion: Criterion, batch: Batch) -> dict[str, Tensor]:
+    """Give what a criterion wants to know of each parameter beside its values: gradients, or their mean squares."""
+    if criterion == "taylor":
+        return next(iter(batch.gradients()))
+    if criterion != "obd":
+        return {}
+    squares: dict[str, Tensor] = {}
+    for count, gradients in enumerate(batch.gradients(per_sample=True), start=1):
+        for name, gradient in gradients.items():
+            mean = squares.setdefault(name, torch.zeros_like(gradient))
+            mean += (gradient.square() - mean) / count
+    return squares

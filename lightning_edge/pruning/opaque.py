@@ -27,14 +27,27 @@ class _Whole(torch.autograd.Function):
 
 
 @contextmanager
-def as_wholes(network: nn.Module) -> Iterator[list[type[nn.Module]]]:
-    """Have each opaque layer of a copy appear as a single operation; gives the types of those there are."""
-    layers = [module for module in network.modules() if isinstance(module, OPAQUE)]
+def as_wholes(network: nn.Module, parts: Sequence[nn.Module] = ()) -> Iterator[list[type[nn.Module]]]:
+    """Have each opaque layer of a copy appear as a single operation.
+
+    Args:
+        network: The copy.
+        parts: Other modules of it that are to appear so; each has a type of its own while the context lasts.
+
+    Yields:
+        The types of all that appear so.
+    """
+    types = [type(part) for part in parts]
+    layers = [module for module in network.modules() if isinstance(module, OPAQUE) or module in parts]
     for layer in layers:
         layer.__dict__["forward"] = _as_whole(layer)
+    for part, own in zip(parts, types, strict=True):
+        part.__class__ = type(own.__name__, (own,), {})
     try:
         yield list({type(layer): None for layer in layers})
     finally:
+        for part, own in zip(parts, types, strict=True):
+            part.__class__ = own
         for layer in layers:
             del layer.__dict__["forward"]
 

@@ -209,6 +209,14 @@ class Prune(Phase):
         layers = sum(map(bool, cut))
         return f"{macs}, {_change_of('parameters', change['params'])}; {layers} layers make fewer channels"
 
+    def figures(self, network: nn.Module, change: Change) -> dict[str, float]:
+        """Give what is left after a cut: MACs, parameters, and channels that layers make; nothing of an empty one."""
+        if not change["kept"]:
+            return {}
+        made = (getattr(layer, "out_channels", getattr(layer, "out_features", None)) for layer in network.modules())
+        channels = sum(count for count in made if isinstance(count, int))
+        return {"cut": 1.0, "macs": change["macs"][2], "params": change["params"][2], "channels": channels}
+
     def _goal(self, along: float, cut: int) -> Goal:
         keyword = next((name for name in _MEASURES if getattr(self, name) is not None), "macs")
         return Goal(

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError
@@ -17,11 +14,13 @@ from lightning_edge.network import Inputs
 from lightning_edge.pruning.channels import Integers
 from lightning_edge.pruning.copies import aside, bare_copy, sample_of
 from lightning_edge.pruning.cost import MEASURES, Cost, Measure, coefficients
-from lightning_edge.pruning.cutting import cuts_of, read_attribute, undo_cut
-from lightning_edge.pruning.groups import TOLD, Group, Structure, left_alone, trace
-from lightning_edge.pruning.importance import Criterion, Floats, score
+from lightning_edge.pruning.cutting import cuts_of, undo_cut
+from lightning_edge.pruning.group_record import record_of
+from lightning_edge.pruning.groups import TOLD, Group, left_alone
+from lightning_edge.pruning.importance import Criterion, Floats, score, sensitivities
 from lightning_edge.pruning.patterns import ignore, matching
 from lightning_edge.pruning.selection import TOLERANCE, Choices, Scope, allowed_counts, choose
+from lightning_edge.pruning.traced import Structure, trace
 from lightning_edge.pruning.verification import find_fault
 from lightning_edge.schedule import Batch, Change
 
@@ -82,6 +81,10 @@ class _OnlyAloneError(CompressionError):
     """Groups that can be cut alone cannot be cut together."""
 
 
+class _OtherWayError(Exception):
+    """A group failed that can be cut in another way."""
+
+
 def find_groups(
     network: nn.Module, inputs: Inputs, patterns: Sequence[str], changes: Sequence[Change]
 ) -> tuple[nn.Module, Structure]:
@@ -98,8 +101,7 @@ def find_groups(
         structure = trace(twin, sample_of(inputs, twin))
     ignore(network, structure.groups, patterns)
     faulty = _faulty(changes)
-    for group in structure.groups:
-        group.reason = group.reason or faulty.get(group.identity, "")
+    structure.groups[:] = [group.working(faulty) for group in structure.groups]
     return twin, structure
 
 
@@ -123,10 +125,8 @@ def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
     Raises:
         CompressionError: If the network cannot be traced, nothing can be cut, or the goal would empty layers.
     """
-    draft = _drafted(network, goal, changes, batch)
     cuts = cuts_of(changes)
-    with aside(network):
-        change = _settle(draft, goal, cuts)
+    draft, change = _settled(network, goal, changes, batch)
     if goal.removed >= 1.0:
         _warn_if_missed(draft, goal, change, cuts)
     return {**change, "stood": sorted(draft.stood), "faulty": draft.faulty}
@@ -149,17 +149,33 @@ def plan_trial(network: nn.Module, goal: Goal, batch: Batch) -> Change:
         CompressionError: As `plan_cut` does.
     """
     goal = replace(goal, removed=1.0, criterion="l2", scope="local")
-    draft = _drafted(network, goal, [], batch)
-    with aside(network), suppress(_OnlyAloneError):  # other cuts than this one may stand: each is tried when it comes
-        _settle(draft, goal, [])
+    draft, _ = _settled(network, goal, [], batch, trial=True)
     record = {"kind": "trial", "kept": {}, "attributes": {}, "left_alone": left_alone(draft.structure.groups)}
     return {**record, "stood": sorted(draft.stood), "faulty": draft.faulty}
+
+
+def _settled(
+    network: nn.Module, goal: Goal, changes: Sequence[Change], batch: Batch, *, trial: bool = False
+) -> tuple[_Draft, Change]:
+    """Draft and settle, again for each group that fails one way and has another."""
+    known = list(changes)
+    while True:
+        draft = _drafted(network, goal, known, batch)
+        try:
+            with aside(network):
+                return draft, _settle(draft, goal, cuts_of(changes))
+        except _OtherWayError:
+            known.append({"stood": sorted(draft.stood), "faulty": draft.faulty})
+        except _OnlyAloneError:
+            if not trial:
+                raise
+            return draft, {}  # other cuts than this one may stand: each is tried when it comes
 
 
 def _drafted(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: Batch) -> _Draft:
     """Find the groups and their importance."""
     inputs = batch.inputs()
-    sensitivity = _sensitivity(goal.criterion, batch)
+    sensitivity = sensitivities(goal.criterion, batch)
     twin, structure = find_groups(network, inputs, goal.ignore, changes)
     parameters = dict(twin.named_parameters())
     tensors = {**parameters, **dict(twin.named_buffers())}
@@ -178,19 +194,6 @@ def _drafted(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
             importances.append(importance)
     stood = {identity for change in changes for identity in change.get("stood", ())}
     return _Draft(twin, parameters, tensors, structure, groups, importances, stood, _faulty(changes))
-
-
-def _sensitivity(criterion: Criterion, batch: Batch) -> dict[str, Tensor]:
-    if criterion == "taylor":
-        return next(iter(batch.gradients()))
-    if criterion != "obd":
-        return {}
-    squares: dict[str, Tensor] = {}
-    for count, gradients in enumerate(batch.gradients(per_sample=True), start=1):
-        for name, gradient in gradients.items():
-            mean = squares.setdefault(name, torch.zeros_like(gradient))
-            mean += (gradient.square() - mean) / count
-    return squares
 
 
 def _base(
@@ -227,7 +230,7 @@ def _settle(draft: _Draft, goal: Goal, cuts: Sequence[Change]) -> Change:
         ]
         cut = [place for place, count in enumerate(kept) if count < units[place]]
         cutting, keeping = [draft.groups[place] for place in cut], [chosen[place] for place in cut]
-        change = _record(draft, cutting, keeping)
+        change = record_of(draft.network, draft.tensors, cutting, keeping)
         change |= {measure: _costs(base[measure], costs[measure], units, kept) for measure in MEASURES}
         untried = {group.identity for group in cutting} - draft.stood
         if not untried:
@@ -306,56 +309,27 @@ def _shrunk(group: Group, draft: _Draft, changes: Sequence[Change]) -> float:
     return 1.0
 
 
-def _record(draft: _Draft, groups: Sequence[Group], kept: Sequence[Integers]) -> Change:
-    stays: dict[str, dict[int, NDArray[np.bool_]]] = {}
-    lost: dict[str, dict[str, int]] = {}
-    for group, units in zip(groups, kept, strict=True):
-        keeps = group.keeps(units)
-        for slot in group.slots:
-            size = draft.tensors[slot.tensor].shape[slot.dimension]
-            mask = stays.setdefault(slot.tensor, {}).setdefault(slot.dimension, np.ones(size, dtype=np.bool_))
-            mask &= keeps[slot.units]
-        for (module, attribute), count in group.attributes.items():
-            held = lost.setdefault(module, {})
-            held[attribute] = held.get(attribute, 0) + count * (group.units - len(units))
-    attributes: dict[str, dict[str, list[int]]] = {}
-    modules = dict(draft.network.named_modules(remove_duplicate=False))
-    for module, counts in lost.items():
-        layer = modules[module]
-        before = {attribute: int(read_attribute(layer, attribute)) for attribute in counts}
-        attributes[module] = {name: [before[name], before[name] - count] for name, count in counts.items()}
-    # Most tensors keep what others keep, too: one tensor of indices for all of them.
-    indices: dict[bytes, Tensor] = {}
-
-    def index(mask: NDArray[np.bool_]) -> Tensor:
-        key = mask.tobytes()
-        if key not in indices:
-            indices[key] = torch.from_numpy(np.flatnonzero(mask))
-        return indices[key]
-
-    return {
-        "kind": "cut",
-        "kept": {
-            name: [[dimension, index(mask), len(mask)] for dimension, mask in sorted(dimensions.items())]
-            for name, dimensions in stays.items()
-        },
-        "attributes": attributes,
-    }
-
-
 def _leave_faulty(
     draft: _Draft, calls: Sequence[Inputs], groups: Sequence[Group], kept: Sequence[Integers], fault: str
 ) -> None:
     """Find the groups that cannot be cut, by cutting each alone, and leave them out of the draft."""
-    found = False
+    found = other_ways = False
     for group, units in zip(groups, kept, strict=True):
-        change = _record(draft, [group], [units])
-        alone = find_fault(draft.network, calls, change, [group], [units])
-        undo_cut(draft.network, change)
-        if alone:
-            group.reason = f"cutting it was tried and does not work: {alone}"
-            draft.faulty[group.identity] = group.reason
-            found = True
+        alone = _fault_alone(draft, calls, group, units)
+        if not alone:
+            continue
+        found = True
+        group.reason = f"cutting it was tried and does not work: {alone}"
+        draft.faulty[group.identity] = group.reason
+        for way in group.others:
+            alone = _fault_alone(draft, calls, way, np.arange(way.units // 2))
+            if not alone:
+                draft.stood.add(way.identity)
+                other_ways = True
+                break
+            draft.faulty[way.identity] = f"cutting it was tried and does not work: {alone}"
+    if other_ways:
+        raise _OtherWayError
     if not found:
         raise _OnlyAloneError(
             f"{type(draft.network).__name__} cannot be cut as asked: {fault}, though each group of layers can be cut "
@@ -364,6 +338,13 @@ def _leave_faulty(
     stays = [place for place, group in enumerate(draft.groups) if not group.reason]
     draft.groups = [draft.groups[place] for place in stays]
     draft.importances = [draft.importances[place] for place in stays]
+
+
+def _fault_alone(draft: _Draft, calls: Sequence[Inputs], group: Group, units: Integers) -> str:
+    change = record_of(draft.network, draft.tensors, [group], [units])
+    fault = find_fault(draft.network, calls, change, [group], [units])
+    undo_cut(draft.network, change)
+    return fault
 
 
 def _warn_if_missed(draft: _Draft, goal: Goal, change: Change, changes: Sequence[Change]) -> None:

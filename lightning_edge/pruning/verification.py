@@ -17,6 +17,7 @@ from lightning_edge.pruning.channels import Integers
 from lightning_edge.pruning.cutting import make_cut
 from lightning_edge.pruning.groups import Group
 from lightning_edge.schedule import Change
+from lightning_edge.surgery import in_mode
 
 # Largest difference between the two, relative to the largest output: rounding of float32 over deep networks.
 _TOLERANCE = 1e-3
@@ -58,6 +59,8 @@ def find_fault(
 
 
 def _outputs(network: nn.Module, inputs: Inputs) -> list[Tensor] | str:
+    with in_mode(network, training=True):
+        pass  # what modules keep in evaluation comes from other weights
     try:
         return flatten_outputs(network(*inputs.args, **inputs.kwargs))
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -181,3 +181,17 @@ class Quantize(Phase):
         if clock.progress is None or begun["progress"] is None:
             return bool(clock.epoch > begun["epoch"])
         return bool(clock.progress >= (begun["progress"] + 1) / 2)
+
+
+def as_trained(changes: Iterable[Change]) -> dict[str, Any]:
+    """Give the arguments of `quantize` by which it does after training what was done in it: the same layers in int8.
+
+    Args:
+        changes: What was done to a network, with the ``phase`` of each change; empty if that was never quantized.
+    """
+    for change in changes:
+        if change["phase"] == Quantize.name and change["kind"] == "attach":
+            # Checkpoints of earlier versions lack the one or the other.
+            scales = change.get("linear_weights", "per_channel")
+            return {"precisions": change.get("layers") or None, "linear_weights": scales}
+    return {}

@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from lightning_edge.boards import Board, read_board
+
 Status = Literal["within", "exceeded", "not measurable"]
+
+# The limit that a file in a form that the device does not run is 1 above.
+DEVICE = "device"
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Excess:
 
     def __str__(self) -> str:
         """Say which limit, and by how much."""
+        if self.name == DEVICE:
+            return "the device does not run files of this form"
         return f"{self.name} {_plain(self.value)} is {_plain(self.value - self.limit)} above {_plain(self.limit)}"
 
 
@@ -67,9 +74,16 @@ class Budget:
             the file plans for its activations is a part of it, which can exceed this limit and never keeps it.
         accuracy_drop: By how much the deciding metric may be worse than the float network's in torch, in the unit of
             the metric.
+        flash_bytes: Bytes of the file where it lies in a microcontroller's flash, without the firmware.
+        arena_bytes: Arena of TensorFlow Lite Micro, the upper bound of `exporters.micro.memory`. Int8 ``.tflite`` files
+            have one.
+        energy_mj: Millijoules of one inference. Nothing here measures it: this limit is never kept.
+        fallback_share: Share of the multiply-accumulates, 0 to 1, on the runtime's own CPU kernels.
+        device: Name of a board's profile (`boards.board_names`). Its flash, arena and memory are limits where none are
+            given here, and only files that it runs are judged.
 
     Raises:
-        ValueError: If none is given, or one is negative or no number.
+        ValueError: If none is given, one is negative or no number, or there is no such device.
     """
 
     size_bytes: int | None = None
@@ -80,19 +94,32 @@ class Budget:
     load_ms: float | None = None
     peak_memory_bytes: int | None = None
     accuracy_drop: float | None = None
+    flash_bytes: int | None = None
+    arena_bytes: int | None = None
+    energy_mj: float | None = None
+    fallback_share: float | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         for name, limit in self.limits().items():
             if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < math.inf:
                 raise ValueError(f"Budget({name}={limit!r}) is not allowed; give a number of 0 or more")
-        if not self.limits():
+        if self.device is None and not self.limits():
             names = ", ".join(entry.name for entry in fields(self))
             raise ValueError(f"Budget() limits nothing; give one or more of {names}")
 
     def limits(self) -> dict[str, float]:
-        """The limits that are given, by name."""
-        given = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: limit for name, limit in given.items() if limit is not None}
+        """The limits that are given, by name, and those of the device."""
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "device"}
+        board = self.board()
+        return {
+            **({} if board is None else board.limits),
+            **{name: limit for name, limit in given.items() if limit is not None},
+        }
+
+    def board(self) -> Board | None:
+        """The profile of the device, if one is given."""
+        return None if self.device is None else read_board(self.device)
 
     def judge(
         self, measured: Mapping[str, float | None], at_least: Mapping[str, float | None] | None = None

@@ -66,6 +66,7 @@ class Row:
         p99_ms: 99th percentile.
         throughput: Samples per second, one at a time.
         planned_memory_bytes: Memory the file plans for activations, bytes.
+        arena_bytes: Arena of TensorFlow Lite Micro, an upper bound, of an int8 ``.tflite`` file that it runs.
         peak_memory_bytes: By how much the file made the resident memory of its runtime's own process grow at its peak,
             over the whole split; Linux only.
         samples: Samples compared with the network it came from.
@@ -108,6 +109,7 @@ class Row:
     p99_ms: float | None = None
     throughput: float | None = None
     planned_memory_bytes: int | None = None
+    arena_bytes: int | None = None
     peak_memory_bytes: int | None = None
     samples: int | None = None
     top1: float | None = None
@@ -239,6 +241,7 @@ class Report:
                 "latency_p99_ms": row.p99_ms,
                 "throughput": row.throughput,
                 "planned_memory_bytes": row.planned_memory_bytes,
+                "arena_bytes": row.arena_bytes,
                 "peak_memory_bytes": row.peak_memory_bytes,
                 "top1_agreement": row.top1,
                 "max_steps": row.max_steps,

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_edge.contents import Endpoint, Precision
+from lightning_edge.errors import ExportError
 from lightning_edge.exporters import Artifact, ExportWarning
+from lightning_edge.exporters.micro.sources import footprint
 from lightning_edge.measure import Agreement, Latency
-from lightning_edge.reporting.budget import Budget, Verdict
+from lightning_edge.reporting.budget import DEVICE, Budget, Excess, Verdict
 from lightning_edge.reporting.manifest import Manifest
 from lightning_edge.reporting.monitor import Monitor
 from lightning_edge.reporting.provenance import commit_of
@@ -48,6 +50,7 @@ def described(row: Row, artifact: Artifact) -> Row:
         compressed_bytes=artifact.compressed_bytes,
         load_ms=artifact.load_ms,
         planned_memory_bytes=contents.planned_memory_bytes,
+        arena_bytes=_arena_bytes(artifact),
         int8_weight_share=contents.int8_weight_bytes / weights if weights else None,
         float_ops=(*contents.float_compute_ops, *contents.float_ops) if row.precision == "int8" else None,
         delegated_ops=contents.delegated_ops,
@@ -61,6 +64,16 @@ def described(row: Row, artifact: Artifact) -> Row:
         interface=contents.interface,
         not_run=artifact.not_run,
     )
+
+
+def _arena_bytes(artifact: Artifact) -> int | None:
+    """The arena of a file that TensorFlow Lite Micro runs."""
+    if artifact.target != "tflite" or artifact.precision != "int8":
+        return None
+    try:
+        return footprint(artifact.path).arena_bytes
+    except ExportError:
+        return None
 
 
 def sample_of(artifact: Artifact) -> tuple[Endpoint, ...]:
@@ -130,10 +143,16 @@ def judged(rows: Sequence[Row], budget: Budget | None, monitor: Monitor | None) 
     """Add to every file whether it keeps the budget, its drop in the deciding metric taken from the float network."""
     if budget is None:
         return list(rows)
+    board = budget.board()
     before = next((row.metrics for row in rows if row.target == "torch" and row.source == "float"), {})
 
-    def verdict(row: Row) -> Verdict:
-        return budget.judge(_measured(row, before, monitor), {"peak_memory_bytes": row.planned_memory_bytes})
+    def verdict(row: Row) -> Verdict | None:
+        found = budget.judge(_measured(row, before, monitor), {"peak_memory_bytes": row.planned_memory_bytes})
+        if board is None or board.runs(row.target, row.scheme or row.precision):
+            return found
+        if row.target not in board.targets:
+            return None
+        return replace(found, status="exceeded", exceeded=(Excess(DEVICE, 0, 1), *found.exceeded))
 
     files = {id(row) for row in rows if row.target != "torch" and row.error is None}
     return [replace(row, budget=verdict(row)) if id(row) in files else row for row in rows]
@@ -155,6 +174,9 @@ def _measured(row: Row, before: Mapping[str, float], monitor: Monitor | None) ->
         "load_ms": row.load_ms if timed else None,
         "peak_memory_bytes": row.peak_memory_bytes if timed else None,
         "accuracy_drop": drop,
+        "flash_bytes": row.size_bytes,
+        "arena_bytes": row.arena_bytes,
+        "fallback_share": row.fallback_share,
     }
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Blanks between two columns.
 _GAP = 1
 _STYLES = {"differs": "yellow", "broken": "red"}
+_BUDGET_STYLES = {"within": "green", "exceeded": "red", "not measurable": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class ReportTable:
                 yield Text(f"{row.label} NOT RUN here: {row.not_run}", style="yellow")
             elif row.verdict in _STYLES:
                 yield Text(f"{row.label} {row.judgement}", style=_STYLES[row.verdict])
+        for row in report.rows:
+            if row.budget is not None:
+                yield Text(f"{row.label}, budget: {row.budget}", style=_BUDGET_STYLES[row.budget.status])
         for line in devices.failures(report.devices):
             yield Text(f"FAILED on {line}", style="red")
         notes = [f"* {REFERENCE_FOOTNOTE}"] if any(row.is_reference for row in report.rows) else []

@@ -167,6 +167,11 @@ class Sparsify(Phase):
             text += "; left dense: " + "; ".join(f"{name}: {why}" for name, why in change["left_alone"].items())
         return text
 
+    def figures(self, network: nn.Module, change: Change) -> dict[str, float]:
+        """Give the share of weights that are zero."""
+        found = super().figures(network, change)
+        return {**found, "zeros": change["zeros"] / change["weights"]} if change["kind"] == "mask" else found
+
     def _is_due(self, clock: Clock, newest: Change | None) -> bool:
         if newest is None:
             return clock.reached(self.start)

@@ -29,8 +29,8 @@ Place = tuple[str | int, ...]
 class Checker(Protocol):
     """What knows configurations: the command line's own parser, in practice."""
 
-    def resolve(self, base: str) -> dict[str, Any]:
-        """Give the complete configuration, with all defaults, of ``recipe:<name>`` or of a file.
+    def resolve(self, *configs: str) -> dict[str, Any]:
+        """Give the complete configuration, with all defaults, of recipes or files, later ones merged over earlier ones.
 
         Raises:
             SweepError: If it is none.

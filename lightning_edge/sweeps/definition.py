@@ -36,7 +36,7 @@ class Definition:
     Attributes:
         study: Name of the study: that of the file, without its ending.
         text: The file.
-        base: ``recipe:<name>`` or a path.
+        configs: What is varied: ``recipe:<name>`` or paths, later ones merged over earlier ones.
         space: The values of each setting.
         objectives: ``max`` or ``min`` by name of a figure.
         constraints: Largest values by name of a figure.
@@ -48,7 +48,7 @@ class Definition:
 
     study: str
     text: str
-    base: str
+    configs: tuple[str, ...]
     space: Mapping[str, Dimension]
     objectives: Mapping[str, Direction]
     constraints: Mapping[str, float]
@@ -56,6 +56,11 @@ class Definition:
     seeds: int
     sampler: SamplerName
     warm_start: str | int | None = None
+
+    @property
+    def base(self) -> str:
+        """What is varied, as one text."""
+        return " + ".join(self.configs)
 
     def identity(self) -> dict[str, str]:
         """Give what must stay the same for trials to belong to one study, each as text to compare."""
@@ -144,15 +149,13 @@ def parse_definition(text: str, path: Path) -> Definition:
     for key in _REQUIRED:
         if key not in given:
             raise SweepError(f"{key}: it is missing; a sweep file needs {', '.join(_REQUIRED)}")
-    if not isinstance(given["base"], str) or not given["base"]:
-        raise SweepError(f"base: given {given['base']!r}; allowed: recipe:<name>, or the path of a configuration")
     space = read_space(given["space"])
     total = count(space)
     trials = _whole("trials", given.get("trials", 24 if total is None else total))
     return Definition(
         study=path.stem,
         text=text,
-        base=_base(given["base"], path),
+        configs=_configs(given["base"], path),
         space=space,
         objectives=read_objectives(given["objectives"]),
         constraints=read_constraints(given.get("constraints")),
@@ -173,7 +176,7 @@ def bind(definition: Definition, checker: Checker) -> Sweep:
     Raises:
         SweepError: If a setting or a figure does not exist there, or a value is not allowed.
     """
-    base = Base(definition.base, checker.resolve(definition.base))
+    base = Base(definition.base, checker.resolve(*definition.configs))
     base.check_keys(definition.space, definition.seeds)
     if isinstance(definition.warm_start, str) and not Path(definition.warm_start).is_file():
         raise SweepError(
@@ -213,8 +216,13 @@ def _check_values(sweep: Sweep, checker: Checker) -> None:
                 raise SweepError(f"space: {key}: {value!r} is not allowed: {refused[0]}") from refused[0]
 
 
-def _base(given: str, path: Path) -> str:
-    return given if given.startswith(RECIPE) else _beside(given, path)
+def _configs(given: Any, path: Path) -> tuple[str, ...]:
+    names = given if isinstance(given, list) else [given]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise SweepError(
+            f"base: given {given!r}; allowed: recipe:<name>, or the path of a configuration, or a list of them"
+        )
+    return tuple(name if name.startswith(RECIPE) else _beside(name, path) for name in names)
 
 
 def _beside(given: str, path: Path) -> str:

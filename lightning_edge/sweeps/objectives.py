@@ -26,6 +26,7 @@ FIGURES = (
     "p99_ms",
     "throughput",
     "planned_memory_bytes",
+    "arena_bytes",
     "peak_memory_bytes",
     "top1",
     "max_steps",

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tarfile
-import urllib.request
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_edge.zoo.augmentation import mirror_and_shift
+from lightning_edge.zoo.download import download
 from lightning_edge.zoo.image_files import Split, find_files, read_images
 from lightning_edge.zoo.tensors import Batch, ImageTensors, check_batch_size, loader
 
 # The binary version of the official archive (MD5 c32a1d4ab5d03f1284b67883e8d87530): the Python version is pickles.
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+_SIZE_BYTES = 170_052_171
 _SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 _MEMBERS = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
 _SHIFT_PIXELS = 4
@@ -75,7 +76,7 @@ class CIFAR10DataModule(L.LightningDataModule):
             ValueError: If the archive is not the published one.
         """
         if self.downloads and not all((self.folder / "cifar-10-batches-bin" / name).is_file() for name in _MEMBERS):
-            download(self.folder)
+            fetch(self.folder)
         find_files(self.folder, "train")
 
     def setup(self, stage: str) -> None:
@@ -126,57 +127,23 @@ class CIFAR10DataModule(L.LightningDataModule):
         return images, labels
 
 
-def mirror_and_shift(images: Tensor, pixels: int) -> Tensor:
-    """Mirror each image with a chance of one half and shift it by up to ``pixels``, filling with zeros.
-
-    Args:
-        images: (B, C, H, W).
-        pixels: Largest shift in each direction.
-
-    Returns:
-        Images of the same shape.
-    """
-    batch, _, height, width = images.shape
-    device = images.device
-    mirrored = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, images.flip(-1), images)
-    padded = nn.functional.pad(mirrored, (pixels, pixels, pixels, pixels))
-    rows = torch.randint(2 * pixels + 1, (batch, 1), device=device) + torch.arange(height, device=device)
-    columns = torch.randint(2 * pixels + 1, (batch, 1), device=device) + torch.arange(width, device=device)
-    samples = torch.arange(batch, device=device)
-    shifted = padded.permute(0, 2, 3, 1)[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return shifted.permute(0, 3, 1, 2).contiguous()
-
-
-def download(folder: Path) -> None:
+def fetch(folder: Path) -> None:
     """Download CIFAR-10's binary archive, check it, and put its six files into ``folder/cifar-10-batches-bin``.
 
     Raises:
         OSError: If the download fails or the folder cannot be written.
         ValueError: If the archive is not the published one.
     """
+    archive = download(_URL, folder, _SIZE_BYTES, _SHA256)
     place = folder / "cifar-10-batches-bin"
-    place.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as temporary:
-        archive = Path(temporary) / "cifar-10-binary.tar.gz"
-        digest = hashlib.sha256()
-        try:
-            with urllib.request.urlopen(_URL, timeout=60) as response, archive.open("wb") as file:
-                while block := response.read(1 << 20):
-                    digest.update(block)
-                    file.write(block)
-        except OSError as error:
-            raise OSError(
-                f"CIFAR-10 could not be downloaded from {_URL} into {str(folder)!r}: {error}. "
-                f"Download it by hand, unpack it, and give its folder as data.folder."
-            ) from error
-        if digest.hexdigest() != _SHA256:
-            raise ValueError(f"{_URL} gave a file with SHA-256 {digest.hexdigest()}, not the published {_SHA256}")
-        with tarfile.open(archive) as tar:
-            for name in _MEMBERS:
-                # Read by name and written under our own: nothing in the archive chooses a path.
-                member = tar.extractfile(f"cifar-10-batches-bin/{name}")
-                if member is None:
-                    raise ValueError(f"{_URL} holds no file {name}")
-                staged = Path(temporary) / name
-                staged.write_bytes(member.read())
-                os.replace(staged, place / name)
+    place.mkdir(exist_ok=True)
+    with tarfile.open(archive) as tar, TemporaryDirectory(dir=folder) as temporary:
+        for name in _MEMBERS:
+            # Read by name and written under our own: nothing in the archive chooses a path.
+            member = tar.extractfile(f"cifar-10-batches-bin/{name}")
+            if member is None:
+                raise ValueError(f"{_URL} holds no file {name}")
+            staged = Path(temporary) / name
+            staged.write_bytes(member.read())
+            os.replace(staged, place / name)
+    archive.unlink()

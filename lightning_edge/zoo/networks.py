@@ -1,4 +1,4 @@
-"""Reference networks: the four of MLPerf Tiny, two of the MobileNet family, and a small one for digits.
+"""Reference networks: the four of MLPerf Tiny, ResNet-56, two of the MobileNet family, and a small one for digits.
 
 The MLPerf Tiny ones follow the Keras models they were published as. Two points decide whether their weights give
 their published accuracy: every convolution has a bias and BatchNorm an epsilon of 1e-3, and "same" padding at
@@ -52,7 +52,29 @@ class _Residual(nn.Module):
         return features
 
 
-class ResNet8(nn.Module):
+class _ResNet(nn.Module):
+    """Three stages of residual blocks on images of 32 pixels, each at half the size of the one before."""
+
+    def __init__(self, width: int, blocks: int, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*_normalized(3, width))
+        plan = [(width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)]
+        self.stages = nn.Sequential(
+            *[
+                _Residual(filters if block else channels, filters, 1 if block else stride)
+                for channels, filters, stride in plan
+                for block in range(blocks)
+            ]
+        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images (N, 3, 32, 32), values 0..255."""
+        logits: Tensor = self.head(self.stages(self.stem(images)))
+        return logits
+
+
+class ResNet8(_ResNet):
     """MLPerf Tiny's image classification network (``ic01``; with ``width=40`` ``ic02``).
 
     Maps images (N, 3, 32, 32) with values 0..255, not normalized, to logits (N, ``num_classes``).
@@ -63,17 +85,22 @@ class ResNet8(nn.Module):
     """
 
     def __init__(self, width: int = 16, num_classes: int = 10) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(*_normalized(3, width))
-        self.stages = nn.Sequential(
-            _Residual(width, width, 1), _Residual(width, 2 * width, 2), _Residual(2 * width, 4 * width, 2)
-        )
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, num_classes))
+        super().__init__(width, 1, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Classify images (N, 3, 32, 32), values 0..255."""
-        logits: Tensor = self.head(self.stages(self.stem(images)))
-        return logits
+
+class ResNet56(_ResNet):
+    """ResNet-56 for CIFAR-10 (He et al. 2015, arXiv:1512.03385): nine residual blocks in each of three stages.
+
+    Where the size changes, the shortcut is a 1x1 convolution (their option B; theirs for CIFAR pads with zeros).
+    Maps images (N, 3, 32, 32) with values 0..255, not normalized, to logits (N, ``num_classes``).
+
+    Args:
+        width: Filters of the first stage; the second and third have twice and four times as many.
+        num_classes: Number of logits.
+    """
+
+    def __init__(self, width: int = 16, num_classes: int = 10) -> None:
+        super().__init__(width, 9, num_classes)
 
 
 class DSCNN(nn.Sequential):

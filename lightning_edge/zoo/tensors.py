@@ -48,8 +48,8 @@ def check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size={batch_size} is not allowed; give 1 or more")
 
 
-def loader(dataset: ImageTensors, batch_size: int, shuffle: bool = False) -> DataLoader[Batch]:
-    """Load batches in this process: indexing a tensor costs less than sending it from a worker."""
+def loader(dataset: Dataset[Batch], batch_size: int, shuffle: bool = False) -> DataLoader[Batch]:
+    """Load batches of a data set with ``__getitems__`` in this process: sending them from a worker costs more."""
     # By keyword: Lightning makes a second loader of these arguments for predict, and trips over positional ones.
     return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=_as_it_is)
 

@@ -1,10 +1,14 @@
 """A training with every phase, run by test_processes.py in one process or in two; writes what each process ended with.
 
-python tests/ddp_training.py FOLDER PROCESSES
+python tests/callbacks/ddp_training.py FOLDER PROCESSES [RANK]
+
+Goes on from the last checkpoint in the folder. With a rank, the process of that one is killed in the fifth epoch.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -48,7 +53,23 @@ class Task(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
 
 
-def main(folder: Path, processes: int) -> None:
+class Killed(L.Callback):
+    """Says which process each rank is, and ends one of them as the system does where memory is short."""
+
+    def __init__(self, folder: Path, rank: int | None) -> None:
+        self.folder, self.rank = folder, rank
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (self.folder / f"rank_{trainer.global_rank}.pid").write_text(str(os.getpid()))
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_rank == self.rank and trainer.current_epoch == 4 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: Path, processes: int, killed: int | None = None) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
@@ -63,12 +84,15 @@ def main(folder: Path, processes: int) -> None:
     ]
     trainer = L.Trainer(
         max_epochs=EPOCHS,
-        callbacks=[EdgeCompressionCallback(phases)],
+        callbacks=[
+            EdgeCompressionCallback(phases),
+            ModelCheckpoint(folder, filename="last", enable_version_counter=False),
+            Killed(folder, killed),
+        ],
         strategy="ddp" if processes > 1 else "auto",
         devices=processes,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         deterministic=True,
@@ -76,10 +100,12 @@ def main(folder: Path, processes: int) -> None:
     )
     # Every process takes its share of each global batch, so that one process and two see the same batches.
     share = Subset(data, range(trainer.global_rank, len(data), processes))
-    trainer.fit(task, DataLoader(share, batch_size=GLOBAL_BATCH // processes))
+    last = folder / "last.ckpt"
+    loader = DataLoader(share, batch_size=GLOBAL_BATCH // processes)
+    trainer.fit(task, loader, ckpt_path=last if last.is_file() else None)
     state = {"network": task.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
     torch.save(state, folder / f"{processes}_processes_rank_{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,26 @@ SCRIPT = Path(__file__).with_name("ddp_training.py")
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process, and each of two, ended with."""
-    folder = tmp_path_factory.mktemp("ends")
+    found = {}
     for count in (1, 2):
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), str(folder), str(count)], capture_output=True, text=True, timeout=300
-        )
+        folder = tmp_path_factory.mktemp("ends")
+        done = train(folder, count)
         assert done.returncode == 0, done.stderr[-3000:]
-    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+        found |= {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+    return found
+
+
+def train(folder: Path, *arguments: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(folder), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def is_running(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_both_processes_end_with_the_same_parameters_and_ranges(ends: dict[str, Any]) -> None:
@@ -57,6 +72,28 @@ def test_two_processes_compute_what_one_does_on_the_same_global_batch(ends: dict
     masked = one["network.block.0.weight"] == 0
     assert masked.any()
     assert torch.equal(masked, two["network.block.0.weight"] == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_other_and_the_last_checkpoint_goes_on(
+    ends: dict[str, Any], tmp_path: Path, killed: int
+) -> None:
+    done = train(tmp_path, 2, killed)
+    assert done.returncode != 0
+    other = int((tmp_path / f"rank_{1 - killed}.pid").read_text())
+    deadline = time.monotonic() + 60
+    while is_running(other):
+        assert time.monotonic() < deadline, f"rank {1 - killed} still waits for rank {killed}"
+        time.sleep(0.1)
+    assert not list(tmp_path.glob("*.pt"))
+    done = train(tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        state = torch.load(tmp_path / f"2_processes_rank_{rank}.pt", weights_only=True)["network"]
+        uninterrupted = ends[f"2_processes_rank_{rank}"]["network"]
+        assert list(state) == list(uninterrupted)
+        assert [name for name in state if not torch.equal(state[name], uninterrupted[name])] == []
 
 
 def test_strategies_that_split_parameters_are_refused() -> None:

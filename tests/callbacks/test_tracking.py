@@ -9,16 +9,20 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from test_evaluation import QUICK, TRAINING, VALIDATION, Classifier, Stub, stub, trainer
 
-from lightning_edge import DeviceEvaluationCallback
+from lightning_edge import Budget, DeviceEvaluationCallback, EdgeCompressionCallback, Prune, Quantize
 from lightning_edge.callbacks.tracking import (
     OfflineFallbackWandbLogger,
     answers,
@@ -27,6 +31,7 @@ from lightning_edge.callbacks.tracking import (
     log_report,
     table_of,
 )
+from lightning_edge.errors import ExportError
 from lightning_edge.reporting.report import Report, Row, digest
 
 wandb = pytest.importorskip("wandb")
@@ -168,6 +173,60 @@ def test_fit_with_an_offline_logger_leaves_all_of_it_in_the_run(tmp_path: Path, 
     ]
     assert json.loads(artifact.metadata)["sha256"]["model-int8.stub"] == digest(files / "model-int8.stub")
     assert list(tmp_path.rglob("offline-run-*/files/media/table/**/*.table.json"))
+
+
+class Width(Classifier):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_what_was_asked_and_what_came_of_it_is_in_every_logger(tmp_path: Path, stub: Stub) -> None:
+    stub.refusal = ExportError("stub: refused")
+    loggers: list[Any] = [
+        WandbLogger(offline=True, save_dir=str(tmp_path)),
+        CSVLogger(tmp_path, name="csv"),
+        *([TensorBoardLogger(tmp_path, name="board")] if find_spec("tensorboard") else []),
+    ]
+    phases = [Prune(start=1, end=2, every=1, macs=0.6, round_to=1), Quantize(start=2)]
+    evaluation = DeviceEvaluationCallback(
+        ["stub"], str(tmp_path / "files"), timing=QUICK, strict=False, budget=Budget(size_bytes=10**6)
+    )
+    fitted = trainer(EdgeCompressionCallback(phases), evaluation, max_epochs=3, logger=loggers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted.fit(Width(8), TRAINING, VALIDATION)
+
+    found = records(tmp_path)
+    config = {
+        entry.key or "/".join(entry.nested_key): json.loads(entry.value_json)
+        for record in found
+        for entry in [*record.config.update, *record.run.config.update]
+    }
+    saved = [yaml.safe_load((Path(logger.log_dir or "") / "hparams.yaml").read_text()) for logger in loggers[1:]]
+    for asked in (config, *saved):
+        assert asked["width"] == 8
+        assert asked["edge"]["phases"]["prune"]["macs"] == 0.6
+        assert asked["edge"]["phases"]["quantize"]["start"] == 2
+        assert asked["edge"]["evaluation"]["targets"] == ["stub"]
+        assert asked["edge"]["evaluation"]["budget"] == {"size_bytes": 10**6}
+
+    with open(Path(loggers[1].log_dir or "") / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    logged = {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+    for name in ("macs", "params", "channels"):
+        assert logged[f"edge/prune/{name}"] == sorted(logged[f"edge/prune/{name}"], reverse=True)
+    layers = [module for module in fitted.lightning_module.modules() if hasattr(module, "out_channels")]
+    assert logged["edge/prune/channels"][-1] == layers[0].out_channels + 4
+    assert logged["edge/stub/verdict"] == [-1.0]
+    for logger in loggers[2:]:
+        events = import_module("tensorboard.backend.event_processing.event_accumulator")
+        read = events.EventAccumulator(logger.log_dir)
+        read.Reload()
+        assert b"phases/prune/macs" in read.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        for name in ("edge/prune/macs", "edge/prune/channels", "edge/stub/verdict"):
+            assert [event.value for event in read.Scalars(name)] == pytest.approx(logged[name])
+    assert history(tmp_path)["edge/stub/verdict"] == -1.0
 
 
 def test_metrics_go_to_every_logger(tmp_path: Path, report: Report, folder: Path) -> None:

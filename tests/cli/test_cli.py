@@ -14,8 +14,8 @@ import yaml
 
 from lightning_edge import CompressionError, exporters
 from lightning_edge.cli.config_errors import explain
-from lightning_edge.cli.config_files import recipe_names, recipe_path
 from lightning_edge.cli.main import main
+from lightning_edge.cli.recipe_files import recipe_names, recipe_path
 from lightning_edge.interface import Interface
 from lightning_edge.reporting.manifest import Manifest
 from lightning_edge.zoo.digits import DigitsDataModule
@@ -114,7 +114,7 @@ def test_export_writes_int8_files(
     manifest = Manifest.read(tmp_path / "out")
     assert [entry.path for entry in manifest.files] == ["model-int8.pte"]
     assert manifest.files[0].agreement["samples"] == 16
-    assert manifest.files[0].interface == Interface(outputs=("scores",), layout="nhwc")
+    assert manifest.files[0].interface == Interface(("input",), ("scores",), layout="nhwc")
     assert [end.shape for end in manifest.files[0].inputs] == [(1, 8, 8, 1)]
     assert [end.shape for end in manifest.files[0].sample] == [(1, 1, 8, 8)]
     assert "lightning_edge.zoo.networks.DigitsCNN" in str(yaml.safe_load(str(manifest.recipe))["model"])
@@ -151,7 +151,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit) as exit_info:
         run("evaluate", "--config", str(tmp_path / "settings.yaml"), "--ckpt_path", "checkpoints/trained.ckpt")
-    assert exit_info.value.code == 1
+    assert exit_info.value.code == 3
     error = capfd.readouterr().err
     assert "error: executorch int8 (trained) is over its budget: size_bytes " in error
     assert "above 1,000" in error
@@ -263,7 +263,9 @@ def test_missing_recipe_lists_those_there_are(run: Run, capfd: pytest.CaptureFix
     with pytest.raises(SystemExit) as exit_info:
         run("fit", "--config", "recipe:quickstat")
     assert exit_info.value.code == 2
-    assert capfd.readouterr().err.startswith("error: there is no recipe 'quickstat'. Recipes: cifar10-resnet8-int8, ")
+    assert capfd.readouterr().err.startswith(
+        "error: there is no recipe 'quickstat'. Did you mean quickstart? Recipes: "
+    )
     with pytest.raises(ValueError, match=r"there is no recipe '\.\./pyproject'"):
         recipe_path("../pyproject")
     assert all(recipe_path(name).is_file() for name in recipe_names())
@@ -386,6 +388,26 @@ def test_file_that_is_no_configuration_is_told(
     error = capfd.readouterr().err
     assert error.startswith(f"error: {expected.format(file=config)}")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("class_path: a\ninit_args: " + "[" * 20_000, "model: the value is nested too deeply"),
+        ("[" * 20_000, "model: the value is nested too deeply"),
+        (BOMB, "model: the value: line 6, column 5: there are more than 100,000 values"),
+        ("class_path: a\nclass_path: b\n", "model: the value: line 2, column 1: 'class_path' is given twice"),
+    ],
+    ids=["deep", "brackets", "aliases", "key twice"],
+)
+def test_a_file_of_a_part_is_read_as_strictly(
+    run: Run, config: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    config.with_name("part.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        run("fit", "--config", "config.yaml", "--model", "part.yaml")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
 
 
 def test_a_pipe_is_no_configuration(config: Path, run: Run, capfd: pytest.CaptureFixture[str]) -> None:

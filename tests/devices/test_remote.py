@@ -241,7 +241,7 @@ def test_leaving_in_the_middle_ends_what_hangs(
         runner(SAMPLE.tensors)
 
 
-@pytest.mark.parametrize("by", ["ssh", "local"])
+@pytest.mark.parametrize("by", ["ssh", "pipes"])
 def test_processes_that_do_not_end_by_themselves_are_killed(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:

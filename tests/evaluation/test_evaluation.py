@@ -28,6 +28,7 @@ from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Pr
 from lightning_edge.contents import Placements
 from lightning_edge.errors import BudgetError, EdgeError, ExportError, MissingExtraError
 from lightning_edge.evaluation.evaluate import evaluate_module
+from lightning_edge.evaluation.hooks import EvaluationHook
 from lightning_edge.evaluation.refusals import raise_failures, raise_over_budget
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
@@ -38,7 +39,8 @@ from lightning_edge.network import Deployable, Inputs, flatten_outputs
 from lightning_edge.reporting.budget import Budget
 from lightning_edge.reporting.manifest import Manifest
 from lightning_edge.reporting.monitor import Monitor
-from lightning_edge.reporting.report import Report, digest
+from lightning_edge.reporting.read import read_report
+from lightning_edge.reporting.report import Report, Row, digest
 from lightning_edge.reporting.verification import verify
 
 ISOLATED = True
@@ -500,6 +502,18 @@ def test_training_that_made_it_worse_is_warned_of(stub: Stub, tmp_path: Path) ->
         evaluate(tmp_path, module, calibration=calibration, baseline=module.net, monitor=Monitor("val_f1", "max"))
 
 
+def test_the_post_training_baseline_keeps_the_same_layers_in_float(stub: Stub, tmp_path: Path) -> None:
+    module = Classifier()
+    phase = Quantize(start=0, skip=[f"{len(module.net) - 1}"], linear_weights="per_tensor")
+    trainer(EdgeCompressionCallback([phase]), max_epochs=1).fit(module, TRAINING, VALIDATION)
+    report = evaluate(tmp_path, module, calibration=calibration)
+    trained, after = (
+        next(row.size_bytes for row in report.rows if row.label == f"torch int8 ({source})")
+        for source in ("trained", "post-training")
+    )
+    assert trained == after
+
+
 # The callback.
 
 
@@ -591,6 +605,80 @@ def test_random_numbers_go_on_as_without_the_evaluation(stub: Stub, tmp_path: Pa
         trainer(*callbacks, max_epochs=1).fit(Classifier(), TRAINING, VALIDATION)
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
+
+
+def test_evaluations_during_training_leave_it_bitwise_as_it_is_without(stub: Stub, tmp_path: Path) -> None:
+    found = []
+    for name, every_n_epochs in (("without", None), ("with", 1)):
+        L.seed_everything(5)
+        folder = tmp_path / name
+        evaluation = DeviceEvaluationCallback(
+            ["stub"], str(folder), timing=QUICK, calibration_batches=1, every_n_epochs=every_n_epochs
+        )
+        shuffled = DataLoader(
+            TRAINING.dataset, batch_size=32, shuffle=True, generator=torch.Generator().manual_seed(7), num_workers=0
+        )
+        logger = CSVLogger(str(folder), name="logs", version=0)
+        compression = EdgeCompressionCallback([Quantize(start=0.4)])
+        fit = trainer(compression, evaluation, max_epochs=3, logger=logger, log_every_n_steps=1)
+        fit.fit(Classifier(), shuffled, VALIDATION)
+        found.append((fit.lightning_module.state_dict(), fit.optimizers[0].state_dict()["state"]))
+    (weights, optimizer), (other_weights, other_optimizer) = found
+    torch.testing.assert_close(weights, other_weights, rtol=0, atol=0)
+    torch.testing.assert_close(optimizer, other_optimizer, rtol=0, atol=0)
+    assert [path.name for path in sorted((tmp_path / "with").glob("epoch-*"))] == ["epoch-0001", "epoch-0002"]
+    first, second = (read_report(tmp_path / "with" / name).report for name in ("epoch-0001", "epoch-0002"))
+    assert [row.label for row in first.rows][-1] == "stub int8 (post-training)"
+    assert [row.label for row in second.rows][-1] == "stub int8 (trained)"
+    assert not [row for row in second.rows if row.target == "stub" and row.precision == "fp32"]
+    rows = [*csv.DictReader((tmp_path / "with" / "logs" / "version_0" / "metrics.csv").open())]
+    timed = {row["step"]: float(row["edge/evaluation_s"]) for row in rows if row["edge/evaluation_s"]}
+    assert [*timed] == ["5", "10"]
+    assert all(0 < seconds < 600 for seconds in timed.values())
+
+
+def test_what_fails_during_training_does_not_end_it(stub: Stub, tmp_path: Path) -> None:
+    stub.refusal = ExportError("no such operation")
+    evaluation = DeviceEvaluationCallback(
+        ["stub"], str(tmp_path), timing=QUICK, calibration_batches=1, strict=False, every_n_epochs=1
+    )
+    with pytest.warns(UserWarning, match=r"After epoch 1, stub int8 \(post-training\) failed: no such operation"):
+        trainer(evaluation, max_epochs=2).fit(Classifier(), TRAINING, VALIDATION)
+    (tmp_path / "epoch-0001" / "report.json").unlink()
+    stub.refusal = None
+    (tmp_path / "other").write_text("")
+    evaluation = DeviceEvaluationCallback(["stub"], str(tmp_path / "two"), timing=QUICK, every_n_epochs=1)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "epoch-0001").write_text("")
+    with pytest.warns(UserWarning, match="The evaluation after epoch 1 failed: "):
+        trainer(evaluation, max_epochs=2).fit(Classifier(), TRAINING, VALIDATION)
+    assert evaluation.report is not None
+    with pytest.raises(ValueError, match="every_n_epochs=0 is not allowed; give 1 or more"):
+        DeviceEvaluationCallback(["stub"], every_n_epochs=0)
+
+
+class Upload(EvaluationHook):
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.told = fails, list[tuple[str, bool]]()
+
+    def on_artifact(self, row: Row, path: Path) -> None:
+        if self.fails:
+            raise OSError("the store is full")
+        self.told.append((row.label, path.is_file() and row.sha256 == digest(path)))
+
+    def on_report(self, report: Report, folder: Path) -> None:
+        self.told.append((report.model, (folder / "manifest.json").is_file()))
+
+
+def test_hooks_get_files_and_report_and_what_they_raise_is_a_warning(stub: Stub, tmp_path: Path) -> None:
+    first, last = Upload(fails=True), Upload()
+    evaluation = DeviceEvaluationCallback(
+        ["stub"], str(tmp_path), timing=QUICK, calibration_batches=0, hooks=[first, last]
+    )
+    with pytest.warns(UserWarning, match=r"Upload failed \(OSError: the store is full\); the report and the files are"):
+        trainer(evaluation, max_epochs=1).fit(Classifier(), TRAINING, VALIDATION)
+    assert last.told == [("stub fp32", True), ("Classifier", True)]
+    assert first.told == []
 
 
 def test_test_split_comes_from_the_data_module(stub: Stub, tmp_path: Path) -> None:

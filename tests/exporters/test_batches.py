@@ -44,16 +44,19 @@ def calls(name: str) -> Inputs:
     return sort_keywords(batches(name)[0])
 
 
+SAMPLES: list[tuple[str, Precision, str]] = [
+    ("attention", "int8", "onnx"),
+    ("two_inputs", "fp32", "onnx"),
+    ("residual", "int8", "coreml"),
+    ("difference", "fp32", "coreml"),
+]
+SWAPPED = [(name, precision, "coreml" if other == "onnx" else "onnx") for name, precision, other in SAMPLES]
+
+
 @pytest.mark.parametrize(
-    ("name", "precision"),
-    [
-        ("difference", "fp32"),
-        ("attention", "int8"),
-        ("residual", "int8"),
-        ("two_inputs", "fp32"),
-    ],
+    ("name", "precision", "target_name"),
+    [*SAMPLES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SWAPPED)],
 )
-@pytest.mark.parametrize("target_name", NAMES)
 def test_files_take_one_sample_and_many(name: str, target_name: str, precision: Precision, tmp_path: Path) -> None:
     pytest.importorskip(NAMES[target_name])
     built, inputs = network(name, precision), calls(name)
@@ -172,8 +175,14 @@ class VisionTransformer(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("target_name", NAMES)
+@pytest.mark.parametrize(
+    ("target_name", "precision"),
+    [
+        ("onnx", "int8"),
+        ("coreml", "fp32"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("onnx", "fp32"), ("coreml", "int8"))),
+    ],
+)
 def test_a_vision_transformer_takes_several_samples(target_name: str, precision: Precision, tmp_path: Path) -> None:
     pytest.importorskip(NAMES[target_name])
     tokens, built = torch.randn(MOST, 4, 6), VisionTransformer().eval()

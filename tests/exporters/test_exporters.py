@@ -25,6 +25,7 @@ from lightning_edge.exporters import (
     deployable,
     export,
     load,
+    onnx,
     stage,
     target,
     tflite,
@@ -42,6 +43,7 @@ from lightning_edge.quantization import quantize
 
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("litert_torch")
+pytest.importorskip("onnxruntime")
 
 SMALL = "difference"
 
@@ -114,6 +116,14 @@ def test_deployable_does_not_copy_the_trainer() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     model.__dict__["_trainer"] = Uncopyable()
     assert deployable(model, torch.randn(1, 3)).precision == "fp32"
+
+
+def test_buffers_are_in_the_state_dict_of_what_is_written() -> None:
+    """ExecuTorch refuses a file whose convolution has weights that are not, or writes one that does not load."""
+    network = nn.Sequential(nn.Linear(3, 2))
+    network.register_buffer("fixed", torch.ones(2), persistent=False)
+    assert "fixed" in deployable(network, torch.randn(1, 3)).graph.state_dict()
+    assert "fixed" not in network.state_dict()
 
 
 def test_deployable_says_that_inputs_are_missing_or_too_many() -> None:
@@ -189,9 +199,9 @@ def test_missing_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_export_makes_missing_folders_and_leaves_one_file(tmp_path: Path) -> None:
-    artifact = export(network(SMALL, "fp32"), "tflite", tmp_path / "a" / "b" / "net.tflite", batches=batches(SMALL))
-    assert left(tmp_path) == ["a", "a/b", "a/b/net.tflite"]
-    assert artifact.path == tmp_path / "a" / "b" / "net.tflite"
+    artifact = export(network(SMALL, "fp32"), "onnx", tmp_path / "a" / "b" / "net.onnx", batches=batches(SMALL))
+    assert left(tmp_path) == ["a", "a/b", "a/b/net.onnx"]
+    assert artifact.path == tmp_path / "a" / "b" / "net.onnx"
     assert artifact.size_bytes == artifact.path.stat().st_size
     assert 0 < artifact.compressed_bytes < artifact.size_bytes
     assert artifact.load_ms > 0
@@ -199,11 +209,11 @@ def test_export_makes_missing_folders_and_leaves_one_file(tmp_path: Path) -> Non
 
 
 def test_export_replaces_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "net.tflite"
+    path = tmp_path / "net.onnx"
     path.write_bytes(b"old")
-    artifact = export(network(SMALL, "fp32"), "tflite", path)
+    artifact = export(network(SMALL, "fp32"), "onnx", path)
     assert path.stat().st_size == artifact.size_bytes
-    assert left(tmp_path) == ["net.tflite"]
+    assert left(tmp_path) == ["net.onnx"]
 
 
 def test_full_disk_is_one_error_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,14 +267,14 @@ def test_what_the_system_refuses_in_the_middle_of_a_file_leaves_nothing(
 
 
 def test_disk_full_at_the_last_step_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "net.tflite"
+    path = tmp_path / "net.onnx"
     path.write_bytes(b"old")
-    with stage(network(SMALL, "fp32"), "tflite", path) as staged:
+    with stage(network(SMALL, "fp32"), "onnx", path) as staged:
         monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         with pytest.raises(ExportError, match="the disk is full"):
             staged.accept()
     assert path.read_bytes() == b"old"
-    assert left(tmp_path) == ["net.tflite"]
+    assert left(tmp_path) == ["net.onnx"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
@@ -293,18 +303,18 @@ def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_staged_file_waits_until_it_is_accepted(tmp_path: Path) -> None:
-    path = tmp_path / "net.tflite"
-    with stage(network(SMALL, "fp32"), "tflite", path) as staged:
+    path = tmp_path / "net.onnx"
+    with stage(network(SMALL, "fp32"), "onnx", path) as staged:
         assert not path.exists()
         before = staged.artifact(**batches(SMALL)[0].kwargs)
         artifact = staged.accept()
         staged.discard()
-    assert left(tmp_path) == ["net.tflite"]
+    assert left(tmp_path) == ["net.onnx"]
     for one, other in zip(before, artifact(**batches(SMALL)[0].kwargs), strict=True):
         assert torch.equal(one, other)
-    with stage(network(SMALL, "fp32"), "tflite", tmp_path / "new" / "net.tflite"):
+    with stage(network(SMALL, "fp32"), "onnx", tmp_path / "new" / "net.onnx"):
         pass
-    assert left(tmp_path) == ["net.tflite"]
+    assert left(tmp_path) == ["net.onnx"]
 
 
 def folder(path: Path, text: str) -> None:
@@ -343,17 +353,19 @@ def test_a_package_that_cannot_be_moved_leaves_the_old_one(tmp_path: Path, monke
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = tflite.TARGET.write
-    writes(monkeypatch, lambda network, path: write(in_file_form(zeroed(SMALL)), path))
-    path = tmp_path / "net.tflite"
+    write = onnx.TARGET.write
+    monkeypatch.setattr(
+        type(onnx.TARGET), "write", staticmethod(lambda network, path: write(in_file_form(zeroed(SMALL)), path))
+    )
+    path = tmp_path / "net.onnx"
     path.write_bytes(b"old")
     with pytest.raises(
         AgreementError, match=r"largest difference 1 of the largest output, allowed 0\.001.* 16 samples"
     ):
-        export(network(SMALL, "fp32"), "tflite", path, batches=batches(SMALL))
+        export(network(SMALL, "fp32"), "onnx", path, batches=batches(SMALL))
     assert path.read_bytes() == b"old"
-    assert left(tmp_path) == ["net.tflite"]
-    export(network(SMALL, "fp32"), "tflite", path, batches=batches(SMALL), tolerance=Tolerance(max_relative=1, top1=0))
+    assert left(tmp_path) == ["net.onnx"]
+    export(network(SMALL, "fp32"), "onnx", path, batches=batches(SMALL), tolerance=Tolerance(max_relative=1, top1=0))
     assert path.read_bytes() != b"old"
 
 
@@ -372,7 +384,7 @@ def test_files_are_compared_on_samples_of_the_calibration_where_no_batches_are_g
     tmp_path: Path, given: int, kept: int
 ) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    artifact = export(quantize(model, [torch.randn(given, 4), torch.randn(9, 4)]), "tflite", tmp_path / "net.tflite")
+    artifact = export(quantize(model, [torch.randn(given, 4), torch.randn(9, 4)]), "onnx", tmp_path / "net.onnx")
     assert artifact.agreement is not None
     assert artifact.agreement.samples == kept
 
@@ -440,12 +452,18 @@ def test_outputs_without_a_batch_are_compared_sample_by_sample(tmp_path: Path) -
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x).square().mean()
 
-    artifact = export(Score(), "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 3), batches=[torch.randn(5, 3)])
+    artifact = export(Score(), "onnx", tmp_path / "net.onnx", inputs=torch.randn(1, 3), batches=[torch.randn(5, 3)])
     assert artifact(torch.randn(4, 3))[0].shape == (4,)
 
 
-@pytest.mark.parametrize("name", ["tflite", "executorch"])
-@pytest.mark.parametrize("bias", [0.0, 1.5])
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [
+        ("tflite", 0.0),
+        ("executorch", 1.5),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tflite", 1.5), ("executorch", 0.0))),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:1, 2 gave nothing but 0")
 def test_a_network_that_always_gives_the_same_is_exact(name: str, bias: float, tmp_path: Path) -> None:
     pytest.importorskip({"tflite": "ai_edge_litert"}.get(name, name))
@@ -459,7 +477,9 @@ def test_a_network_that_always_gives_the_same_is_exact(name: str, bias: float, t
     torch.testing.assert_close(artifact(samples)[0], torch.full((8, 2), bias), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["tflite", "executorch", "onnx"])
+@pytest.mark.parametrize(
+    "name", ["executorch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tflite", "onnx"))]
+)
 @pytest.mark.filterwarnings("ignore:2, 3 gave nothing but 0")
 def test_a_layer_that_gives_nothing_leaves_a_file_that_loads(name: str, tmp_path: Path) -> None:
     """Steps as small as the range made XNNPACK refuse the convolution before it, whose factor was above 256."""
@@ -580,9 +600,17 @@ def test_explain_puts_the_innermost_message_first() -> None:
         except KeyError as error:
             raise RuntimeError("pass 7 failed\nwith much text") from error
     except RuntimeError as error:
-        told = str(explain("tflite", error, "Do this."))
-    assert told.startswith("tflite: 'Lowering not found: aten.svd.default' (operator aten.svd.default).")
+        told = str(explain("tflite", error, "LiteRT", "Do this."))
+    assert told.startswith("tflite: 'Lowering not found: aten.svd.default'.")
     assert "The converter said: pass 7 failed. Do this." in told
+
+
+def test_a_converters_own_fault_is_no_operation_to_replace() -> None:
+    for said in ("Unsupported fx node lgamma, kind lgamma", "node fft_rfft (fft_rfft) got 1 input(s), expected [4]"):
+        assert "Replace that operation" in str(explain("coreml", ValueError(said), "coremltools"))
+    told = str(explain("onnx", AttributeError("'NoneType' object has no attribute 'shape'"), "ONNX"))
+    assert "No operation is named" in told
+    assert "Replace" not in told
 
 
 def test_weights_that_are_no_numbers_are_refused_but_masks_are_not(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lightning_edge.quantization import attach, calibrate, convert
 from lightning_edge.quantization.network import QuantizedForward
 from lightning_edge.quantization.train.fake_quantize import FakeQuantize, _RoundToScales
 from lightning_edge.quantization.train.layers import LiveBatchNorm
-from lightning_edge.quantization.train.quantizer import PerChannelMinMaxNow
+from lightning_edge.quantization.train.specs import PerChannelMinMaxNow
 from lightning_edge.quantization.train.weights import LayerWeights
 
 

@@ -120,7 +120,9 @@ def test_another_word_is_refused_with_the_two_there_are() -> None:
         quantize(Mixed(), [images()], linear_weights="row")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["executorch", "coreml", "tflite", "onnx"])
+@pytest.mark.parametrize(
+    "name", ["coreml", "onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("executorch", "tflite"))]
+)
 def test_files_compute_the_same_and_are_smaller(tmp_path: Path, name: str) -> None:
     module = target(name)
     for needed in module.needs:

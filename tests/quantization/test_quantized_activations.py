@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deployables import Branches, beyond
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -93,12 +94,6 @@ def network(name: str) -> nn.Module:
     return built.eval()
 
 
-@cache
-def converted(name: str) -> Deployable:
-    torch.manual_seed(1)
-    return convert(quantize(network(name), [images(16) for _ in range(3)]))
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(2)
@@ -115,17 +110,27 @@ def test_the_captured_graph_is_the_network(name: str) -> None:
         assert torch.allclose(graph(x), network(name)(x), atol=1e-5)
 
 
+@cache
+def together() -> Deployable:
+    """All networks, and averages of windows, in one."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)]
+    windows = nn.Sequential(*layers, nn.AvgPool2d(3, 1, 1), nn.Flatten(), nn.LazyLinear(3))
+    with torch.no_grad():
+        windows(images(16))
+    networks = {name: copy.deepcopy(network(name)) for name in NETWORKS}
+    return convert(quantize(Branches({**networks, "windows": windows}).eval(), [images(16) for _ in range(3)]))
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_nothing_computes_in_float_and_values_agree(name: str, target: str, tmp_path: Path) -> None:
+def test_nothing_computes_in_float_and_values_agree(target: str, tmp_path: Path) -> None:
     path = tmp_path / f"m{exporters.target(target).suffix}"
-    with exporters.stage(converted(name), target, path) as staged:
+    with exporters.stage(together(), target, path) as staged:
         contents = staged.artifact.contents
-        assert contents.float_compute_ops == ()
-        assert contents.float_ops == ()
+        assert (contents.float_compute_ops, contents.float_ops) == ((), ())
+        assert not contents.undelegated_ops
         agreement = agreement_of(staged.network, staged.artifact, [Inputs.of(images(8))])
-    assert agreement.max_steps is not None
-    assert agreement.max_steps <= 1.01
+    assert beyond([*NETWORKS, "windows"], agreement, steps=1.01) == {}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -294,21 +299,6 @@ def test_a_pool_of_images_without_a_batch_stays(pool: nn.Module) -> None:
     x = torch.randn(4, 1, 4, 4)
     expected = network(x)
     torch.testing.assert_close(capture(network, Inputs.of(x)).graph(x), expected)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_averages_of_windows_are_int8_and_exact(target: str, tmp_path: Path) -> None:
-    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)]
-    network = nn.Sequential(*layers, nn.AvgPool2d(3, 1, 1), nn.Flatten(), nn.LazyLinear(3)).eval()
-    batches = [images(16) for _ in range(3)]
-    network(batches[0])
-    path = tmp_path / f"m{exporters.target(target).suffix}"
-    artifact = exporters.export(quantize(network, batches), target, path, batches=batches)
-    assert (artifact.contents.float_compute_ops, artifact.contents.float_ops) == ((), ())
-    assert not artifact.contents.undelegated_ops
-    assert artifact.agreement is not None
-    assert artifact.agreement.max_steps is not None
-    assert artifact.agreement.max_steps <= 1.01
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -46,7 +46,15 @@ def network(kind: type[nn.RNNBase]) -> Deployable:
     return exporters.deployable(quantize(Sequence(kind).eval(), [sounds()]))
 
 
-@pytest.mark.parametrize(("target", "kind"), [*((target, nn.GRU) for target in exporters.TARGETS), ("coreml", nn.LSTM)])
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("tflite", nn.GRU),
+        ("onnx", nn.GRU),
+        ("coreml", nn.LSTM),
+        *(pytest.param(name, nn.GRU, marks=pytest.mark.slow) for name in ("executorch", "coreml")),
+    ],
+)
 def test_files_hold_the_rest_in_int8(target: str, kind: type[nn.RNNBase], tmp_path: Path) -> None:
     module = exporters.target(target)
     pytest.importorskip(module.needs[0])

@@ -122,6 +122,17 @@ class TestSkip:
         assert [name for name in operations[:first] if "conv2d" in name or "relu" in name or "hardtanh" in name]
         assert not [name for name in operations[first:] if "conv2d" in name]
 
+    def test_the_parts_of_a_split_in_a_skipped_module_stay_float(self) -> None:
+        class Gate(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                first, second = x.chunk(2, 1)
+                return first * second
+
+        network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), Gate()), nn.Conv2d(4, 4, 3))
+        graph = convert(quantize(network, [torch.randn(4, 3, 8, 8)], skip=["0"])).graph.graph  # type: ignore[union-attr]
+        names = [str(node.target) for node in graph.nodes]
+        assert not any("quantize_per_tensor" in name for name in names[: names.index("aten.mul.Tensor")])
+
     def test_a_pool_is_no_layer_to_choose_for(self) -> None:
         """It is written out as a convolution, and stays with what is before it."""
         model = MODELS["plain"]
@@ -133,8 +144,8 @@ class TestSkip:
 
     @pytest.mark.parametrize(
         ("target", "skip"),
-        [(target, ["branch", "head"]) for target in ("executorch", "coreml", "tflite", "onnx")]
-        + [("onnx", ["shortcut"])]
+        [("coreml", ["branch", "head"]), ("tflite", ["branch", "head"]), ("onnx", ["shortcut"])]
+        + [pytest.param(name, ["branch", "head"], marks=pytest.mark.slow) for name in ("executorch", "onnx")]
         + [pytest.param(name, ["shortcut"], marks=pytest.mark.slow) for name in ("executorch", "coreml", "tflite")],
         ids=str,
     )
@@ -219,7 +230,13 @@ class TestPhase:
 
 class TestWideActivations:
     @pytest.mark.parametrize(
-        "precisions", [{"*": "int8_a16"}, {"branch": "int8_a16"}, {"stem": "float", "head": "int8_a16"}], ids=str
+        "precisions",
+        [
+            {"*": "int8_a16"},
+            pytest.param({"branch": "int8_a16"}, marks=pytest.mark.slow),
+            {"stem": "float", "head": "int8_a16"},
+        ],
+        ids=str,
     )
     def test_litert_runs_them(self, precisions: dict[str, str], tmp_path: Path) -> None:
         model = MODELS["residual"]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_edge.errors import CompressionError
+from lightning_edge.exporters.passes.precision import float_layers, float_products, int8_weight_count
 from lightning_edge.network import Inputs
-from lightning_edge.quantization import attach, quantize
+from lightning_edge.quantization import attach, convert, quantize
 from lightning_edge.quantization.capture.graph import capture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -128,3 +129,13 @@ def test_a_network_fed_nan_is_told_which_input_holds_it() -> None:
     x[0, 0, 0, 0] = float("nan")
     with pytest.raises(CompressionError, match="input 'images' holds it"):
         quantize(User(lambda _, y: y).eval(), [x])
+
+
+def test_convolutions_of_volumes_are_int8() -> None:
+    network = nn.Sequential(
+        nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 4, 3, padding="same")
+    ).eval()
+    graph = convert(quantize(network, [torch.randn(2, 2, 3, 4, 4)])).graph
+    assert int8_weight_count(graph, without_zeros=False) == 4 * 2 * 27 + 4 * 4 * 27
+    assert not float_layers(graph)
+    assert float_products(graph) == ["conv3d", "conv3d"]  # LiteRT and ExecuTorch have no int8 kernel for them

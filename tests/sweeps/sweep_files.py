@@ -61,7 +61,7 @@ class FixedChecker:
     def __init__(self, config: Mapping[str, Any] = CONFIG) -> None:
         self.config = copy.deepcopy(dict(config))
 
-    def resolve(self, base: str) -> dict[str, Any]:
+    def resolve(self, *configs: str) -> dict[str, Any]:
         return self.config
 
     def check(self, config: Mapping[str, Any]) -> None:

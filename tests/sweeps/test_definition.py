@@ -146,6 +146,16 @@ def test_a_base_without_evaluation_is_refused() -> None:
         bind(parse_definition(GRID, Path("study.yaml")), FixedChecker(config))
 
 
+def test_a_base_may_be_several_configurations(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").touch()
+    text = GRID.replace("base: base.yaml", "base: [task.yaml, 'recipe:compression/int8']")
+    definition = parse_definition(text, tmp_path / "study.yaml")
+    assert definition.configs == (str(tmp_path / "task.yaml"), "recipe:compression/int8")
+    for wrong in ("[]", "[1]", "{a: b}"):
+        with pytest.raises(SweepError, match=r"base: given .* or a list of them"):
+            parse_definition(GRID.replace("base: base.yaml", f"base: {wrong}"), tmp_path / "study.yaml")
+
+
 def test_metrics_that_the_base_lists_are_all_there_are() -> None:
     checker = FixedChecker()
     checker.config["trainer"]["callbacks"][1]["init_args"]["metrics"] = {"accuracy": {"class_path": "x.Accuracy"}}

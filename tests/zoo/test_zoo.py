@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from lightning_edge.zoo import cifar10
-from lightning_edge.zoo.cifar10 import CIFAR10DataModule, download, mirror_and_shift
+from lightning_edge.zoo.augmentation import mirror_and_shift
+from lightning_edge.zoo.cifar10 import CIFAR10DataModule, fetch
 from lightning_edge.zoo.digits import DigitsDataModule
+from lightning_edge.zoo.download import download
 from lightning_edge.zoo.image_files import read_images
 from lightning_edge.zoo.networks import (
     DSCNN,
@@ -25,6 +28,7 @@ from lightning_edge.zoo.networks import (
     MobileNetV2,
     MobileNetV3Small,
     ResNet8,
+    ResNet56,
     load_reference_weights,
 )
 from lightning_edge.zoo.task import Classifier
@@ -46,6 +50,15 @@ def test_reference_network_is_the_published_one(build, shape, outputs, total) ->
     state = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     assert sum(value.numel() for value in state.values()) == total
     assert all(layer.eps == 1e-3 for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm))
+
+
+def test_resnet56_has_56_layers() -> None:
+    """Of the main path: He et al. count 0.85 million parameters; here shortcuts, biases and BatchNorm's come to it."""
+    network = ResNet56().eval()
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert sum(layer.weight.shape[-2:] == (3, 3) or isinstance(layer, nn.Linear) for layer in layers) == 56
+    assert 850_000 < sum(parameter.numel() for parameter in network.parameters()) < 862_000
 
 
 def test_stride_pads_behind_as_tensorflow_does() -> None:
@@ -230,6 +243,7 @@ def _archive(path: Path, names: list[str]) -> None:
 
 def _serve(monkeypatch: pytest.MonkeyPatch, path: Path, digest: str | None = None) -> None:
     monkeypatch.setattr(cifar10, "_URL", path.as_uri())
+    monkeypatch.setattr(cifar10, "_SIZE_BYTES", path.stat().st_size)
     monkeypatch.setattr(cifar10, "_SHA256", digest or hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -252,14 +266,15 @@ def test_download_of_something_else_leaves_nothing(tmp_path: Path, monkeypatch: 
     _archive(tmp_path / "archive.tar.gz", ["cifar-10-batches-bin/data_batch_1.bin"])
     _serve(monkeypatch, tmp_path / "archive.tar.gz", digest="0" * 64)
     with pytest.raises(ValueError, match="not the published 0000"):
-        download(tmp_path / "data")
+        fetch(tmp_path / "data")
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
 
 def test_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar10, "_URL", (tmp_path / "none.tar.gz").as_uri())
+    monkeypatch.setattr(cifar10, "download", partial(download, pause_s=0.0))
     with pytest.raises(OSError, match=r"could not be downloaded .* give its folder as data\.folder"):
-        download(tmp_path / "data")
+        fetch(tmp_path / "data")
 
 
 def test_augmentation_mirrors_and_shifts_whole_images() -> None:

@@ -23,10 +23,16 @@ from lightning_edge.exporters.executorch.passes.shapes import (
     slice_splits,
     view_squeezes,
 )
+from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 
+# For Core ML and portable kernels.
+COMMON_PASSES = (
+    trim_kernels,  # weights that only meet padding are left out
+)
 # For XNNPACK.
 PASSES = (
-    write_out_layer_norm,  # first: gives means
+    *COMMON_PASSES,
+    write_out_layer_norm,  # gives means
     write_out_attention,  # gives a softmax
     keep_dimensions_of_means,  # XNNPACK's mean keeps its dimensions
     keep_dimensions_of_extremes,  # so do its largest and smallest
@@ -44,4 +50,4 @@ PASSES = (
     join_upsampled_rows,  # last: its views need no other pass
 )
 # Vulkan takes the same means and softmax, and all else as it is.
-VULKAN_PASSES = (keep_dimensions_of_means, average_whole_images, flatten_softmax)
+VULKAN_PASSES = (*COMMON_PASSES, keep_dimensions_of_means, average_whole_images, flatten_softmax)

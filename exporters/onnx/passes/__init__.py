@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from lightning_edge.exporters.onnx.graph import Graph
-from lightning_edge.exporters.onnx.passes import pixels
-from lightning_edge.exporters.onnx.passes.averages import averages_of_rows
-from lightning_edge.exporters.onnx.passes.qdq import (
-    activations,
-    averages,
-    integer_biases,
-    linears,
-    paddings,
-    repeats,
-    unsigned,
-    zero_points,
-)
+import onnx_ir as ir
+
+from lightning_edge.exporters.onnx.passes.averages import averages, averages_of_rows
+from lightning_edge.exporters.onnx.passes.layers import integer_biases, linears
+from lightning_edge.exporters.onnx.passes.pixels import join_colors, join_pixels, keep_integers
+from lightning_edge.exporters.onnx.passes.qdq import activations, paddings, repeats, unsigned, zero_points
 from lightning_edge.exporters.onnx.passes.runtime_bugs import lone_softmaxes, subtractions
 from lightning_edge.exporters.onnx.passes.unsigned_weights import unsigned_weights
+from lightning_edge.exporters.onnx.tidy import remove_unread
 
-GraphPass = Callable[[Graph], None]
+GraphPass = Callable[[ir.Graph], None]
 
 PASSES: tuple[GraphPass, ...] = (
     repeats,  # first: a value that is quantized twice hides what made it
@@ -33,22 +26,21 @@ PASSES: tuple[GraphPass, ...] = (
     unsigned,  # kernels take uint8 activations
     lone_softmaxes,  # ONNX Runtime computes these wrongly in int8
     subtractions,  # there is no int8 kernel for a difference
-    pixels.keep_integers,  # uint8 pixels are the integers already
-    pixels.join_colors,  # a depthwise convolution of three channels is slow
-    pixels.join_pixels,  # so is one of few channels on single pixels
+    keep_integers,  # uint8 pixels are the integers already
+    join_colors,  # a depthwise convolution of three channels is slow
+    join_pixels,  # so is one of few channels on single pixels
     averages_of_rows,  # means over tokens
     zero_points,  # last: says what is 0 in the fewest bytes
 )
 
 
-def rewrite(model: Any, *, unsigned_last: bool = False) -> None:
+def rewrite(model: ir.Model, *, unsigned_last: bool = False) -> None:
     """Run `PASSES` on the graph of an int8 model, in place.
 
     Args:
-        model: A ``ModelProto``.
+        model: The model, with the shapes of its values.
         unsigned_last: Whether `unsigned_weights` follows, which needs all others to be done.
     """
-    graph = Graph(model)
     for apply in (*PASSES, unsigned_weights) if unsigned_last else PASSES:
-        apply(graph)
-        graph.settle()
+        apply(model.graph)
+        remove_unread(model)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy
+import onnx_ir as ir
 
-from lightning_edge.exporters.onnx.graph import Array, Graph
+from lightning_edge.exporters.onnx.graph import add_constant, constant, operand, raised
 
 
-def unsigned_weights(graph: Graph) -> None:
+def unsigned_weights(graph: ir.Graph) -> None:
     """Write int8 weights as uint8, 128 higher, with that as their zero point.
 
     Given: DequantizeLinear of an int8 constant, with or without a zero point.
@@ -18,19 +19,16 @@ def unsigned_weights(graph: Graph) -> None:
     which overflow in a default session (its documentation, "Quantize ONNX models", section "When and why do I need to
     try U8U8?"). Its kernels for uint8 weights do not.
     """
-    stored: dict[str, str] = {}
-    for node in graph.nodes:
-        weight = graph.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        scale = None if weight is None else graph.constant(node.input[1])
+    stored: dict[ir.Value | None, ir.Value] = {}
+    for node in graph:
+        weight = constant(node.inputs[0]) if node.op_type == "DequantizeLinear" else None
+        scale = None if weight is None else constant(node.inputs[1])
         if weight is None or scale is None or weight.dtype != numpy.int8:
             continue
-        zero = graph.constant(node.input[2]) if len(node.input) > 2 else None
+        zero = constant(operand(node, 2))
         zero = numpy.zeros(scale.shape, numpy.int8) if zero is None else zero
-        name = node.input[0]
-        if name not in stored:
-            stored[name] = graph.add_constant(_raised(weight))
-        node.input[:] = [stored[name], node.input[1], graph.add_constant(_raised(zero))]
-
-
-def _raised(values: Array) -> Array:
-    return (values.astype(numpy.int16) + 128).astype(numpy.uint8)
+        if node.inputs[0] not in stored:
+            stored[node.inputs[0]] = add_constant(graph, raised(weight))
+        node.replace_input_with(0, stored[node.inputs[0]])
+        node.resize_inputs(3)
+        node.replace_input_with(2, add_constant(graph, raised(zero)))

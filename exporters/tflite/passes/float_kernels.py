@@ -1,10 +1,4 @@
-"""Compute in float, between the same int8 values, what LiteRT's delegate has no int8 kernels for.
-
-XNNPACK multiplies stacks of matrices, takes softmax and GELU in float only. Left in int8 these run on LiteRT's own
-kernels, one hand-over before and one after each, which is slower than float and rounds inside: a step more or less in
-front of a LayerNorm becomes many behind it. In float between a dequantization and a quantization they stay with the
-delegate, and give what the network gives: it computes so too.
-"""
+"""Compute in float what LiteRT's delegate has no int8 kernels for."""
 
 from __future__ import annotations
 
@@ -16,7 +10,15 @@ _FLOAT_ONLY = {"BATCH_MATMUL", "GELU", "SOFTMAX"}
 
 
 def use_float_kernels(model: Any) -> None:
-    """Rewrite every graph of a ``ModelT``; linear layers stay in int8, so do 16-bit operations."""
+    """Compute products of stacks of matrices, softmax and GELU in float.
+
+    Given: such an operation between int8 values.
+
+    Result: the same in float, between a dequantization and a quantization. That is what the network itself computes.
+
+    Why: XNNPACK has these in float only. In int8 they run on LiteRT's own kernels (2.3), with a hand-over before and
+    after each, slower than float, and round inside: a step in front of a LayerNorm becomes many behind it.
+    """
     for graph in model.subgraphs:
         operators: list[Any] = []
         for op in graph.operators:

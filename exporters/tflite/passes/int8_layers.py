@@ -1,9 +1,4 @@
-"""Make int8 layers of those that LiteRT's converter leaves in float between int8 values.
-
-It has no int8 form of transposed convolutions, and joins two linear layers that share a weight and what they are fed
-into one product. Both come out as a dequantization, a float layer and a quantization, though LiteRT has int8 kernels.
-The weights in it are what the network's int8 weights stand for, by which they are found again.
-"""
+"""Make int8 layers of those that LiteRT's converter leaves in float between int8 values."""
 
 from __future__ import annotations
 
@@ -57,7 +52,15 @@ class _Layer:
 
 
 def quantize_layers(model: Any, network: Deployable) -> None:
-    """Rewrite every graph of a ``ModelT``; what nothing reads then is left for `tflite_edit.drop_unread`.
+    """Compute layers in int8 that the converter left in float.
+
+    Given: a dequantization, a layer with a float weight and a quantization. The weight is one that an int8 weight of
+    the network stands for, by which it is found again.
+
+    Result: the layer on int8 values. What nothing reads then is left for `tflite_edit.drop_unread`.
+
+    Why: LiteRT has int8 kernels for these, but its converter (litert-torch 0.10) has no int8 form of transposed
+    convolutions, and joins two linear layers that share a weight and an input into one float product.
 
     Args:
         model: The file of an int8 network, as converted.

@@ -18,20 +18,22 @@ _CONVOLUTIONS = {"CONV_2D", "DEPTHWISE_CONV_2D"}
 
 
 def simplify(model: Any) -> None:
-    """Rewrite every graph of a ``ModelT``."""
+    """Run `PASSES` on every graph of a ``ModelT``, and take out what nothing reads then."""
     for graph in model.subgraphs:
-        _join_signs(model, graph)
-        _keep_pixels(model, graph)
-        _transpose_before_padding(model, graph)
-        _join_transposes(model, graph)
-        _average_before_transposing(model, graph)
-        _pad_with_zero(model, graph)
-        _pad_in_convolutions(model, graph)
+        for apply in PASSES:
+            apply(model, graph)
     tflite_edit.drop_unread(model)
 
 
-def _join_signs(model: Any, graph: Any) -> None:
-    """Read ``x`` instead of ``sign(x) * |x|``, which kept the converter from joining what must stay apart."""
+def join_signs(model: Any, graph: Any) -> None:
+    """Take barriers out.
+
+    Given: ``sign(x) * |x|``, which `float_barriers` put in to keep the converter from quantizing a float layer.
+
+    Result: ``x``.
+
+    Why: it has done what it is for.
+    """
     makers, same = tflite_edit.makers(graph), {}
     for op in graph.operators:
         factors = [makers.get(int(index)) for index in op.inputs] if op_name(model, op) == "MUL" else []
@@ -42,10 +44,14 @@ def _join_signs(model: Any, graph: Any) -> None:
     tflite_edit.read_instead(model, graph, same)
 
 
-def _keep_pixels(model: Any, graph: Any) -> None:
-    """Quantize pixels as they are: a cast of uint8 to float before a quantization in steps of 1 is none.
+def keep_pixels(model: Any, graph: Any) -> None:
+    """Quantize pixels as they are.
 
-    What takes uint8 is then an integer with a scale of 1, and one operation between integers makes int8 of it.
+    Given: a cast of uint8 to float, and a quantization in steps of 1.
+
+    Result: one quantization from uint8 in steps of 1 to int8.
+
+    Why: two operations over the whole image in float change no value.
     """
     schema = schema_module()
     makers, found = tflite_edit.makers(graph), False
@@ -63,8 +69,15 @@ def _keep_pixels(model: Any, graph: Any) -> None:
             tensor.quantization = schema.QuantizationParametersT(scale=[1.0], zeroPoint=[0])
 
 
-def _transpose_before_padding(model: Any, graph: Any) -> None:
-    """Turn transposes of something padded into paddings of something transposed, for `_join_transposes` to find."""
+def transpose_before_padding(model: Any, graph: Any) -> None:
+    """Transpose before padding.
+
+    Given: a padding that transposes alone read.
+
+    Result: a transpose, and a padding of its result.
+
+    Why: `join_transposes` then finds the transpose in front of the padding, which undoes it.
+    """
     schema = schema_module()
     makers, readers = tflite_edit.makers(graph), tflite_edit.readers(graph)
     operators = []
@@ -92,8 +105,15 @@ def _transpose_before_padding(model: Any, graph: Any) -> None:
     graph.operators = operators
 
 
-def _join_transposes(model: Any, graph: Any) -> None:
-    """Read a tensor itself instead of what two transposes after each other leave as it was."""
+def join_transposes(model: Any, graph: Any) -> None:
+    """Drop transposes that undo each other.
+
+    Given: two transposes after each other that leave the axes as they were.
+
+    Result: what the first one reads.
+
+    Why: LiteRT's converter (litert-torch 0.10) puts one on each side of whatever it keeps in NCHW.
+    """
     makers, same = tflite_edit.makers(graph), {}
     for op in graph.operators:
         first = makers.get(int(op.inputs[0])) if len(op.inputs) else None
@@ -105,8 +125,15 @@ def _join_transposes(model: Any, graph: Any) -> None:
     tflite_edit.read_instead(model, graph, same)
 
 
-def _average_before_transposing(model: Any, graph: Any) -> None:
-    """Take a mean over the axes where they were before a transpose, where the axes that are left keep their order."""
+def average_before_transposing(model: Any, graph: Any) -> None:
+    """Average without a transpose.
+
+    Given: a mean that drops axes of something transposed, where the axes that are left keep their order.
+
+    Result: a mean over these axes where they were before.
+
+    Why: the transpose computes nothing that is read.
+    """
     makers = tflite_edit.makers(graph)
     for op in graph.operators:
         first = makers.get(int(op.inputs[0])) if op_name(model, op) == "MEAN" else None
@@ -121,10 +148,14 @@ def _average_before_transposing(model: Any, graph: Any) -> None:
             op.inputs = [first.inputs[0], there]
 
 
-def _pad_with_zero(model: Any, graph: Any) -> None:
-    """Write a padding with the integer that stands for 0 as one with zeros, which LiteRT's delegate has.
+def pad_with_zero(model: Any, graph: Any) -> None:
+    """Pad with zeros.
 
-    A max pool is padded with the least value, which behind a ReLU is 0.
+    Given: PADV2 with the integer that stands for 0, as that of a max pool behind a ReLU: the least value is 0 there.
+
+    Result: PAD.
+
+    Why: LiteRT's delegate has PAD and no PADV2 (2.3).
     """
     for op in graph.operators:
         if op_name(model, op) != "PADV2":
@@ -140,8 +171,15 @@ def _pad_with_zero(model: Any, graph: Any) -> None:
             op.builtinOptionsType, op.builtinOptions = schema_module().BuiltinOptions.NONE, None
 
 
-def _pad_in_convolutions(model: Any, graph: Any) -> None:
-    """Let a convolution pad by itself, where the padding in front of it is what the schema calls SAME."""
+def pad_in_convolutions(model: Any, graph: Any) -> None:
+    """Let convolutions pad by themselves.
+
+    Given: a padding in front of a convolution, as wide as what the schema calls SAME.
+
+    Result: the convolution with that.
+
+    Why: it saves a copy of the image.
+    """
     padding = schema_module().Padding
     makers = tflite_edit.makers(graph)
     for op in graph.operators:
@@ -185,3 +223,14 @@ def _order(model: Any, graph: Any, op: Any) -> list[int] | None:
             if len(before) == 4 and before[channels] == 1 and after == [before[axis] for axis in order]:
                 return order
     return None
+
+
+PASSES = (
+    join_signs,  # barriers hide transposes from each other
+    keep_pixels,  # so do casts
+    transpose_before_padding,  # brings transposes next to each other
+    join_transposes,
+    average_before_transposing,  # of the transposes that are left
+    pad_with_zero,  # gives paddings that a convolution may take in
+    pad_in_convolutions,
+)

@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
+from lightning_edge.plain_calls import PlainCalls
 from lightning_edge.quantization.capture.in_place import inline_gradient_modes
 from lightning_edge.quantization.capture.nodes import LIFTED
 from lightning_edge.quantization.capture.regularizers import LayersStay
 from lightning_edge.surgery import in_mode, redirected
-from lightning_edge.windows import WindowsAsViews
 
 aten = torch.ops.aten
 
@@ -105,7 +105,7 @@ def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
     try:
         # With gradients, so that the graph shows where forward() turns them off.
         without_autocast = torch.autocast(device_type, enabled=False)
-        with torch.enable_grad(), without_autocast, _spelled_out(network, inputs), WindowsAsViews(), _symbolic_len():
+        with torch.enable_grad(), without_autocast, _spelled_out(network, inputs), PlainCalls(), _symbolic_len():
             program = torch.export.export(
                 network, inputs.args, dict(inputs.kwargs), dynamic_shapes=_dynamic_batch(network, inputs), strict=False
             )

@@ -33,6 +33,7 @@ _FOLDABLE: dict[Any, int] = {
     aten.conv2d.default: 0,
     aten.conv2d.padding: 0,
     aten.conv3d.default: 0,
+    aten.conv3d.padding: 0,
     aten.conv_transpose1d.default: 1,
     aten.conv_transpose2d.input: 1,
     aten.linear.default: 0,

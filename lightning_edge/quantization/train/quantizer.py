@@ -17,11 +17,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import (
-    FixedQParamsObserver,
-    HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
-    PerChannelMinMaxObserver,
 )
 from torchao.quantization.pt2e.quantizer import (
     QuantizationAnnotation,
@@ -37,6 +34,8 @@ from lightning_edge.quantization.capture.nodes import POOLS, REARRANGES
 from lightning_edge.quantization.capture.norms import logarithms, written_norms
 from lightning_edge.quantization.plan import LinearWeights, Plan, check_patterns, node_names, precision_of
 from lightning_edge.quantization.train.fake_quantize import FakeQuantize
+from lightning_edge.quantization.train.histogram import FastHistogramObserver
+from lightning_edge.quantization.train.specs import activation_spec, fixed_spec, weight_spec, wide_activation_spec
 
 aten = torch.ops.aten
 
@@ -46,6 +45,8 @@ WEIGHTED: dict[Any, int] = {
     aten.conv2d.default: 0,
     aten.conv1d.padding: 0,
     aten.conv2d.padding: 0,
+    aten.conv3d.default: 0,
+    aten.conv3d.padding: 0,
     aten.conv_transpose1d.default: 1,
     aten.conv_transpose2d.input: 1,
     aten.linear.default: 0,
@@ -151,12 +152,12 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         self, averaging: float | None, plan: Plan | None = None, linear_weights: LinearWeights = "per_channel"
     ) -> None:
         super().__init__()
-        observer: Callable[..., Any] = HistogramObserver
+        observer: Callable[..., Any] = FastHistogramObserver
         wide: Callable[..., Any] = MinMaxObserver
         if averaging is not None:
             wide = observer = MovingAverageMinMaxObserver.with_args(averaging_constant=averaging)
-        self._narrow_activation = _activation_spec(FakeQuantize.with_args(observer=observer))
-        self._wide_activation = _wide_activation_spec(FakeQuantize.with_args(observer=wide))
+        self._narrow_activation = activation_spec(FakeQuantize.with_args(observer=observer))
+        self._wide_activation = wide_activation_spec(FakeQuantize.with_args(observer=wide))
         self._plan: Plan = plan or {}
         self._one_scale = {aten.linear.default} if linear_weights == "per_tensor" else set()
         self._float: set[Node] = set()
@@ -175,13 +176,11 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         if self._plan:
             self._follow_plan(model, activations)
         for node in model.graph.nodes:
-            if node not in activations or _annotation(node) is not None or not _is_float(node):
-                continue
-            if node in self._float:
+            if node not in activations or node in self._float or _annotation(node) is not None or not _is_float(node):
                 continue
             if node in masked:
                 if node.target in FIXED_RANGE:  # the softmax, float in front and int8 behind
-                    self._annotate(node, {}, _fixed_spec(*FIXED_RANGE[node.target]))
+                    self._annotate(node, {}, fixed_spec(*FIXED_RANGE[node.target]))
                 continue
             self._activation = self._wide_activation if node in self._wide else self._narrow_activation
             if node.target in WEIGHTED:
@@ -189,14 +188,14 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
             elif node.target in BINARY:
                 self._annotate_op(node, [arg for arg in node.args[:2] if isinstance(arg, Node)])
             elif node.target in FIXED_RANGE:
-                self._annotate_op(node, [node.args[0]], _fixed_spec(*FIXED_RANGE[node.target]))
+                self._annotate_op(node, [node.args[0]], fixed_spec(*FIXED_RANGE[node.target]))
             elif node.target in UNARY:
                 self._annotate_op(node, [node.args[0]])
             elif node.target in SAME_RANGE:
                 self._annotate_shared(node, [node.args[0]])
             elif node.target in JOINING:
                 self._annotate_shared(node, list(node.args[0]))
-            elif node.target is operator.getitem and node.args[0].target in SPLITTING:
+            elif _is_part(node):
                 self._annotate_split(node)
         return model
 
@@ -209,19 +208,18 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         What lies between layers goes with them: it stays float, or has 16 bits, where all that it is fed does. What
         moves the network's input to its first layers goes with those.
         """
-        nodes = [node for node in model.graph.nodes if node in activations and node.target in _QUANTIZABLE]
+        quantizable = {node for node in activations if node.target in _QUANTIZABLE or _is_part(node)}
+        nodes = [node for node in model.graph.nodes if node in quantizable]
         names = {node: node_names(node) for node in nodes}
         known = dict.fromkeys(name for node in nodes for name in reversed(names[node]))
         check_patterns(self._plan, known, "the network")
         for node in nodes:
             word = precision_of(names[node], self._plan)
             sources = [source for source in node.all_input_nodes if source in activations]
-            follows = not is_layer(node)
-            if word == "float" or (follows and self._float.issuperset(sources)):
+            moves = not is_layer(node)
+            if word == "float" or (moves and self._float.issuperset(sources)):
                 self._float.add(node)
-            elif node.target in FIXED_RANGE:
-                continue
-            elif word == "int8_a16" or (follows and self._wide.issuperset(sources)):
+            elif node.target not in FIXED_RANGE and (word == "int8_a16" or (moves and self._wide.issuperset(sources))):
                 self._wide.add(node)
         moved = {node for node in activations if node.op == "placeholder"}
         for node in nodes:
@@ -234,8 +232,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         layers = [node for node in nodes if is_layer(node) and node.args[1] not in activations]
         if layers and self._float.issuperset(layers):
             raise CompressionError(
-                f"skip and precisions leave all {len(layers)} layers of the network in float; leave quantization "
-                "out instead"
+                f"skip and precisions leave all {len(layers)} layers of the network in float; leave quantization out"
             )
 
     def _annotate_weighted(self, node: Node, activations: set[Node]) -> None:
@@ -246,7 +243,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         axis = WEIGHTED[node.target]
         grouped_transpose = axis == 1 and len(node.args) > 6 and node.args[6] != 1
         whole = grouped_transpose or node.target in self._one_scale
-        inputs = {x: self._activation, weight: _weight_spec(None if whole else axis)}
+        inputs = {x: self._activation, weight: weight_spec(None if whole else axis)}
         self._annotate(node, inputs, self._activation)
 
     def _annotate_op(self, node: Node, operands: list[Any], output: QuantizationSpec | None = None) -> None:
@@ -275,7 +272,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
     def _spec(self, node: Node) -> QuantizationSpec:
         """How a value is quantized: by the range it is known to have, or by what is observed."""
         known = node.meta.get(KNOWN_RANGE)
-        return self._activation if known is None or self._activation is self._wide_activation else _fixed_spec(*known)
+        return self._activation if known is None or self._activation is self._wide_activation else fixed_spec(*known)
 
     def _annotate_shared(self, node: Node, operands: list[Node]) -> None:
         first, *rest = operands
@@ -318,6 +315,12 @@ def is_layer(node: Node) -> bool:
     return node.target in WEIGHTED and POOLS not in node.meta
 
 
+def _is_part(node: Node) -> bool:
+    """Whether this is one of the results of a split."""
+    whole = node.args[0] if node.target is operator.getitem else None
+    return isinstance(whole, Node) and whole.target in SPLITTING
+
+
 def _annotation(node: Node) -> Any:
     return node.meta.get("quantization_annotation")
 
@@ -332,55 +335,6 @@ def _at_root(shared: SharedQuantizationSpec) -> SharedQuantizationSpec:
         if not isinstance(spec, SharedQuantizationSpec):
             return shared
         shared = spec
-
-
-def _activation_spec(constructor: Any) -> QuantizationSpec:
-    return QuantizationSpec(
-        dtype=torch.int8,
-        quant_min=-128,
-        quant_max=127,
-        qscheme=torch.per_tensor_affine,
-        observer_or_fake_quant_ctr=constructor,
-    )
-
-
-def _wide_activation_spec(constructor: Any) -> QuantizationSpec:
-    """16 bits, symmetric: the activations of LiteRT's 16x8 kernels."""
-    return QuantizationSpec(
-        dtype=torch.int16,
-        quant_min=-32767,
-        quant_max=32767,
-        qscheme=torch.per_tensor_symmetric,
-        observer_or_fake_quant_ctr=constructor,
-    )
-
-
-def _fixed_spec(scale: float, zero_point: int) -> QuantizationSpec:
-    observer = FixedQParamsObserver.with_args(scale=scale, zero_point=zero_point)
-    return _activation_spec(FakeQuantize.with_args(observer=observer))
-
-
-def _weight_spec(axis: int | None) -> QuantizationSpec:
-    """Symmetric weights, by the range they have now: a weight is known exactly, so nothing is averaged."""
-    per_tensor = MovingAverageMinMaxObserver.with_args(averaging_constant=1.0)
-    observer = per_tensor if axis is None else PerChannelMinMaxNow.with_args(ch_axis=axis)
-    return QuantizationSpec(
-        dtype=torch.int8,
-        quant_min=-127,
-        quant_max=127,
-        qscheme=torch.per_tensor_symmetric if axis is None else torch.per_channel_symmetric,
-        observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=observer),
-    )
-
-
-class PerChannelMinMaxNow(PerChannelMinMaxObserver):  # type: ignore[misc]
-    """Torchao's per-channel observer without its memory of larger values that the weights had before."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Take the range of ``x`` in place of the one so far."""
-        self.reset_min_max_vals()
-        observed: torch.Tensor = super().forward(x)
-        return observed
 
 
 def fed_nodes(model: GraphModule) -> set[Node]:

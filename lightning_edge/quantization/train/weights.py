@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_edge.quantization.train import ranges, traced
 from lightning_edge.quantization.train.fake_quantize import FakeQuantize
 from lightning_edge.quantization.train.layers import LiveBatchNorm, round_bias
-from lightning_edge.quantization.train.quantizer import PerChannelMinMaxNow
+from lightning_edge.quantization.train.specs import PerChannelMinMaxNow
 
 _EPSILON = torch.finfo(torch.float32).eps
 

@@ -8,7 +8,7 @@ from typing import Any, final
 
 import pytest
 import torch
-from deployables import exported
+from deployables import Branches, beyond, exported
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,12 +33,9 @@ def written(model: nn.Module, inputs: Tensor, precision: Precision, folder: Path
     """A file, held against the network more closely than `export` does."""
     made = made_of(model, inputs, precision)
     artifact, _ = exported(made, "executorch", folder / "net.pte", batches=[inputs])
-    agreement = agreement_of(made, artifact, [inputs])
-    if precision == "fp32":
-        assert agreement.max_relative < 1e-5
-    else:
-        assert agreement.max_steps is not None
-        assert agreement.max_steps <= 1.01
+    names = model.names if isinstance(model, Branches) else made.output_names()
+    near: dict[str, float] = {"relative": 1e-5} if precision == "fp32" else {"steps": 1.01}
+    assert beyond(names, agreement_of(made, artifact, [inputs]), **near) == {}
     assert artifact.contents.undelegated_ops == ()
     return artifact
 
@@ -57,16 +54,6 @@ class Attention(nn.Module):
         attended = functional.scaled_dot_product_attention(query, key, value, **self.attention)
         logits: Tensor = self.head(attended.squeeze(1).mean(1))
         return logits
-
-
-@pytest.mark.parametrize(
-    ("attention", "precision"), [({}, "int8"), ({}, "fp32"), ({"is_causal": True, "scale": 0.3}, "fp32")]
-)
-def test_attention_parts_and_the_mean_of_tokens_are_delegated(
-    tmp_path: Path, attention: dict[str, Any], precision: Precision
-) -> None:
-    artifact = written(Attention(**attention), torch.randn(16, 6, 8), precision, tmp_path)
-    assert artifact.contents.ops["GlobalAvgPooling2d"] == 1
 
 
 class Masked(Attention):
@@ -90,10 +77,16 @@ class Masked(Attention):
         return super().forward(tokens)
 
 
-@pytest.mark.parametrize("kind", ["none masked", "near ones", "biases"])
-def test_masks_that_are_always_the_same_are_computed_before(tmp_path: Path, kind: str) -> None:
-    artifact = written(Masked(kind), torch.randn(16, 6, 8), "fp32", tmp_path)
-    assert artifact.contents.ops["Softmax"] == 1
+def test_attention_and_the_mean_of_tokens_are_delegated_in_int8(tmp_path: Path) -> None:
+    artifact = written(Attention(), torch.randn(16, 6, 8), "int8", tmp_path)
+    assert artifact.contents.ops["GlobalAvgPooling2d"] == 1
+
+
+def test_attention_under_masks_that_are_always_the_same_is_delegated(tmp_path: Path) -> None:
+    forms = {"plain": Attention(), "causal": Attention(is_causal=True, scale=0.3)}
+    masks = {kind: Masked(kind) for kind in ("none masked", "near ones", "biases")}
+    artifact = written(Branches({**forms, **masks}), torch.randn(16, 6, 8), "fp32", tmp_path)
+    assert artifact.contents.ops["GlobalAvgPooling2d"] == artifact.contents.ops["Softmax"] == 5
 
 
 def test_attention_to_nothing_stays_what_it_is(tmp_path: Path) -> None:
@@ -230,7 +223,7 @@ def test_padding_and_activations_that_are_tables_are_int8(tmp_path: Path) -> Non
     assert artifact.contents.ops["Convert"] == 2  # of the input and the output
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 def test_rows_and_columns_are_repeated_inside_the_delegate(tmp_path: Path, precision: Precision) -> None:
     larger = [nn.Upsample(scale_factor=(3.0, 2.0)), nn.Upsample(size=(18, 32))]
     artifact = written(Chain(*larger), torch.randn(8, 3, 6, 8), precision, tmp_path)
@@ -244,7 +237,7 @@ def test_rows_that_are_repeated_unevenly_are_not_written_anew(tmp_path: Path) ->
     assert artifact.contents.undelegated_ops == ("aten::upsample_nearest2d",)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 def test_one_form_may_be_made_of_another(tmp_path: Path, precision: Precision) -> None:
     """A rewritten operation has a shape for the next one that is rewritten."""
     functions = [
@@ -255,7 +248,7 @@ def test_one_form_may_be_made_of_another(tmp_path: Path, precision: Precision) -
     written(Chain(*functions), torch.randn(8, 3, 6, 6), precision, tmp_path)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 def test_what_executorch_cannot_lower_or_run_in_int8(tmp_path: Path, precision: Precision) -> None:
     clamps = [lambda x: x.clamp(-0.5, 0.7), lambda x: x.clamp(min=-0.5), lambda x: x.clamp(max=0.5)]
     activations = [functional.softplus, lambda x: functional.softplus(x, beta=2.0), functional.mish]
@@ -274,8 +267,14 @@ class RowsOfAnImage(nn.Module):
         return self.after(self.before(x).softmax(dim=-1))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("enlarged", [False, True])
+@pytest.mark.parametrize(
+    ("enlarged", "precision"),
+    [
+        (False, "fp32"),
+        (True, "int8"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, "fp32"), (False, "int8"))),
+    ],
+)
 def test_softmax_over_the_rows_of_an_image_is_one_over_its_rows(
     tmp_path: Path, enlarged: bool, precision: Precision
 ) -> None:
@@ -307,14 +306,25 @@ class RootMeanSquare(nn.Module):
         return self.last(normed), hidden.mean(-1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("shape", [(4, 6), (4, 5, 6), (4, 2, 5, 6)], ids=str)
-def test_means_of_features_are_delegated(tmp_path: Path, shape: tuple[int, ...], precision: Precision) -> None:
-    artifact = written(RootMeanSquare(), torch.randn(shape), precision, tmp_path)
-    assert artifact.contents.ops["GlobalAvgPooling2d"] == 2
+class Ranks(nn.Module):
+    """Means of features of two, three and four dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.sequences, self.images = RootMeanSquare(), RootMeanSquare(), RootMeanSquare()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Run all."""
+        return (*self.rows(images[:, 0, 0]), *self.sequences(images[:, 0]), *self.images(images))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_means_of_features_are_delegated(tmp_path: Path, precision: Precision) -> None:
+    artifact = written(Ranks(), torch.randn(4, 2, 5, 6), precision, tmp_path)
+    assert artifact.contents.ops["GlobalAvgPooling2d"] == 6
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 def test_the_largest_along_a_dimension_that_is_dropped(tmp_path: Path, precision: Precision) -> None:
     class Largest(nn.Module):
         def __init__(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from itertools import combinations, pairwise
-from typing import Any
 
 import pytest
+from flat_files import residual
 
 from lightning_edge.exporters.micro import arena
 from lightning_edge.exporters.micro.arena import ALIGNMENT_BYTES, Buffer, plan
@@ -96,29 +96,6 @@ def test_no_such_buffer(arguments: tuple[int, int, int], message: str) -> None:
         Buffer(*arguments)
 
 
-def file(shapes: dict[int, list[int]], *, constants: tuple[int, ...] = (), **graph: Any) -> Any:
-    """A file of int8 tensors; operations are given as pairs of what they read and write."""
-    pytest.importorskip("ai_edge_litert")
-    from ai_edge_litert import schema_py_generated as schema
-
-    tensors = []
-    for index in range(max(shapes) + 1):
-        tensor = schema.TensorT(shape=shapes[index], type=schema.TensorType.INT8, name=f"t{index}")
-        tensor.buffer = 1 if index in constants else 0
-        tensors.append(tensor)
-    operators = [schema.OperatorT(inputs=reads, outputs=writes) for reads, writes in graph["operators"]]
-    made = schema.SubGraphT(tensors=tensors, inputs=graph["inputs"], outputs=graph["outputs"], operators=operators)
-    buffers = [schema.BufferT(), schema.BufferT(data=[1])]
-    return schema.ModelT(subgraphs=[made], buffers=buffers)
-
-
-def residual() -> Any:
-    """0 -> 1 (by weights 5) -> 2 -> 3 = 2 + 1 -> 4; nothing reads the input 6, 1 and 4 are given out."""
-    shapes = {0: [1, 4, 4, 1], 1: [1, 8], 2: [1, 40], 3: [1, 8], 4: [1, 2], 5: [8, 16], 6: [1, 3]}
-    operators = [([0, 5, -1], [1]), ([1], [2]), ([2, 1], [3]), ([3], [4])]
-    return file(shapes, constants=(5,), inputs=[0, 6], outputs=[4, 1], operators=operators)
-
-
 def test_lifetimes() -> None:
     assert arena.activations(residual()) == [
         Buffer(16, 0, 1, "t0"),
@@ -128,16 +105,6 @@ def test_lifetimes() -> None:
         Buffer(2, 4, 4, "t4"),
         Buffer(3, 0, 0, "t6"),
     ]
-
-
-def test_transposed_convolutions_keep_their_sums_while_they_run() -> None:
-    model = residual()
-    from ai_edge_litert import schema_py_generated as schema
-
-    layer = model.subgraphs[0].operators[1]
-    layer.builtinOptionsType = schema.BuiltinOptions.TransposeConvOptions
-    assert arena.activations(model)[:-1] == arena.activations(residual())
-    assert arena.activations(model)[-1] == Buffer(160, 2, 2, "sums of t2")
 
 
 def test_a_variable_has_memory_of_its_own() -> None:

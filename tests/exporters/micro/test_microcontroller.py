@@ -17,11 +17,12 @@ from lightning_edge.cli import main as cli
 from lightning_edge.cli import microcontroller as firmware
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters import export
-from lightning_edge.exporters.micro import arena
-from lightning_edge.exporters.micro import sources as microcontroller
+from lightning_edge.exporters.micro import arena, interpreter, scratch
 from lightning_edge.exporters.micro.operators import METHODS
 from lightning_edge.exporters.micro.sources import footprint, identifier, write
 from lightning_edge.exporters.tflite import graph as tflite_graph
+from lightning_edge.exporters.tflite.read import contents
+from lightning_edge.interface import Interface
 
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("litert_torch")
@@ -54,7 +55,13 @@ int main() {{
   if ({name}_register_operators(resolver) != kTfLiteOk) return 3;
   if (reinterpret_cast<std::uintptr_t>({name}_data) % 16) return 4;
   for (const auto& name : resolver.registered) std::fprintf(stderr, "%s ", name.c_str());
-  std::fprintf(stderr, "%zu", {name}_arena_bytes);
+  std::fprintf(stderr, "%zu\\n", {name}_arena_bytes);
+  static_assert({name}_inputs == 1 && {name}_outputs == 1 && {name}_labels_length == 3, "counts");
+  for (int size : {name}_input_0_shape) std::fprintf(stderr, "%d ", size);
+  for (int size : {name}_output_0_shape) std::fprintf(stderr, "%d ", size);
+  std::fprintf(stderr, "%d %d\\n", {name}_input_0_zero_point, {name}_output_0_zero_point);
+  std::fprintf(stderr, "%.9g %.9g", {name}_input_0_scale, {name}_output_0_scale);
+  for (const char* label : {name}_labels) std::fprintf(stderr, "\\n%s", label);
   return std::fwrite({name}_data, 1, {name}_data_length, stdout) == {name}_data_length ? 0 : 5;
 }}
 """
@@ -64,7 +71,8 @@ int main() {{
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An int8 file, written once."""
     path = tmp_path_factory.mktemp("model") / "3 pooled-net.tflite"
-    export(network("pooled", "int8"), "tflite", path, batches=batches("pooled"))
+    interface = Interface(inputs=("image",), labels=("cat", 'a "dog"?', "été"))
+    export(network("pooled", "int8"), "tflite", path, batches=batches("pooled"), interface=interface)
     return path
 
 
@@ -93,37 +101,13 @@ def test_what_it_needs(model: Path) -> None:
     found = footprint(model)
     parsed = tflite_graph.parse(model.read_bytes())
     graph = parsed.subgraphs[0]
-    plan = arena.plan(arena.activations(parsed))
+    plan = arena.plan([*arena.activations(parsed), *scratch.scratch(parsed)])
     assert found.operators == tuple(sorted({tflite_graph.op_name(parsed, op) for op in graph.operators}))
     assert {"CONV_2D", "FULLY_CONNECTED"} < set(found.operators)
     assert (found.activation_bytes, found.lower_bound_bytes) == (plan.activation_bytes, plan.lower_bound_bytes)
     assert found.size_bytes == model.stat().st_size
     assert found.weight_bytes == 2 * 8 * 9 + 8 * 3
-    assert found.arena_bytes % 1024 == 0
-    head = max(found.activation_bytes, microcontroller.setup_bytes(parsed))
-    assert 0 <= found.arena_bytes - 1.1 * (head + found.persistent_bytes) <= 1024
-
-
-def test_persistent_memory_counts_what_is_kept(model: Path) -> None:
-    parsed = tflite_graph.parse(model.read_bytes())
-    before = microcontroller.persistent_bytes(parsed)
-    graph = parsed.subgraphs[0]
-    layer = next(op for op in graph.operators if tflite_graph.op_name(parsed, op) == "CONV_2D")
-    graph.operators = [op for op in graph.operators if op is not layer]
-    assert before - microcontroller.persistent_bytes(parsed) == 160 + 8 * 8
-    graph.tensors[graph.inputs[0]].isVariable = True
-    assert before - microcontroller.persistent_bytes(parsed) == 160 + 8 * 8 - 48  # 2 x 5 x 4 bytes, up to 16
-
-
-def test_setting_up_counts_the_zero_points_of_channels(model: Path) -> None:
-    parsed = tflite_graph.parse(model.read_bytes())
-    graph = parsed.subgraphs[0]
-    assert microcontroller.setup_bytes(parsed) == 64 * len(graph.tensors)
-    layer = next(op for op in graph.operators if tflite_graph.op_name(parsed, op) == "CONV_2D")
-    graph.tensors[layer.inputs[1]].quantization.scale = [0.1] * 1000
-    others = [graph.tensors[index] for index in (layer.inputs[0], layer.inputs[2], layer.outputs[0])]
-    scales = 1000 + sum(len(tensor.quantization.scale) for tensor in others)
-    assert microcontroller.setup_bytes(parsed) == 4 * 96 + 4 * scales
+    assert found.persistent_bytes < found.arena_bytes - found.activation_bytes < 2 * found.persistent_bytes
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
@@ -141,21 +125,32 @@ def test_it_compiles_and_registers_its_operators(model: Path, tmp_path: Path) ->
     subprocess.run([*compiler, "-I.", "main.cc", "alone.o", "-o", "main"], cwd=tmp_path, check=True)
     ran = subprocess.run([tmp_path / "main"], capture_output=True, check=True)
     assert ran.stdout == model.read_bytes()
-    *registered, arena_bytes = ran.stderr.decode().split()
+    needs, sizes, scales, *labels = ran.stderr.decode().splitlines()
+    *registered, arena_bytes = needs.split()
     assert registered == [METHODS[operator] for operator in written.footprint.operators]
     assert int(arena_bytes) == written.footprint.arena_bytes
+    (given,), (scores,) = (held := contents(model)).inputs, held.outputs
+    assert [*map(int, sizes.split())] == [*given.shape, *scores.shape, given.zero_point, scores.zero_point]
+    assert [*map(float, scales.split())] == pytest.approx([given.scale, scores.scale], rel=1e-8)
+    assert labels == list(held.labels) == ["cat", 'a "dog"?', "été"]
+    assert "// input 0, image: int8" in written.header.read_text()
 
 
-def test_tensorflow_lite_micro_itself_plans_so_and_runs_in_the_arena(
+def test_tensorflow_lite_micro_itself_plans_so_and_keeps_no_more(
     model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runtime = pytest.importorskip("tflite_micro.python.tflite_micro.runtime")
-    found = footprint(model)
-    interpreter = runtime.Interpreter.from_file(str(model), arena_size=found.arena_bytes + 4096)  # + its recorder
-    interpreter.print_allocations()
+    parsed = tflite_graph.parse(model.read_bytes())
+    asked = scratch.scratch(parsed)
+    plan = arena.plan([*arena.activations(parsed), *asked])
+    kept = interpreter.persistent_bytes(parsed, len(asked), pointer_bytes=8)
+    recorder = 256  # what the recording allocator has beside an ordinary one
+    interpreted = runtime.Interpreter.from_file(str(model), arena_size=plan.activation_bytes + kept + recorder)
+    interpreted.print_allocations()
     told = capfd.readouterr()
-    (head,) = re.findall(r"allocation head (\d+) bytes", told.out + told.err)
-    assert int(head) == found.activation_bytes
+    found = dict(re.findall(r"allocation (head|tail) (\d+) bytes", told.out + told.err))
+    assert int(found["head"]) == plan.activation_bytes
+    assert int(found["tail"]) <= kept + recorder
 
 
 def test_methods_are_named_as_their_operations() -> None:
@@ -303,8 +298,8 @@ def test_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert caught.value.code == 0
     told = capsys.readouterr().out
     found = footprint(model)
-    assert f"{found.arena_bytes / 1024:.1f} KiB" in told
-    assert "estimate" in told
+    assert f"{found.arena_bytes / 1024:.1f} KiB" in told or f"{found.arena_bytes} bytes" in told
+    assert "upper bound" in told
     assert "CONV_2D" in told
     assert str(tmp_path / "model_3_pooled_net.cc") in told.replace("\n", "")
     assert (tmp_path / "model_3_pooled_net.h").is_file()

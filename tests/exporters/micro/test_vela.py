@@ -124,7 +124,7 @@ def test_every_figure_is_called_an_estimate() -> None:
         "on the CPU": "2 operations: GATHER",
     }
     assert all("estimate" in source for source in sources if "Vela" in source)
-    assert "estimate" in sources[names.index("arena")]
+    assert "upper bound" in sources[names.index("arena")]
 
 
 def test_no_such_configuration(model: Path) -> None:

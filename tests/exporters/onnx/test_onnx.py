@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Quantize
 from lightning_edge.errors import ExportError, MissingExtraError, RunnerError
 from lightning_edge.exporters import Artifact, export, load
-from lightning_edge.exporters.onnx import open_openvino, sums_overflow
+from lightning_edge.exporters.onnx import open_openvino, runtime, sums_overflow
 from lightning_edge.exporters.verify.agreement import agreement_of, reference_outputs
 from lightning_edge.measure import Timing
 from lightning_edge.network import Precision
@@ -142,7 +142,7 @@ def test_unsigned_weights_are_right_in_a_default_session(folder: Path, name: str
 def test_the_session_that_figures_hold_for_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(folder, "residual", "int8")[0].path
     for overflow, told in ((True, ", session.x64quantprecision=1"), (False, "CPU, 1 thread")):
-        monkeypatch.setattr("lightning_edge.exporters.onnx.sums_overflow", lambda *given, overflow=overflow: overflow)
+        monkeypatch.setattr(runtime, "sums_overflow", lambda *given, overflow=overflow: overflow)
         assert load(path, isolated=False).runner.runtime.endswith(told)
 
 
@@ -152,7 +152,8 @@ def test_equal_networks_give_equal_files_without_names_from_this_machine(folder:
         second = export(network("residual", precision), "onnx", tmp_path / f"{precision}.onnx").path.read_bytes()
         assert first == second
         model = onnx.ModelProto.FromString(first)
-        assert [*model.metadata_props, *model.graph.metadata_props, *model.graph.value_info] == []
+        assert {entry.key for entry in model.metadata_props} == {"lightning_edge.inputs", "lightning_edge.outputs"}
+        assert [*model.graph.metadata_props, *model.graph.value_info] == []
         assert not [node for node in model.graph.node if node.metadata_props or node.doc_string]
         for part in (b".py", b"site-packages", b"conv2d", b"dequantize_per", b"pkg.torch", b"_frozen_param"):
             assert part not in first

@@ -100,7 +100,13 @@ export(Doubled(), "faulty", Path(sys.argv[1]) / "new" / "net.faulty", inputs=tor
 
 @LINUX
 @pytest.mark.parametrize(
-    "signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)], ids=str
+    "signals",
+    [
+        (signal.SIGTERM,),
+        (signal.SIGINT, signal.SIGTERM),
+        pytest.param((signal.SIGINT, signal.SIGINT), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_signal_in_the_middle_of_an_export_leaves_nothing(tmp_path: Path, signals: tuple[int, ...]) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(TESTS)])}
@@ -169,6 +175,7 @@ sys.exit(bool(report.failures))
 """
 
 
+@pytest.mark.slow
 def test_of_two_evaluations_at_once_in_one_folder_one_is_refused(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(TESTS)])}
     runs = []

@@ -28,6 +28,7 @@ from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import TARGETS, Artifact, export, load, target
 from lightning_edge.exporters.run import isolated
 from lightning_edge.exporters.run.isolated import Isolated
+from lightning_edge.exporters.run.missing import missing_operation
 from lightning_edge.measure import Timing
 
 ISOLATED = True
@@ -72,7 +73,10 @@ def is_running(number: int) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::lightning_edge.exporters.ExportWarning")
-@pytest.mark.parametrize(("name", "package"), [("tflite", "ai_edge_litert"), ("executorch", "executorch")])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("tflite", "ai_edge_litert"), pytest.param("executorch", "executorch", marks=pytest.mark.slow)],
+)
 def test_outputs_are_those_of_the_same_file_in_this_process(name: str, package: str, tmp_path: Path) -> None:
     pytest.importorskip(package)
     inputs = batches("tokens")[0]
@@ -102,6 +106,27 @@ def test_a_crash_names_file_runtime_signal_and_last_words(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("said", "operation"),
+    [
+        ("Didn't find op for builtin opcode 'STABLEHLO_SORT' version '1'. An older", "STABLEHLO_SORT"),
+        ("Encountered unresolved custom op: Foo.\nSee instructions", "Foo"),
+        ("NOT_IMPLEMENTED : Could not find an implementation for GridSample(16) node with name 'n'", "GridSample"),
+        ("[method.cpp:819] Missing operator: [0] aten::sort.values\n[method.cpp", "aten::sort.values"),
+        ("version 7 is not known", None),
+    ],
+)
+def test_an_operation_without_a_kernel_is_found_in_a_runtimes_words(said: str, operation: str | None) -> None:
+    assert missing_operation(said) == operation
+
+
+def test_a_file_just_written_is_not_to_be_exported_again(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"version 7 is not known\. The converter has just written it so") as error:
+        export(Doubled(), "faulty", tmp_path / "net.faulty", inputs=torch.zeros(1, 3), loading="refuse")
+    assert "again" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("loading", "says"),
     [
         ("segfault", r"net\.faulty: the process of faulty_target was ended by SIGSEGV while it loaded the file"),
@@ -110,6 +135,10 @@ def test_a_crash_names_file_runtime_signal_and_last_words(tmp_path: Path) -> Non
             r"net\.faulty: faulty_target did not answer within time_limit_s=0\.5 while it loaded .* a larger time_",
         ),
         ("refuse", r"net\.faulty does not load: version 7 is not known\. Export it again"),
+        (
+            "lacking",
+            r"0x:14 \(operation aten::sort\.values\)\. The runtime has no kernel for aten::sort\.values: replace",
+        ),
     ],
 )
 def test_a_file_that_does_not_load_is_one_error(tmp_path: Path, loading: str, says: str) -> None:
@@ -166,23 +195,28 @@ def test_process_and_files_are_gone_with_the_artifact(tmp_path: Path) -> None:
 
 
 @LINUX
-def test_a_process_ends_with_one_that_was_killed(tmp_path: Path) -> None:
+def test_a_script_without_a_main_guard_runs_once_and_its_process_ends_with_it(tmp_path: Path) -> None:
+    # multiprocessing would import the script again in the process, and train once more.
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, signal, sys\nfrom lightning_edge.exporters import TARGETS, load\n"
+        "import os, signal, sys, torch\nfrom lightning_edge.exporters import TARGETS, load\n"
         f"sys.path.append({str(Path(__file__).parents[2])!r})\nTARGETS['faulty'] = 'faulty_target'\n"
-        f"artifact = load({str(file(tmp_path))!r})\nprint(artifact.runner._child.process.pid, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"artifact = load({str(file(tmp_path))!r})\n"
+        "print(type(artifact.runner).__name__, artifact(torch.ones(1, 3))[0].tolist())\n"
+        "print(artifact.runner._child.process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    (tmp_path / "json.py").write_text("raise SystemExit('the folder of the script is not that of the process')")
+    found = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert found.returncode == -signal.SIGKILL, found.stderr
-    status = Path(f"/proc/{int(found.stdout)}/status")
+    answered, number = found.stdout.splitlines()
+    assert answered == "Isolated [[2.0, 2.0, 2.0]]"
+    status = Path(f"/proc/{int(number)}/status")
     for _ in range(100):
         # Where nobody waits for orphans it stays as a zombie.
         if not status.exists() or "State:\tZ" in status.read_text():
             return
         time.sleep(0.1)
-    pytest.fail(f"process {found.stdout.strip()} is still there")
+    pytest.fail(f"process {number} is still there")
 
 
 # All of these on one process.
@@ -293,21 +327,6 @@ def test_a_process_that_does_not_start_is_one_error(tmp_path: Path, monkeypatch:
 def test_a_limit_that_is_none_is_refused(tmp_path: Path, limit: float) -> None:
     with pytest.raises(ValueError, match=r"time_limit_s=.* is not allowed; give more than 0 seconds"):
         load(file(tmp_path), time_limit_s=limit)
-
-
-def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
-    # multiprocessing would import the script again in the process, and train once more.
-    pytest.importorskip("ai_edge_litert")
-    pytest.importorskip("litert_torch")
-    export(network("pooled", "int8"), "tflite", tmp_path / "net.tflite", isolated=False)
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import torch\nfrom lightning_edge.exporters import load\nartifact = load({str(tmp_path / 'net.tflite')!r})\n"
-        "print(type(artifact.runner).__name__, list(artifact(torch.zeros(2, 2, 5, 4))[0].shape))\n"
-    )
-    (tmp_path / "json.py").write_text("raise SystemExit('the folder of the script is not that of the process')")
-    found = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert (found.stdout, found.returncode) == ("Isolated [2, 3]\n", 0), found.stderr
 
 
 # The report and export are safe without being asked.

@@ -56,11 +56,17 @@ def test_operands_get_as_many_dimensions_as_the_result() -> None:
     assert not apply_passes(graph, (choose_by_where,))
 
 
-def test_files_have_them_in_float_and_int8(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_files_have_them_in_float(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, network = torch.randn(4, 3, 8, 8), Choices().eval()
     export(network, "tflite", tmp_path / "float.tflite", inputs=x[:1])
     torch.testing.assert_close(load(tmp_path / "float.tflite")(x)[0], network(x), atol=1e-5, rtol=1e-4)
+
+
+def test_files_have_them_in_int8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, network = torch.randn(4, 3, 8, 8), Choices().eval()
     quantized = quantize(network, [x])
     with pytest.warns(ExportWarning, match="compute in float"):  # logarithms and comparisons
         artifact = export(quantized, "tflite", tmp_path / "int8.tflite")

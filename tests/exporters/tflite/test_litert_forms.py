@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deployables import Branches, beyond
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -57,25 +58,26 @@ def operations(path: Path) -> list[str]:
 
 
 slow = pytest.mark.slow
-SETTINGS = [
-    {"kernel_size": 2, "stride": 2, "norm": True, "activation": nn.ReLU6(), "bias": False},
-    {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "activation": nn.ReLU()},
-    {"kernel_size": 3, "stride": 1, "padding": 1},
-    pytest.param({"kernel_size": 4, "stride": 2, "padding": 1, "norm": True, "activation": nn.SiLU()}, marks=slow),
-    pytest.param({"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1}, marks=slow),
-    pytest.param({"kernel_size": 3, "stride": 2, "padding": 1, "bias": False}, marks=slow),
-    pytest.param({"kernel_size": (2, 3), "stride": (2, 2), "padding": (0, 1), "output_padding": (0, 1)}, marks=slow),
-]
+COMMON: dict[str, dict[str, Any]] = {
+    "2x2, ReLU6": {"kernel_size": 2, "stride": 2, "norm": True, "activation": nn.ReLU6(), "bias": False},
+    "3x3, ReLU": {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "activation": nn.ReLU()},
+    "stride 1": {"kernel_size": 3, "stride": 1, "padding": 1},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "4x4, SiLU": {"kernel_size": 4, "stride": 2, "padding": 1, "norm": True, "activation": nn.SiLU()},
+    "5x5": {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1},
+    "one less": {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False},
+    "2x3": {"kernel_size": (2, 3), "stride": (2, 2), "padding": (0, 1), "output_padding": (0, 1)},
+}
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_transposed_convolutions_are_int8_and_in_the_delegate(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("forms", [COMMON, pytest.param(OTHERS, marks=slow)], ids=lambda forms: "; ".join(forms))
+def test_transposed_convolutions_are_int8_and_in_the_delegate(forms: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = quantize(trained(Upward(**settings)), images())
-    artifact = export(network, "tflite", tmp_path / "net.tflite", batches=images())
-    assert artifact.agreement is not None
-    assert artifact.agreement.max_steps is not None
-    assert artifact.agreement.max_steps <= 1
+    network = Branches({name: Upward(**settings) for name, settings in forms.items()})
+    quantized = quantize(trained(network), images())
+    artifact = export(quantized, "tflite", tmp_path / "net.tflite", batches=images())
+    assert beyond(network.names, artifact.agreement, steps=1) == {}
     assert (artifact.contents.float_compute_ops, artifact.contents.float_ops) == ((), ())
     assert artifact.contents.placements is not None
     assert artifact.contents.placements.fallback_share == 0
@@ -156,30 +158,30 @@ class Spread(nn.Module):
         return logits
 
 
+SPREAD: dict[str, Any] = {
+    "product": lambda y: y * y[..., :1].expand_as(y),
+    "sum": lambda y: y[:, :, :1].expand(-1, -1, 8, -1) + y,
+    # Only from here on are values joined: twice, once and once.
+    "concatenation": lambda y: torch.cat([y[..., :1].expand_as(y), y], 2)[:, :, 4:12],
+    "repetition": lambda y: y * y[..., :1].repeat(1, 1, 1, 8),
+    "tile": lambda y: y * y[..., :1].tile(8),
+}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize(
-    ("function", "joins"),
-    [
-        (lambda y: y * y[..., :1].expand_as(y), False),
-        (lambda y: y[:, :, :1].expand(-1, -1, 8, -1) + y, False),
-        (lambda y: torch.cat([y[..., :1].expand_as(y), y], 2)[:, :, 4:12], True),
-        (lambda y: y * y[..., :1].repeat(1, 1, 1, 8), True),
-        (lambda y: y * y[..., :1].tile(8), True),
-    ],
-    ids=["product", "sum", "concatenation", "repetition", "tile"],
-)
-def test_values_spread_over_a_dimension(function: Any, joins: bool, precision: str, tmp_path: Path) -> None:
+def test_values_spread_over_a_dimension(precision: str, tmp_path: Path) -> None:
     """The converter mixes up the axes of what is spread between images with the channels last."""
-    network, samples = trained(Spread(function)), images()
+    network = Branches({name: Spread(function) for name, function in SPREAD.items()})
+    trained(network)
+    samples = images()
     path = tmp_path / "net.tflite"
     made = quantize(network, samples) if precision == "int8" else network
     artifact = export(made, "tflite", path, batches=samples, **({} if precision == "int8" else {"inputs": samples[0]}))
-    agreement = artifact.agreement
-    assert agreement is not None
-    assert agreement.max_relative < 1e-5 if precision == "fp32" else (agreement.max_steps or 0) <= 1.01
+    near: dict[str, float] = {"relative": 1e-5} if precision == "fp32" else {"steps": 1.01}
+    assert beyond(network.names, artifact.agreement, **near) == {}
     assert artifact.contents.float_compute_ops == () or precision == "fp32"
     assert "BROADCAST_TO" not in operations(path)
-    assert (operations(path).count("CONCATENATION") > 0) is joins
+    assert operations(path).count("CONCATENATION") == 4
 
 
 class Parts(nn.Module):
@@ -194,41 +196,41 @@ class Parts(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize(
-    ("function", "given"),
-    [
-        pytest.param(lambda x: x[:, 0] + x[:, 1], 8, id="sum"),
-        pytest.param(lambda x: (x[:, 0] - x[:, -1]).relu(), 8, id="difference"),
-        pytest.param(lambda x: x[:, 0] * x[:, 1] + x[:, 2], 8, id="product"),
-        pytest.param(lambda x: x[:, :2].flatten(1) + x[:, 2:].flatten(1), 16, id="flattened"),
-        pytest.param(lambda x: (x.unsqueeze(2) + x.unsqueeze(1)).flatten(1), 128, id="spread"),
-        pytest.param(lambda x: x[:, 0] * x[:, 0], 8, id="square"),
-    ],
-)
-def test_sums_and_products_of_parts_have_scales_of_their_own(function: Any, given: int, tmp_path: Path) -> None:
+PARTS: dict[str, tuple[Any, int]] = {
+    "sum": (lambda x: x[:, 0] + x[:, 1], 8),
+    "difference": (lambda x: (x[:, 0] - x[:, -1]).relu(), 8),
+    "product": (lambda x: x[:, 0] * x[:, 1] + x[:, 2], 8),
+    "flattened": (lambda x: x[:, :2].flatten(1) + x[:, 2:].flatten(1), 16),
+    "spread": (lambda x: (x.unsqueeze(2) + x.unsqueeze(1)).flatten(1), 128),
+    "square": (lambda x: x[:, 0] * x[:, 0], 8),
+}
+
+
+def test_sums_and_products_of_parts_have_scales_of_their_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     rows = [torch.randn(6, 4, 6) for _ in range(2)]
-    network = quantize(Parts(function, given).eval(), rows)
-    artifact = export(network, "tflite", tmp_path / "net.tflite", batches=rows)
-    assert artifact.agreement is not None
-    assert artifact.agreement.max_steps == 0
+    network = Branches({name: Parts(function, given) for name, (function, given) in PARTS.items()})
+    artifact = export(quantize(network.eval(), rows), "tflite", tmp_path / "net.tflite", batches=rows)
+    assert beyond(network.names, artifact.agreement, steps=0) == {}
     assert artifact.contents.float_ops == ()
 
 
-@pytest.mark.parametrize("spread", ["by torch", "by the network"])
-def test_queries_that_share_keys(spread: str, tmp_path: Path) -> None:
-    class Grouped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.heads = nn.Linear(6, 32)
+class Grouped(nn.Module):
+    """Four queries' heads that share two keys and values, spread by torch or by the network itself."""
 
-        def forward(self, tokens: Tensor) -> Tensor:
-            query, *others = self.heads(tokens).unflatten(-1, (4, 8)).transpose(1, 2).split([2, 1, 1], 1)
-            if spread == "by the network":
-                others = [part[:, :, None].expand(-1, 1, 2, 5, 8).reshape(-1, 2, 5, 8) for part in others]
-            return functional.scaled_dot_product_attention(query, *others, enable_gqa=spread == "by torch")
+    def __init__(self, by_torch: bool) -> None:
+        super().__init__()
+        self.heads, self.by_torch = nn.Linear(6, 32), by_torch
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, *others = self.heads(tokens).unflatten(-1, (4, 8)).transpose(1, 2).split([2, 1, 1], 1)
+        if not self.by_torch:
+            others = [part[:, :, None].expand(-1, 1, 2, 5, 8).reshape(-1, 2, 5, 8) for part in others]
+        return functional.scaled_dot_product_attention(query, *others, enable_gqa=self.by_torch)
+
+
+def test_queries_that_share_keys(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    artifact = export(Grouped(), "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 5, 6))
-    assert artifact.agreement is not None
-    assert artifact.agreement.max_relative < 1e-5
+    network = Branches({"by torch": Grouped(True), "by the network": Grouped(False)})
+    artifact = export(network, "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 5, 6))
+    assert beyond(network.names, artifact.agreement, relative=1e-5) == {}

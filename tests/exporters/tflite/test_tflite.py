@@ -13,7 +13,7 @@ import torch
 from deployables import batches, exported, int8_weight_count, network, weight_count
 from torch import Tensor, nn
 
-from lightning_edge.errors import ExportError
+from lightning_edge.errors import ExportError, RunnerError
 from lightning_edge.exporters import Artifact, deployable, export, load
 from lightning_edge.exporters.tflite import graph as tflite_graph
 from lightning_edge.exporters.verify.agreement import agreement_of, reference_outputs
@@ -51,7 +51,16 @@ def steps(name: str, network: Deployable, artifact: Artifact) -> float:
     return largest
 
 
-@pytest.mark.parametrize("name", ["residual", "two_inputs", "difference", "plain", "pooled"])
+@pytest.mark.parametrize(
+    # The slow two, of joined inputs and of a pool that leaves out a row, hold nothing that is not tested elsewhere.
+    "name",
+    [
+        "residual",
+        "difference",
+        "plain",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("two_inputs", "pooled")),
+    ],
+)
 def test_an_int8_file_is_int8_throughout(folder: Path, name: str) -> None:
     artifact, warned = written(folder, name, "int8")
     contents = artifact.contents
@@ -96,7 +105,7 @@ def test_float_ends_keep_the_kernels_int8(folder: Path) -> None:
 
 def test_what_is_timed_is_the_call_of_an_app(folder: Path) -> None:
     """Integers in and out: quantizing a float batch is this package's own, and no part of the file."""
-    artifact = export(network("plain", "int8"), "tflite", folder / "held.tflite")
+    artifact, _ = written(folder, "plain", "int8")
     sample = batches("plain")[0].sample().tensors
     call = artifact.runner.prepare(sample)
     (given,) = call()  # type: ignore[misc]
@@ -158,6 +167,7 @@ def test_packing_changes_no_content(folder: Path) -> None:
     assert tflite_graph.pack(tflite_graph.parse(data)) == data
 
 
+@pytest.mark.slow
 def test_resnet8_is_no_larger_than_the_reference(folder: Path) -> None:
     torch.manual_seed(0)
     images = [torch.rand(8, 3, 32, 32)]
@@ -173,6 +183,11 @@ def test_float_islands_are_named(folder: Path) -> None:
     assert all(operation in warned[0] for operation in artifact.contents.float_ops)
 
 
+class Sorted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort(-1).values
+
+
 def test_an_operation_it_does_not_have_is_named(tmp_path: Path) -> None:
     class Unsupported(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -181,6 +196,8 @@ def test_an_operation_it_does_not_have_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match=r"^tflite: Lowering not found: aten\._linalg_svd.*Replace that operation"):
         export(Unsupported(), "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 3, 4))
+    with pytest.raises(RunnerError, match=r"no kernel for STABLEHLO_SORT: replace it in the network, or leave tflite"):
+        export(Sorted(), "tflite", tmp_path / "net.tflite", inputs=torch.randn(1, 4))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -48,17 +48,23 @@ def padded(precision: Precision) -> Deployable:
     return quantize(network, batches) if precision == "int8" else deployable(network, Inputs.of(batches[0][:1]))
 
 
-def written(precision: Precision, path: Path) -> Artifact:
-    return export(padded(precision), "tflite", path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("simplify")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@cache
+def written(precision: Precision, folder: Path) -> Artifact:
+    return export(padded(precision), "tflite", folder / f"{precision}.tflite")
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 def test_convolutions_pad_by_themselves_and_nothing_is_transposed_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:
-    short = written(precision, tmp_path / "short.tflite")
-    monkeypatch.setattr(tflite_simplify, "simplify", lambda model: None)
-    long = written(precision, tmp_path / "long.tflite")
+    short = written(precision, folder)
+    monkeypatch.setattr(tflite_simplify, "PASSES", ())
+    long = export(padded(precision), "tflite", tmp_path / "long.tflite")
 
     assert long.contents.ops["TRANSPOSE"] >= 4
     # What is left pads on sides on which SAME does not.
@@ -70,8 +76,8 @@ def test_convolutions_pad_by_themselves_and_nothing_is_transposed_twice(
         torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding)
 
 
-def test_no_tensor_and_no_kind_of_operation_is_left_over(tmp_path: Path) -> None:
-    model = tflite_graph.parse(written("int8", tmp_path / "model.tflite").path.read_bytes())
+def test_no_tensor_and_no_kind_of_operation_is_left_over(folder: Path) -> None:
+    model = tflite_graph.parse(written("int8", folder).path.read_bytes())
     (graph,) = model.subgraphs
     used = {int(index) for op in graph.operators for index in (*op.inputs, *op.outputs)}
     assert used == set(range(len(graph.tensors)))

@@ -1,0 +1,213 @@
+"""Structures of networks whose code knows of channels: splits, selective kernels, heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_pruning import SomeBatch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_edge.errors import CompressionError
+from lightning_edge.network import Inputs
+from lightning_edge.pruning import Prune
+from lightning_edge.pruning.cutting import make_cut, undo_cut
+from lightning_edge.pruning.traced import trace
+from lightning_edge.schedule import Change, Clock
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Halves(nn.Module):
+    """C2f of YOLO: one half gets a residual and is read three times, and the halves are joined in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 1)
+        self.middle = nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(48, 8, 1)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def parts(self, y: Tensor) -> tuple[Tensor, ...]:
+        return y.chunk(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, passed = self.parts(self.first(x))
+        return self.head(self.last(torch.cat([passed + self.middle(passed), passed, kept], 1)).relu())
+
+
+class CountedHalves(Halves):
+    """The halves are of a size that the module keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 16
+
+    def parts(self, y: Tensor) -> tuple[Tensor, ...]:
+        return y.split((self.width, self.width), 1)
+
+
+class FixedHalves(Halves):
+    """The size of the halves is written into the code."""
+
+    def parts(self, y: Tensor) -> tuple[Tensor, ...]:
+        return y.split((16, 16), 1)
+
+
+class OneHalf(Halves):
+    """Only the second part of a split is read."""
+
+    def parts(self, y: Tensor) -> tuple[Tensor, ...]:
+        _, passed = y.chunk(2, 1)
+        return passed, passed
+
+
+class SelectiveKernels(nn.Module):
+    """Two branches, weighed for each channel by one layer with a row for each branch (Li et al. 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.small, self.large = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 5, padding=2)
+        self.reduce, self.select = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 32, 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        branches = torch.stack([self.small(x).relu(), self.large(x).relu()], 1)
+        weights = self.select(self.reduce(branches.sum(1).mean((2, 3), keepdim=True)).relu())
+        batch, channels, height, width = weights.shape
+        weights = weights.view(batch, 2, channels // 2, height, width).softmax(1)
+        return self.head((branches * weights).sum(1).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Heads of a width that is written into the module, and as many as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.out = nn.Linear(32, 32)
+        self.num_heads, self.head_dim = 4, 8
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        return *x.shape[:-1], -1, self.head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.shape(x)
+        query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return x + self.out(attended.flatten(2))
+
+
+class CountedAttention(Attention):
+    """Both are written into the module."""
+
+    def shape(self, x: Tensor) -> tuple[int, ...]:
+        return *x.shape[:-1], self.num_heads, self.head_dim
+
+
+def cut(network: nn.Module, inputs: Inputs, phase: Prune) -> Change:
+    """Plan a cut, make it, and see that it goes back."""
+    change = phase.plan(network, Clock(0, 0.0), [], SomeBatch(network, inputs))
+    assert change is not None
+    shapes = {name: tensor.shape for name, tensor in network.named_parameters()}
+    make_cut(network, change)
+    network(*inputs.args)
+    undo_cut(network, change)
+    assert {name: tensor.shape for name, tensor in network.named_parameters()} == shapes
+    make_cut(network, change)
+    return change
+
+
+@pytest.mark.parametrize("kind", [Halves, CountedHalves, OneHalf])
+def test_halves_stay_equal_whoever_reads_them(kind: type[Halves]) -> None:
+    network = kind()
+    cut(network, Inputs((torch.randn(2, 3, 8, 8),)), Prune(macs=0.5, round_to=1))
+    assert network.first.out_channels == 2 * network.middle.out_channels < 32
+    assert network.middle.in_channels == network.middle.out_channels
+    if isinstance(network, CountedHalves):
+        assert network.width == network.middle.out_channels
+
+
+def test_sizes_written_into_the_code_are_the_reason_told() -> None:
+    network = FixedHalves()
+    with pytest.raises(CompressionError, match=r"'first': cutting .* split_sizes=\[16, 16\]"):
+        cut(network, Inputs((torch.randn(2, 3, 8, 8),)), Prune(macs=0.5, round_to=1))
+
+
+def test_selective_kernels_lose_the_channel_in_every_branch() -> None:
+    network = SelectiveKernels()
+    change = cut(network, Inputs((torch.randn(2, 3, 8, 8),)), Prune(layers={"small": 0.5}, round_to=1))
+    ((_, kept, _),) = change["kept"]["small.bias"]
+    ((_, rows, _),) = change["kept"]["select.bias"]
+    assert rows.tolist() == [*kept.tolist(), *(16 + kept).tolist()]
+    assert network.large.out_channels == 8
+
+
+@pytest.mark.parametrize("kind", [Attention, CountedAttention])
+def test_attention_loses_whole_heads(kind: type[Attention]) -> None:
+    network = nn.Sequential(nn.Linear(6, 32), kind(), nn.Linear(32, 4))
+    attention = network[1]
+    assert isinstance(attention, Attention)
+    inputs = Inputs((torch.randn(2, 5, 6),))
+    phase = Prune(layers={"1.value": 0.5}, round_to=1)
+    change = cut(network, inputs, phase)
+    ((_, kept, before),) = change["kept"]["1.query.bias"]
+    assert before == 32
+    heads = kept.view(-1, 8)
+    assert len(heads) == 2
+    assert torch.equal(heads, heads[:, :1] // 8 * 8 + torch.arange(8))
+    assert attention.head_dim == 8
+    assert attention.num_heads == (2 if kind is CountedAttention else 4)
+
+
+@torch.jit.script
+def halves(y: Tensor) -> Tensor:
+    """A split that is not seen as one, and one part of it read twice."""
+    first, second = y.split([8, 8], 1)
+    return torch.cat([first, second, first + second], 1)
+
+
+class Scripted(nn.Module):
+    """A part that calls TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(16, 16), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(halves(self.wide(x)))
+
+
+def test_only_the_part_that_cannot_be_traced_is_left_alone() -> None:
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(3)])
+    blocks[1].append(Scripted())
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = blocks, nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    network, inputs = Blocks(), Inputs((torch.randn(2, 16),))
+    types = [type(module) for module in network.modules()]
+    structure = trace(network.eval(), inputs)
+    assert [type(module) for module in network.modules()] == types
+    reasons = {group.name: group.reason for group in structure.groups}
+    assert {name for name, reason in reasons.items() if not reason} == {
+        "blocks.0.0",
+        "blocks.0.2",
+        "blocks.1.0",
+        "blocks.2.0",
+        "blocks.2.2",
+    }
+    assert "blocks.1.3" in reasons["blocks.1.2"]
+    assert "cannot trace that" in reasons["blocks.1.2"]
