@@ -24,6 +24,7 @@ from lightning_edge.exporters.input_adapter import (
     network_shape,
 )
 from lightning_edge.exporters.run.calls import TensorSpec, conform, stack
+from lightning_edge.exporters.run.child import Child
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S, Isolated
 from lightning_edge.exporters.run.missing import missing_operation
 from lightning_edge.exporters.run.not_run import NotRun
@@ -291,6 +292,7 @@ def open_file(
     isolated: bool,
     time_limit_s: float,
     advice: str = EXPORT_AGAIN,
+    child: Child | None = None,
 ) -> Artifact:
     """Load a file whose contents are known; see `load`. One that nothing here can run is given without being loaded.
 
@@ -302,6 +304,7 @@ def open_file(
         isolated: As for `load`.
         time_limit_s: As for `load`.
         advice: What to do about one that does not load, unless an operation without a kernel is why.
+        child: A process to load it in, such as the one that wrote it.
 
     Raises:
         RunnerError: If it does not load.
@@ -314,8 +317,8 @@ def open_file(
         )
     runner: Runner
     try:
-        if isolated and not module.in_process:
-            runner = Isolated(TARGETS[name], path, threads, time_limit_s)
+        if child is not None or (isolated and not module.in_process):
+            runner = Isolated(TARGETS[name], path, threads, time_limit_s, child)
             load_ms = runner.load_ms
         else:
             module.import_runtime()

@@ -9,32 +9,27 @@ from typing import Any
 
 from torch import nn
 
-from lightning_edge.errors import AgreementError, ExportError
-from lightning_edge.exporters.artifact import Artifact, check_running, inspect_file, open_file, placed
-from lightning_edge.exporters.input_adapter import check_interface
-from lightning_edge.exporters.program import deployable, in_file_form
+from lightning_edge.contents import Contents
+from lightning_edge.errors import AgreementError
+from lightning_edge.exporters.artifact import Artifact, check_running, open_file
+from lightning_edge.exporters.order import Order, ordered
+from lightning_edge.exporters.run.child import Child
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S
 from lightning_edge.exporters.staged import Staged
-from lightning_edge.exporters.target import TARGETS, Target, check_options
-from lightning_edge.exporters.target import target as target_of
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.agreement import advice, agreement_of, check_batches, judge_file, rounding_of
 from lightning_edge.exporters.verify.contents import (
-    check_activations,
     check_contents,
     check_fallback,
-    check_share,
     warn_if,
     warn_not_run,
 )
-from lightning_edge.files import StagedPath, writing
+from lightning_edge.exporters.writer import JUST_WRITTEN, written
+from lightning_edge.files import StagedPath
 from lightning_edge.interface import Interface
 from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance
-from lightning_edge.tracing import TRACING
 from lightning_edge.verdict import Judgement, Strict, check_strict
-
-_JUST_WRITTEN = "The converter has just written it so: leave the target out, and report it as a fault"
 
 
 def stage(
@@ -73,37 +68,56 @@ def stage(
         RunnerError: If the file does not load.
         ValueError: If an argument is not allowed.
     """
-    module = target_of(target)
-    path, scheme = Path(path), options.get("scheme")
-    _check_path(path, target, module)
-    check_options(target, options)
+    asked = ordered(model, target, path, inputs=inputs, max_fallback=max_fallback, interface=interface, **options)
+    return stage_order(asked, threads, isolated, time_limit_s)
+
+
+def stage_order(asked: Order, threads: int, isolated: bool, time_limit_s: float) -> Staged:
+    """Write, read back and load what was ordered; arguments and errors as for `stage`."""
     check_running(threads, time_limit_s)
-    check_share(max_fallback)
-    network = deployable(model, inputs)
-    check_activations(network, target, module.activation_bits)
-    interface = interface or Interface()
-    check_interface(interface, network)
-    _check_batch_size(interface, target, module)
-    if scheme is not None and network.precision == "int8":
-        raise ValueError(f"scheme={scheme!r} is for float networks, and this one is int8 already; leave it out")
-    place = StagedPath(path)
+    place = StagedPath(asked.path)
     try:
-        adapted = in_file_form(network, *module.image_input(interface))
-        with TRACING, writing(path):
-            module.write(adapted, place.staged, **options)
-        contents = inspect_file(module, place.staged, path.name, _JUST_WRITTEN)
-        check_contents(network, contents, target, wants_delegate=options.get("backend") != "portable")
-        if scheme is not None:
-            warn_if(target, schemes.check_scheme(contents, scheme, target))
-        contents = placed(module, place.staged, contents)
-        check_fallback(contents.placements, max_fallback, target)
-        artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s, _JUST_WRITTEN)
-        warn_not_run(artifact)
-        check_batches(network, artifact)
-        return Staged(network, artifact, place)
+        contents = written(asked.module, asked.prepared(), asked.path, place.staged, asked.options)
+        return opened(asked, place, contents, threads, isolated, time_limit_s)
     except BaseException:
         place.discard()
         raise
+
+
+def opened(
+    asked: Order,
+    place: StagedPath,
+    contents: Contents,
+    threads: int,
+    isolated: bool,
+    time_limit_s: float,
+    child: Child | None = None,
+) -> Staged:
+    """Make sure that a file is what was asked for, and load it.
+
+    Args:
+        asked: What was asked for.
+        place: Where the file waits.
+        contents: What it holds.
+        threads: As for `stage`.
+        isolated: As for `stage`.
+        time_limit_s: As for `stage`.
+        child: As for `open_file`.
+
+    Raises:
+        AgreementError: As for `stage`.
+        ExportError: If it is something else than was asked for.
+        RunnerError: If it does not load.
+    """
+    options, target = asked.options, asked.target
+    check_contents(asked.network, contents, target, wants_delegate=options.get("backend") != "portable")
+    if options.get("scheme") is not None:
+        warn_if(target, schemes.check_scheme(contents, options["scheme"], target))
+    check_fallback(contents.placements, asked.max_fallback, target)
+    artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s, JUST_WRITTEN, child)
+    warn_not_run(artifact)
+    check_batches(asked.network, artifact)
+    return Staged(asked.network, artifact, place)
 
 
 def export(
@@ -197,19 +211,3 @@ def _tell(staged: Staged, agreement: Agreement | None, judgement: Judgement, str
         )
     if judgement.grade in ("differs", "broken"):
         warn_if(staged.artifact.target, f"{staged.artifact.path.name} {told}. {advice(staged.network)}")
-
-
-def _check_batch_size(interface: Interface, name: str, module: Target) -> None:
-    if interface.max_batch > 1 and not module.takes_batches:
-        others = ", ".join(other for other in TARGETS if target_of(other).takes_batches)
-        raise ValueError(
-            f"{name}: Interface(max_batch={interface.max_batch}) is not allowed: apps call its files with one sample. "
-            f"Leave max_batch out, or export to one of: {others}"
-        )
-
-
-def _check_path(path: Path, name: str, module: Target) -> None:
-    if path.suffix != module.suffix:
-        raise ValueError(f"path={str(path)!r} has the suffix {path.suffix!r}; {name} writes {module.suffix}")
-    if path.is_dir() and not module.writes_folder:
-        raise ExportError(f"cannot write {path}: a folder is there. Remove it or choose another name.")

@@ -17,6 +17,7 @@ from lightning_edge.contents import Contents, Placements, Precision
 from lightning_edge.errors import ExportError, check_installed, first_line, require
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.interface import Interface
+from lightning_edge.network import Deployable
 
 _OPERATOR = re.compile(
     r"\b(?:aten|torchvision|quantized_decomposed|torchao|prims)(?:::|\.)\w[\w.]*"
@@ -60,9 +61,24 @@ class Target(ABC):
     in_process: ClassVar[bool] = False
     mark: ClassVar[tuple[int, bytes]] = (0, b"")
 
+    def prepare(self, network: Deployable, **options: Any) -> Deployable:
+        """Change a network's modules before it is exported: what an exported program cannot be asked any more.
+
+        ``network`` itself is given where nothing changes, so that targets share one program. It imports no converter.
+
+        Args:
+            network: The network in the form of a file; it stays as it is.
+            options: Those of `write`.
+
+        Raises:
+            ExportError: If the target refuses the network.
+            ValueError: If an option is not allowed.
+        """
+        return network
+
     @abstractmethod
     def write(self, *network_and_path: Any, **options: Any) -> None:
-        """Write a network to a path: ``write(network, path, *, option=...)``.
+        """Write what `prepare` gave to a path: ``write(network, path, *, option=...)``.
 
         The network is a `Deployable`. The path does not exist yet, and nothing else is written. The keyword-only
         parameters of a target's own ``write`` are its options.

@@ -99,6 +99,7 @@ class Deployable(nn.Module):
     """
 
     calibration: Inputs | None = None
+    _exported: torch.export.ExportedProgram | None = None
 
     def __init__(
         self,
@@ -119,6 +120,34 @@ class Deployable(nn.Module):
         self._arrange = arrange
         self.interface = interface or Interface()
 
+    @classmethod
+    def of_program(
+        cls,
+        program: torch.export.ExportedProgram,
+        precision: Precision,
+        output_scales: tuple[float | None, ...],
+        interface: Interface,
+    ) -> Deployable:
+        """Give a network of what its own `program` gave, such as one that was saved; it is not exported again.
+
+        Args:
+            program: The program, with the inputs that it was exported with.
+            precision: As for the class.
+            output_scales: As for the class.
+            interface: As for the class.
+
+        Raises:
+            ValueError: If the program was saved without its inputs.
+        """
+        if program.example_inputs is None:
+            raise ValueError("the program holds no inputs; export it with some")
+        args, kwargs = program.example_inputs
+        network = cls(
+            program.module(check_guards=False), Inputs(args, kwargs), precision, output_scales, interface=interface
+        )
+        network._exported = program
+        return network
+
     def arranged(self, inputs: Inputs) -> Inputs:
         """Give a call in the form the network was captured with: the same arguments by position and by keyword."""
         return inputs if self._arrange is None else self._arrange(inputs.args, dict(inputs.kwargs))
@@ -138,6 +167,8 @@ class Deployable(nn.Module):
         Raises:
             ValueError: If the interface asks for several samples in a call, and an output is not one for each.
         """
+        if self._exported is not None:
+            return self._exported
         with TRACING, torch.no_grad(), PlainCalls():
             if self.interface.max_batch > 1:
                 return _without_aliases(_for_any_batch(self.graph, self.inputs, self.interface.max_batch))

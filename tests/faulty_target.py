@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_edge.contents import Contents
+from lightning_edge.errors import ExportError
 from lightning_edge.exporters.run.calls import TensorSpec
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.exporters.target import Target
@@ -37,8 +38,14 @@ class Faulty(Target):
     extra = "faulty"
     needs = ()
 
-    def write(self, network: Deployable, path: Path, *, loading: str = "") -> None:
+    def write(self, network: Deployable, path: Path, *, loading: str = "", writing: str = "") -> None:
         path.write_text(loading)
+        if writing == "segfault":
+            ctypes.string_at(0)
+        if writing == "hang":
+            time.sleep(600)
+        if writing == "refuse":
+            raise ExportError("faulty refuses the network")
 
     def inspect(self, path: Path) -> Contents:
         path.read_text()

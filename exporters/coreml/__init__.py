@@ -60,6 +60,12 @@ class CoreML(Target):
     writes_folder = True
     schemes = get_args(Scheme)
 
+    def prepare(self, network: Deployable, *, block_size: int | None = None, **options: Any) -> Deployable:
+        """Warn of layers that have no whole number of blocks; the network stays as it is."""
+        if block_size is not None:
+            tell_uneven(network.graph, block_size)
+        return network
+
     def write(
         self,
         network: Deployable,
@@ -101,8 +107,6 @@ class CoreML(Target):
                 "later"
             )
         check(minimum_ios, scheme, block_size, sparse_weights, network.precision == "int8")
-        if block_size is not None:
-            tell_uneven(network.graph, block_size)
         check_interface(network)
         if scheme == "fp16":
             compute_precision = "float16"

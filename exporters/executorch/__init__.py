@@ -6,7 +6,7 @@ import copy
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import nn
@@ -43,6 +43,27 @@ class ExecuTorch(Target):
     runtime_modules = RUNTIME
     schemes = get_args(Scheme)
 
+    def prepare(
+        self,
+        network: Deployable,
+        *,
+        backend: Backend = "xnnpack",
+        scheme: Scheme | None = None,
+        group_size: int | None = _GROUP,
+        **options: Any,
+    ) -> Deployable:
+        """Refuse what the backend does not support; put weights in their scheme, and paddings where XNNPACK has them.
+
+        Raises:
+            ExportError: If the backend does not support the network.
+            ValueError: If the scheme is not one of the backend's, or there are no groups of that size.
+        """
+        _check_groups(group_size, scheme)
+        executorch_backends.check(network, backend, scheme)
+        if scheme is not None:
+            network = _in_scheme(network, scheme, group_size)
+        return executorch_backends.prepared(network, backend)
+
     def write(
         self,
         network: Deployable,
@@ -70,15 +91,11 @@ class ExecuTorch(Target):
             ExportError: If ExecuTorch cannot lower the network, or the backend does not support it.
             ValueError: If the scheme is not one of the backend's, or there are no groups of that size.
         """
-        _check_groups(group_size, scheme)
         exir = require("executorch.exir", EXTRA)
-        executorch_backends.check(network, backend, scheme)
         try:
             with warnings.catch_warnings():
                 # torch.export warns of its own deprecated copying, once for every node.
                 warnings.simplefilter("ignore", FutureWarning)
-                if scheme is not None:
-                    network = _in_scheme(network, scheme, group_size)
                 program = executorch_backends.program_of(network, backend)
                 notes = network.interface.notes() or None
                 with executorch_backends.lowering(backend) as partitioners:

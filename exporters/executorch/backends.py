@@ -45,10 +45,14 @@ def check(network: Deployable, backend: Backend, scheme: str | None) -> None:
         )
 
 
+def prepared(network: Deployable, backend: Backend) -> Deployable:
+    """Run the passes of the backend that have to see the captured graph; ``network`` itself if none changes it."""
+    graph = run_passes(network.graph, (separate_float_paddings,)) if backend == "xnnpack" else network.graph
+    return network if graph is network.graph else network.with_graph(graph)
+
+
 def program_of(network: Deployable, backend: Backend) -> Any:
     """Export a network and run the passes of the backend on it."""
-    if backend == "xnnpack":
-        network.graph = run_passes(network.graph, (separate_float_paddings,))
     program = fold_constants(network.program())
     graph = program.module(check_guards=False)
     if apply_passes(graph, {"xnnpack": PASSES, "vulkan": VULKAN_PASSES}.get(backend, COMMON_PASSES)):

@@ -8,6 +8,7 @@ from typing import Any, Literal, final, get_args
 
 from lightning_edge.contents import Contents
 from lightning_edge.errors import ExportError, MissingExtraError, RunnerError, require
+from lightning_edge.exporters.onnx.prepare import prepared
 from lightning_edge.exporters.onnx.runtime import EXTRA, OnnxRuntimeRunner
 from lightning_edge.exporters.onnx.runtime import sessions as sessions_of
 from lightning_edge.exporters.onnx.runtime import sums_overflow as sums_overflow
@@ -33,6 +34,10 @@ class ONNX(Target):
     takes_batches = True
     schemes = get_args(Scheme)
     int8_options = frozenset({"weights"})
+
+    def prepare(self, network: Deployable, *, scheme: Scheme | None = None, **options: Any) -> Deployable:
+        """Put a network in float16 if that is its scheme, and run the passes on the captured graph of an int8 one."""
+        return prepared(network, scheme)
 
     def write(
         self,

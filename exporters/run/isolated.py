@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from lightning_edge import errors
 from lightning_edge.errors import RunnerError
-from lightning_edge.exporters.run import messages
 from lightning_edge.exporters.run.calls import TensorSpec
+from lightning_edge.exporters.run.child import Child
 from lightning_edge.exporters.run.runner import Intermediate, Runner
 
 DEFAULT_TIME_LIMIT_S = 60.0
 
-# What a runtime prints is kept for the message about its end, this much of it.
-_WORDS_BYTES = 2**16
 # How long a process may take to import torch and a runtime: 2 to 3 s where they lie on a disk of this machine.
 _START_LIMIT_S = 300.0
-# How long a process may take from closing its end to being gone; writing a core dump takes some time.
-_LAST_BREATH_S = 10.0
+# What the process runs.
+WORKER = "lightning_edge.exporters.run.worker"
 
 
 class RuntimeFault(Exception):
@@ -55,6 +47,7 @@ class Isolated(Runner):
         path: The file.
         threads: Threads of the runtime, and of torch in its process.
         time_limit_s: Seconds that loading the file, or running one sample, may take.
+        child: A process that serves as the worker does, such as the one that wrote the file; a new one if not given.
 
     Attributes:
         runtime: As `Runner`.
@@ -67,29 +60,19 @@ class Isolated(Runner):
         RuntimeFault: If the runtime refuses the file.
     """
 
-    def __init__(self, module: str, path: Path, threads: int, time_limit_s: float) -> None:
+    def __init__(self, module: str, path: Path, threads: int, time_limit_s: float, child: Child | None = None) -> None:
         self._name = path.name
         self._time_limit_s = time_limit_s
-        self._owner = os.getpid()
         self._turn = threading.Lock()
         self._end: str | None = None
         self.runtime = module.rpartition(".")[2]
-        # A file and no pipe: a pipe that nobody reads fills up, and then whoever prints into it waits forever.
-        self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        ours, theirs = socket.socketpair()
         try:
-            self._process = _start(theirs, self._words)
+            self._child = child or Child(WORKER)
         except OSError as error:
-            ours.close()
-            self._words.close()
             raise RunnerError(
                 f"cannot start a process to run {self._name} in: {error}. Give isolated=False to run it in this one"
             ) from error
-        finally:
-            theirs.close()
-        self._connection = ours
-        # Before anything can fail: whatever becomes of this object, the process ends.
-        self._finish = weakref.finalize(self, _finish, self._owner, self._process, ours, self._words)
+        self._finish = self._child.finish
         try:
             self._ask("while it started", {"do": "start", "module": module}, limit_s=_START_LIMIT_S)
             asked = {"do": "load", "path": str(path.absolute()), "threads": threads}
@@ -133,15 +116,14 @@ class Isolated(Runner):
     def _ask(
         self, when: str, message: dict[str, Any], tensors: Sequence[Tensor] = (), limit_s: float | None = None
     ) -> tuple[dict[str, Any], list[Tensor]]:
-        if os.getpid() != self._owner:
+        if os.getpid() != self._child.owner:
             raise RunnerError(f"{self._name} was loaded in another process; load it again in this one")
         with self._turn:
             if self._end is not None:
                 raise RunnerError(f"{self._end} Load it again")
             try:
-                self._connection.settimeout(limit_s or self._time_limit_s)
-                messages.send(self._connection, message, tensors)
-                reply, outputs = messages.receive(self._connection)
+                self._child.send(message, tensors, limit_s=limit_s or self._time_limit_s)
+                reply, outputs = self._child.receive()
             except TimeoutError as error:
                 limit = f"time_limit_s={self._time_limit_s:g}" if limit_s is None else f"{limit_s:g} s"
                 self._end = (
@@ -151,7 +133,7 @@ class Isolated(Runner):
                 self._finish()
                 raise RunnerError(self._end) from error
             except (EOFError, OSError) as error:
-                self._end = f"{self._name}: the process of {self.runtime} {self._farewell()} {when}."
+                self._end = f"{self._name}: the process of {self.runtime} {self._child.farewell()} {when}."
                 self._finish()
                 raise RunnerError(self._end) from error
             except BaseException:
@@ -159,70 +141,11 @@ class Isolated(Runner):
                 self._end = f"{self._name}: a call was interrupted, and the process of {self.runtime} ended."
                 self._finish()
                 raise
-            printed = self._printed() if "error" in reply else ""
-            self._forget_words()
+            printed = self._child.printed() if "error" in reply else ""
+            self._child.forget_words()
         if "error" in reply:
             raised = getattr(errors, reply["error"], RuntimeFault)(reply["text"])
             if isinstance(raised, RuntimeFault):
                 raised.printed = printed
             raise raised
         return reply, outputs
-
-    def _farewell(self) -> str:
-        """How the process ended, in words, with the last that it said."""
-        try:
-            code = self._process.wait(_LAST_BREATH_S)
-        except subprocess.TimeoutExpired:
-            return "closed its connection"
-        words = self._last_words()
-        if -code == signal.SIGKILL:
-            words = words or "the system may have been out of memory"
-        ended = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with status {code}"
-        return f"{ended} ({words})" if words else ended
-
-    def _printed(self) -> str:
-        size = os.fstat(self._words.fileno()).st_size
-        found = os.pread(self._words.fileno(), _WORDS_BYTES, max(0, size - _WORDS_BYTES))
-        return found.decode(errors="replace")
-
-    def _last_words(self) -> str:
-        lines = [line.strip() for line in self._printed().splitlines()]
-        return next((line[:200] for line in reversed(lines) if line), "")
-
-    def _forget_words(self) -> None:
-        """Keep a runtime that prints at every call from filling the disk."""
-        if os.fstat(self._words.fileno()).st_size > _WORDS_BYTES:
-            os.ftruncate(self._words.fileno(), 0)
-            os.lseek(self._words.fileno(), 0, os.SEEK_SET)  # where the process goes on writing: it is one open file
-
-
-def _start(connection: socket.socket, words: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start a worker that finds what this process finds, reads nothing, and whose words go to ``words``."""
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    # -P: sys.path is as here, without the current folder put before it. A session of its own: Ctrl-C is for the user's
-    # process, which ends this one.
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "lightning_edge.exporters.run.worker", str(connection.fileno())],
-        stdin=subprocess.DEVNULL,
-        stdout=words,
-        stderr=words,
-        env={**os.environ, "PYTHONPATH": paths},
-        pass_fds=[connection.fileno()],
-        start_new_session=True,
-    )
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _finish(owner: int, process: subprocess.Popen[bytes], connection: socket.socket, words: IO[bytes]) -> None:
-    """End the process, at once: it has nothing to put in order. A forked copy of the owner leaves it alone."""
-    if os.getpid() == owner:
-        process.kill()
-        process.wait()
-    connection.close()
-    words.close()

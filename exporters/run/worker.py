@@ -139,9 +139,14 @@ def main() -> NoReturn:
 
     Runtimes that share a process free some things twice when it ends; nothing is left to be cleaned up here.
     """
+    leave(lambda: serve(socket.socket(fileno=int(sys.argv[1]))))
+
+
+def leave(work: Callable[[], None]) -> NoReturn:
+    """Do the work of a process, and end it without the clean-up of libraries."""
     status = 0
     try:
-        serve(socket.socket(fileno=int(sys.argv[1])))
+        work()
     except BaseException:
         traceback.print_exc()
         status = 1

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, final, get_args
 
 from lightning_edge.contents import Contents, Placements
+from lightning_edge.exporters.passes.base import run_passes
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.exporters.target import Target
-from lightning_edge.exporters.tflite.convert import Io, Scheme, convert
+from lightning_edge.exporters.tflite.convert import CAPTURED_PASSES, Io, Scheme, convert
 from lightning_edge.exporters.tflite.placement import by_runtime, by_support
 from lightning_edge.exporters.tflite.read import contents
 from lightning_edge.exporters.tflite.runner import EXTRA, LiteRTRunner
@@ -30,6 +31,11 @@ class TFLite(Target):
     int8_options = frozenset({"io", "integer_only"})
     activation_bits = frozenset({8, 16})
     schemes = get_args(Scheme)
+
+    def prepare(self, network: Deployable, **options: Any) -> Deployable:
+        """Run `CAPTURED_PASSES` on the captured graph."""
+        graph = run_passes(network.graph, CAPTURED_PASSES)
+        return network if graph is network.graph else network.with_graph(graph)
 
     def write(
         self,

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from lightning_edge.errors import ExportError, require
 from lightning_edge.exporters.passes.activations import write_out_log_sigmoid
-from lightning_edge.exporters.passes.base import apply_passes, run_passes
+from lightning_edge.exporters.passes.base import apply_passes
 from lightning_edge.exporters.passes.float_barriers import separate_float_layers
 from lightning_edge.exporters.passes.fold_constants import fold_constants
 from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
@@ -122,7 +122,7 @@ def _converted(network: Deployable) -> bytes:
 
 def _apply_passes(network: Deployable) -> nn.Module:
     """Return what the converter is given: the exported program with `PASSES` applied."""
-    exported = network.with_graph(run_passes(network.graph, CAPTURED_PASSES)).program().module()
+    exported = network.program().module()
     assert isinstance(exported, fx.GraphModule)
     return exported if apply_passes(exported, PASSES) else network.graph
 

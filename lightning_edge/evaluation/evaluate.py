@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import nn
@@ -20,17 +20,18 @@ from lightning_edge.errors import AgreementError, EdgeError, first_line
 from lightning_edge.evaluation.hooks import call_hooks
 from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
-from lightning_edge.evaluation.reference import Reference
+from lightning_edge.evaluation.reference import Reference, compared_with
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
-from lightning_edge.exporters import Artifact, deployable, options_of, stage
+from lightning_edge.exporters import Artifact, deployable, options_of
 from lightning_edge.exporters import target as target_module
+from lightning_edge.exporters.jobs import Pending, Writers, default_jobs
 from lightning_edge.exporters.program import check_numbers
 from lightning_edge.exporters.verify.agreement import judge_file
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
-from lightning_edge.network import Deployable, Inputs, flatten_outputs, sort_keywords
+from lightning_edge.network import Deployable, Inputs, sort_keywords
 from lightning_edge.one_run import only_run
 from lightning_edge.pruning import Prune
 from lightning_edge.pruning.cutting import channels_of
@@ -145,9 +146,7 @@ class _Evaluation:
         self._compare_quantizations()
         candidates = [floats] * settings.fp32_files + int8[-1:]
 
-        for target in settings.targets:
-            for candidate in candidates:
-                self._file_row(target, candidate)
+        self._file_rows([(target, candidate) for target in settings.targets for candidate in candidates])
         self._time()
         on_devices = run_on_devices(self._accepted, self._validation, settings, self._tell)
         self._notes += without_gain(self._rows)
@@ -233,7 +232,7 @@ class _Evaluation:
         self._tell(f"Validating {row.label}")
         answer = reference.answers()
         if floats is not None and comparison is not None:
-            answer = _compared_with(floats.answers(), answer, comparison)
+            answer = compared_with(floats.answers(), answer, comparison)
         metrics = self._validation.run(answer)
         # A converted graph in torch computes on float numbers in int8 steps, at a speed that means nothing.
         self._rows.append(replace(row, metrics=metrics, is_reference=precision == "int8"))
@@ -242,13 +241,34 @@ class _Evaluation:
             self._timed[len(self._rows) - 1] = stopwatch(lambda: reference.network(*call.args, **call.kwargs))
         return metrics
 
-    def _file_row(self, target: str, candidate: _Candidate) -> None:
+    def _file_rows(self, wanted: Sequence[tuple[str, _Candidate]]) -> None:
+        """Add a row for each file; they are written side by side, and validated one after the other."""
+        jobs, targets = self._settings.jobs, self._settings.targets
+        with Writers(default_jobs(len(targets)) if jobs is None else jobs, self._tell) as writers:
+            for each, file in [(each, self._begin(writers, *each)) for each in wanted]:
+                self._file_row(*each, file)
+
+    def _begin(self, writers: Writers, target: str, candidate: _Candidate) -> Pending:
+        settings, precision = self._settings, candidate.network.precision
+        return writers.begin(
+            candidate.network,
+            target,
+            Path(settings.dirpath) / f"{settings.name}-{precision}{target_module(target).suffix}",
+            label=Row(target, precision, candidate.source).label,
+            threads=settings.timing.threads,
+            time_limit_s=settings.timing.time_limit_s,
+            max_fallback=settings.max_fallback,
+            interface=settings.interface,
+            **options_of(target, precision, settings.options),
+        )
+
+    def _file_row(self, target: str, candidate: _Candidate, file: Pending) -> None:
         """Add the row of one file; whatever goes wrong with the file is the row's error, told at once."""
         row = Row(target, candidate.network.precision, candidate.source)
         self._tell(f"Exporting and validating {row.label}")
         self._rows.append(row)
         try:
-            self._fill_last_row(target, candidate)
+            self._fill_last_row(target, candidate, file)
         except EdgeError as error:
             self._rows[-1] = replace(self._rows[-1], error=str(error))
         except Exception as error:
@@ -256,30 +276,19 @@ class _Evaluation:
             _log.error("%s failed", self._rows[-1].label, exc_info=True)
             self._rows[-1] = replace(self._rows[-1], error=f"{type(error).__name__}: {error}")
         row = self._rows[-1]
-        if row.error is not None:
+        if row.error is not None and not file.told:
             self._tell(f"FAILED: {row.label}, there is no such file: {row.error}")
         elif row.verdict is not None:
             self._tell(f"{row.label} {row.judgement}")
 
-    def _fill_last_row(self, target: str, candidate: _Candidate) -> None:
-        """Export, validate and accept one file; the last row keeps what was found, should a later step fail."""
+    def _fill_last_row(self, target: str, candidate: _Candidate, file: Pending) -> None:
+        """Wait for one file, validate and accept it; the last row keeps what was found, should a later step fail."""
         settings, network, reference = self._settings, candidate.network, candidate.reference
-        path = Path(settings.dirpath) / f"{settings.name}-{network.precision}{target_module(target).suffix}"
+        options = options_of(target, network.precision, settings.options)
+        self._rows[-1] = replace(self._rows[-1], scheme=options.get("scheme"))
         with ExitStack() as stack:
             with self._recorded():
-                options = options_of(target, network.precision, settings.options)
-                self._rows[-1] = replace(self._rows[-1], scheme=options.get("scheme"))
-                staging = stage(
-                    network,
-                    target,
-                    path,
-                    threads=settings.timing.threads,
-                    time_limit_s=settings.timing.time_limit_s,
-                    max_fallback=settings.max_fallback,
-                    interface=settings.interface,
-                    **options,
-                )
-                staged = stack.enter_context(staging)
+                staged = stack.enter_context(file.staged())
             self._rows[-1] = described(self._rows[-1], staged.artifact)
             # Where a file cannot run here, its contents are all that can be told; the warnings say so.
             runs = staged.artifact.not_run is None
@@ -317,9 +326,8 @@ class _Evaluation:
     def _change(self, before: Mapping[str, float], after: Mapping[str, float]) -> MetricChange | None:
         """The metric that decides, before and after; ``None`` where there is none."""
         monitor = self._monitor
-        if monitor is None or monitor.metric not in before or monitor.metric not in after:
+        if monitor is None or (name := monitor.metric) not in before or name not in after:
             return None
-        name = monitor.metric
         return MetricChange(name, before[name], after[name], monitor.mode == "max")
 
     @contextmanager
@@ -381,16 +389,3 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _compared_with(
-    floats: Callable[..., Any], answer: Callable[..., Any], comparison: Comparison
-) -> Callable[..., Any]:
-    """Answer calls, and collect how far each answer lies from the float network's."""
-
-    def both(*args: Any, **kwargs: Any) -> Any:
-        outputs = answer(*args, **kwargs)
-        comparison.update(flatten_outputs(floats(*args, **kwargs)), flatten_outputs(outputs))
-        return outputs
-
-    return both

@@ -123,6 +123,17 @@ class Reference:
         return outputs
 
 
+def compared_with(floats: Callable[..., Any], answer: Callable[..., Any], comparison: Comparison) -> Callable[..., Any]:
+    """Answer calls, and collect how far each answer lies from the float network's."""
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        outputs = answer(*args, **kwargs)
+        comparison.update(flatten_outputs(floats(*args, **kwargs)), flatten_outputs(outputs))
+        return outputs
+
+    return both
+
+
 def checksum(inputs: Inputs) -> int:
     """Sum up values, shapes and types of a call's arguments; equal arguments give equal sums."""
     leaves, structure = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))

@@ -13,6 +13,7 @@ from lightning_edge.devices.runner import RUNTIMES
 from lightning_edge.devices.settings import DeviceSettings
 from lightning_edge.evaluation.hooks import EvaluationHook
 from lightning_edge.exporters import TARGETS, check_options
+from lightning_edge.exporters.jobs import check_jobs
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.contents import check_share
 from lightning_edge.interface import Interface
@@ -42,10 +43,12 @@ class EvaluationSettings:
         devices: Devices that the files are run on as well, by name or in person.
         on_devices: What is measured there.
         hooks: What is called with each file and with the report when it is written.
+        jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one.
+            ``None``: one a core, and in this process where there is one core only.
 
     Raises:
-        ValueError: If a target or one of its options is unknown, ``max_fallback`` or ``name`` is out of its range, or
-            there are devices, or a budget's device, and no target's files run there.
+        ValueError: If a target or one of its options is unknown, ``max_fallback``, ``name`` or ``jobs`` is out of its
+            range, or there are devices, or a budget's device, and no target's files run there.
     """
 
     targets: Sequence[str]
@@ -62,10 +65,12 @@ class EvaluationSettings:
     devices: Sequence[str | Device] = ()
     on_devices: DeviceSettings = field(default_factory=DeviceSettings)
     hooks: Sequence[EvaluationHook] = ()
+    jobs: int | None = None
 
     def __post_init__(self) -> None:
         check_targets(self.targets, self.options)
         check_share(self.max_fallback)
+        check_jobs(self.jobs)
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
         check_names(self.devices)

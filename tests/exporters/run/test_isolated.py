@@ -60,7 +60,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def process(artifact: Artifact) -> int:
     assert isinstance(artifact.runner, Isolated)
-    return artifact.runner._process.pid
+    return artifact.runner._child.process.pid
 
 
 def is_running(number: int) -> bool:
@@ -203,7 +203,7 @@ def test_a_script_without_a_main_guard_runs_once_and_its_process_ends_with_it(tm
         f"sys.path.append({str(Path(__file__).parents[2])!r})\nTARGETS['faulty'] = 'faulty_target'\n"
         f"artifact = load({str(file(tmp_path))!r})\n"
         "print(type(artifact.runner).__name__, artifact(torch.ones(1, 3))[0].tolist())\n"
-        "print(artifact.runner._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+        "print(artifact.runner._child.process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     (tmp_path / "json.py").write_text("raise SystemExit('the folder of the script is not that of the process')")
     found = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, cwd=tmp_path, timeout=120)
@@ -227,7 +227,7 @@ def test_what_a_runtime_prints_goes_nowhere(loaded: Artifact, capfd: pytest.Capt
     for _ in range(3):
         assert torch.equal(loaded(sample(faulty_target.CHATTER))[0], 2 * sample(faulty_target.CHATTER))
     assert capfd.readouterr() == ("", "")
-    assert os.fstat(loaded.runner._words.fileno()).st_size == 0  # and does not fill the disk
+    assert os.fstat(loaded.runner._child.words.fileno()).st_size == 0  # and does not fill the disk
 
 
 def test_what_a_runtime_raises_ends_nothing(loaded: Artifact) -> None:
