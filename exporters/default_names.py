@@ -30,9 +30,9 @@ def with_names(interface: Interface, network: Deployable) -> Interface:
         interface: How the file is to be called.
         network: What is written, in the form of every file.
     """
-    taken: set[str] = {*interface.inputs, *interface.outputs}
-    inputs = interface.inputs or tuple(_free(name, "input", taken) for name in _input_names(network.inputs))
-    outputs = interface.outputs or tuple(_free(name, "output", taken) for name in network.output_names())
+    used: set[str] = {*interface.inputs, *interface.outputs}
+    inputs = interface.inputs or tuple(_free(name, "input", used) for name in _input_names(network.inputs))
+    outputs = interface.outputs or tuple(_free(name, "output", used) for name in network.output_names())
     return replace(interface, inputs=inputs, outputs=outputs)
 
 
@@ -44,14 +44,14 @@ def _input_names(inputs: Inputs) -> Iterable[str]:
             yield "_".join(str(getattr(entry, "key", getattr(entry, "idx", ""))) for entry in path)
 
 
-def _free(name: str, side: str, taken: set[str]) -> str:
-    """Make a name of letters, digits and underscores that is no reserved word and not taken, and take it."""
+def _free(name: str, side: str, used: set[str]) -> str:
+    """Make a name of letters, digits and underscores that is no reserved word and not used yet, and add it to those."""
     name = re.sub(r"[^A-Za-z0-9_]", "_", name)
-    if name in RESERVED or name in taken or not re.match(r"[A-Za-z_]", name):
+    if name in RESERVED or name in used or not re.match(r"[A-Za-z_]", name):
         name = f"{side}_{name}"
     stem, count = name, 0
-    while name in taken:
+    while name in used:
         count += 1
         name = f"{stem}_{count}"
-    taken.add(name)
+    used.add(name)
     return name

@@ -169,11 +169,11 @@ def check_interface(interface: Interface, network: Deployable) -> None:
             to a network that takes none of that kind.
     """
     tensors = network.inputs.tensors
-    told = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+    shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
     if interface.inputs and len(interface.inputs) != len(tensors):
         raise ValueError(
             f"Interface(inputs={list(interface.inputs)}) names {len(interface.inputs)} inputs, and the network takes "
-            f"{len(tensors)}: {told}. Name each, positional arguments before keyword arguments, those sorted by name"
+            f"{len(tensors)}: {shapes}. Name each, positional arguments before keyword arguments, those sorted by name"
         )
     outputs = network.output_names() if interface.outputs else []
     if len(interface.outputs) != len(outputs):
@@ -183,20 +183,20 @@ def check_interface(interface: Interface, network: Deployable) -> None:
         )
     images = [tensor for tensor in tensors if tensor.dim() == IMAGE_DIMENSIONS]
     if interface.layout == "nhwc" and not images:
-        raise ValueError(f"Interface(layout='nhwc') is for 4-D inputs, and the network takes {told}. Leave it out")
+        raise ValueError(f"Interface(layout='nhwc') is for 4-D inputs, and the network takes {shapes}. Leave it out")
     if interface.pixels is not None:
-        _check_pixels(interface.pixels, images, told)
+        _check_pixels(interface.pixels, images, shapes)
     if interface.labels:
         _check_labels(interface.labels, network)
 
 
-def _check_pixels(pixels: Pixels, images: list[Tensor], told: str) -> None:
+def _check_pixels(pixels: Pixels, images: list[Tensor], shapes: str) -> None:
     channels = {tensor.shape[1] for tensor in images}
     if not images or not all(tensor.is_floating_point() for tensor in images):
-        raise ValueError(f"Interface(pixels={pixels}) is for 4-D inputs of floats, and the network takes {told}")
+        raise ValueError(f"Interface(pixels={pixels}) is for 4-D inputs of floats, and the network takes {shapes}")
     if len(channels) > 1 or pixels.channels not in (1, *channels):
         raise ValueError(
-            f"Interface(pixels={pixels}) is for {pixels.channels} channels, and the network takes {told}. Give mean "
+            f"Interface(pixels={pixels}) is for {pixels.channels} channels, and the network takes {shapes}. Give mean "
             "and std one number for each channel, or one for all; all images have to have as many"
         )
 

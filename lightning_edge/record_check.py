@@ -32,6 +32,8 @@ _COUNTED = frozenset(
         *("num_groups", "normalized_shape[0]", "num_parameters", "embedding_dim"),
     }
 )
+# What pruning does not count, and a record must not change.
+_OF_ALL_MODULES = frozenset(dir(torch.nn.Module()))
 _PRECISIONS = ("int8", "int8_a16", "float")
 _MOST_DIMENSIONS = 8
 _MOST_NESTED = 16
@@ -112,7 +114,8 @@ def _kept(value: Any, where: str) -> None:
 def _attributes(value: Any, where: str) -> None:
     for module, counts in as_object(value, where).items():
         for name, pair in as_object(counts, f"{where}.{module}").items():
-            if name not in _COUNTED:
+            # Beside those of layers, the network's own: whether there is such a number is seen when the cut is made.
+            if name not in _COUNTED and (not name.isidentifier() or name in _OF_ALL_MODULES):
                 raise ValueError(f"{where}.{module} has {shortened(name)}, which is no count of channels")
             counted = [as_count(count, f"{where}.{module}.{name}") for count in as_list(pair, f"{where}.{module}")]
             if len(counted) != 2 or not 0 < counted[1] <= counted[0]:

@@ -156,6 +156,14 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         of_cut(lambda change: next(iter(change["attributes"].values())).update(training=[1, 0])),
         r"has 'training', which is no count of channels",
     ),
+    "an attribute that is no count": (
+        of_cut(lambda change: next(iter(change["attributes"].values())).update({"weight.data": [1, 1]})),
+        r"has 'weight.data', which is no count of channels",
+    ),
+    "a count that the network does not have": (
+        of_cut(lambda change: next(iter(change["attributes"].values())).update(heads=[4, 2])),
+        r"does not fit Task: The recorded cut does not fit .*heads is None, the record says 4",
+    ),
     "a cut twice": (twice, r"does not fit Task: The recorded cut does not fit"),
     "a mask that is cut": (
         of_mask(lambda change: change["masks"].update({name: bits[:-1] for name, bits in change["masks"].items()})),

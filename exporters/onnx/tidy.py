@@ -21,7 +21,7 @@ def name_ends(graph: ir.Graph, outputs: Sequence[str], inputs: Sequence[str] = (
     if inputs:
         for value, name in zip(graph.inputs, inputs, strict=True):
             value.name = name
-    taken = {value.name for value in graph.inputs}
+    used = {value.name for value in graph.inputs}
     seen: set[ir.Value] = set()
     for position, (value, name) in enumerate(zip(list(graph.outputs), outputs, strict=True)):
         result = value
@@ -33,9 +33,9 @@ def name_ends(graph: ir.Graph, outputs: Sequence[str], inputs: Sequence[str] = (
             graph.outputs[position] = result
         seen.add(value)
         free = name
-        while free in taken:
+        while free in used:
             free += "_output"
-        taken.add(free)
+        used.add(free)
         result.name = free
 
 

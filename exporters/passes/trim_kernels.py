@@ -78,7 +78,7 @@ def _kept(node: fx.Node, kernel: Sequence[int]) -> tuple[list[tuple[int, int]], 
     )
     strides, dilations = _for_each_axis(stride, len(kernel)), _for_each_axis(dilation, len(kernel))
     if isinstance(padding, str):
-        total = [(size - 1) * apart for size, apart in zip(kernel, dilations, strict=True)]
+        total = [(size - 1) * spacing for size, spacing in zip(kernel, dilations, strict=True)]
         if padding != "same" or any(amount % 2 for amount in total):  # "valid", or padded more behind than before
             return None
         padding = [amount // 2 for amount in total]

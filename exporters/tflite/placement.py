@@ -84,8 +84,8 @@ def by_support(path: Path) -> Placements:
     for graph in model.subgraphs:
         for op in graph.operators:
             name = tflite_graph.op_name(model, op)
-            taken = name in _SUPPORTED and not _is_wide(graph, op)
-            ops.append((name, "delegate" if taken else "cpu", _macs(name, graph, op)))
+            delegated = name in _SUPPORTED and not _is_wide(graph, op)
+            ops.append((name, "delegate" if delegated else "cpu", _macs(name, graph, op)))
     return Placements.of("op support", ops)
 
 
@@ -105,9 +105,9 @@ def by_runtime(path: Path) -> Placements | None:
         tflite_graph.op_name(model, op) for op in graph.operators
     ]:
         return None
-    taken = _delegated(graph, nodes[len(graph.operators) :])
+    delegated = _delegated(graph, nodes[len(graph.operators) :])
     ops: list[tuple[str, Place, int]] = [
-        (name, "delegate" if index in taken else "cpu", _macs(name, graph, op))
+        (name, "delegate" if index in delegated else "cpu", _macs(name, graph, op))
         for index, ((name, _, _), op) in enumerate(zip(nodes, graph.operators, strict=False))
     ]
     return Placements.of("the runtime", ops)
@@ -116,15 +116,15 @@ def by_runtime(path: Path) -> Placements | None:
 def _delegated(graph: Any, nodes: list[tuple[str, list[int], list[int]]]) -> set[int]:
     """Operations that the delegate's nodes have replaced: all that leads from what each reads to what it gives."""
     makers = {int(index): at for at, op in enumerate(graph.operators) for index in op.outputs}
-    taken: set[int] = set()
+    delegated: set[int] = set()
     for name, inputs, outputs in nodes:
         todo = [*outputs] if name == _DELEGATE else []
         while todo:
             maker = makers.get(todo.pop())
-            if maker is not None and maker not in taken:
-                taken.add(maker)
+            if maker is not None and maker not in delegated:
+                delegated.add(maker)
                 todo += [int(index) for index in graph.operators[maker].inputs if index not in inputs]
-    return taken
+    return delegated
 
 
 def _is_wide(graph: Any, op: Any) -> bool:

@@ -12,7 +12,7 @@ from lightning_edge.verdict import Judgement, MetricChange
 # Equal but for the rounding of integers that come as floats, and of sums in float32 in another order.
 _EXACT_STEPS = 1e-3
 _EXACT_RELATIVE = 1e-5
-# What differs is a third of what is told apart: noise.
+# Below this ratio of signal to noise the error is a third of the signal.
 _NOISE_DB = 10.0
 # So much further off than what is close is no rounding, see docs/measuring.md.
 _TIMES_CLOSE = 10.0
@@ -95,7 +95,7 @@ def _snr_db(agreement: Agreement) -> float:
 
 def _distance(agreement: Agreement) -> tuple[str, ...]:
     if agreement.mean_steps is not None:
-        told = f"{agreement.mean_steps:.2g} quantization steps off on average, {agreement.max_steps:.3g} at most"
+        difference = f"{agreement.mean_steps:.2g} quantization steps off on average, {agreement.max_steps:.3g} at most"
     else:
-        told = f"{agreement.max_relative:.2g} of the largest output off at most"
-    return (told if agreement.top1 is None else f"{told}, the same class for {agreement.top1:.2%}",)
+        difference = f"{agreement.max_relative:.2g} of the largest output off at most"
+    return (difference if agreement.top1 is None else f"{difference}, the same class for {agreement.top1:.2%}",)

@@ -112,7 +112,7 @@ def _checked(network: nn.Module, change: Change, *, after: bool) -> tuple[dict[s
         module = modules[module_name]
         for attribute, values in attributes.items():
             found = read_attribute(module, attribute)
-            if found != values[int(after)]:
+            if isinstance(found, bool) or found != values[int(after)]:
                 raise _misfit(network, f"{module_name}.{attribute} is {found}, the record says {values[int(after)]}")
     return tensors, modules
 

@@ -44,7 +44,7 @@ def quantize(
 
     Returns:
         A copy in eval mode whose calls go through fake-quantizers with the observed ranges. `convert` and
-        `lightning_edge.export` take it.
+        `lightning_edge.export` take it. It is the network as it is in evaluation: to train on, take `Quantize`.
 
     Raises:
         CompressionError: If the network cannot be captured, has nothing to quantize, or a pattern matches nothing.

@@ -13,6 +13,7 @@ from lightning_edge.network import Inputs
 from lightning_edge.pruning import Prune
 from lightning_edge.pruning.cutting import make_cut, undo_cut
 from lightning_edge.pruning.traced import trace
+from lightning_edge.record_check import check_record
 from lightning_edge.schedule import Change, Clock
 
 
@@ -163,6 +164,7 @@ def test_attention_loses_whole_heads(kind: type[Attention]) -> None:
     assert torch.equal(heads, heads[:, :1] // 8 * 8 + torch.arange(8))
     assert attention.head_dim == 8
     assert attention.num_heads == (2 if kind is CountedAttention else 4)
+    check_record({"changes": [{"phase": phase.name, **change}]})  # a checkpoint with it loads
 
 
 @torch.jit.script

@@ -17,6 +17,8 @@ from lightning_edge.errors import CompressionError
 from lightning_edge.exporters import export
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import attach, calibrate, convert, detach, is_quantized, quantize
+from lightning_edge.quantization.capture import train_eval_graph
+from lightning_edge.quantization.capture.exported import exported
 from lightning_edge.quantization.train.layers import GraphDropout
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -294,3 +296,26 @@ def test_layers_that_are_left_out_by_chance_all_run_in_int8() -> None:
         attach(network.train(), Inputs.of(batch))
     for _ in range(5):
         torch.testing.assert_close(network(batch), expected, rtol=0, atol=float(expected.abs().max()) / 20)
+
+
+@pytest.mark.parametrize(("trained", "expected"), [(False, [True]), (True, [True, False])])
+def test_one_capture_is_for_any_batch(trained: bool, expected: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes in symbols take most of the time; x[:, 0] and a size in a reshape do not ask for them twice."""
+    any_batch: list[bool] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        any_batch.append(kwargs.get("any_batch", True))
+        return exported(*args, **kwargs)
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.drop = nn.Linear(6, 4), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.layer(x.reshape(x.shape[0] * 2, 6))).reshape(x.shape[0], 2, 4)[:, 0]
+
+    monkeypatch.setattr(train_eval_graph, "exported", counted)
+    graph = train_eval_graph.capture_modes(First(), Inputs.of(torch.randn(2, 12)), trained=trained)
+    assert any_batch == expected
+    assert graph(torch.randn(5, 12)).shape == (5, 4)

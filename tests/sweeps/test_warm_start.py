@@ -69,11 +69,11 @@ def test_a_training_that_fails_is_told_with_its_cause_and_tried_again(tmp_path: 
 
 
 def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
-    stop, begun = threading.Event(), threading.Event()
+    stop, begun, release = threading.Event(), threading.Event(), threading.Event()
 
     def long(fit: Fit) -> int:
         begun.set()
-        stop.wait(10)
+        release.wait(30)
         return 1
 
     def fail() -> None:
@@ -86,6 +86,7 @@ def test_who_waits_can_be_stopped(tmp_path: Path) -> None:
     stop.set()
     with pytest.raises(InterruptedFitError):
         common_start(7, CONFIG, tmp_path, stop, lambda line: None, long)
+    release.set()
     first.join()
 
 

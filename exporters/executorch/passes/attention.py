@@ -33,8 +33,8 @@ def write_out_attention(graph: fx.GraphModule, node: fx.Node) -> bool:
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), others, strict=False)) | node.kwargs
     scale, causal = given.pop("scale", None), given.pop("is_causal", False)
     mask = _added_mask(graph, given.pop("attn_mask", None))
-    apart = any(shape_of(operand)[:-2] != shape_of(query)[:-2] for operand in (key, value))
-    if mask is None or any(other is not None and other for other in given.values()) or apart:
+    broadcast = any(shape_of(operand)[:-2] != shape_of(query)[:-2] for operand in (key, value))
+    if mask is None or any(other is not None and other for other in given.values()) or broadcast:
         return False
     factor = torch.tensor([shape_of(query)[-1] ** -0.5 if scale is None else float(str(scale))])
     scaled = insert(graph, node, _ATEN.mul.Tensor, query, constant(graph, node, "factor", factor, query))

@@ -39,7 +39,7 @@ def drop_whole_slices(graph: fx.GraphModule, node: fx.Node) -> bool:
 
     Given: a slice from the start to the end with a step of one, such as the first in ``x[:, 0]``.
 
-    Result: what it is taken of.
+    Result: the value it is selected from.
 
     Why: a no-op would run outside the delegate.
     """
@@ -68,7 +68,7 @@ def slice_selections(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.target is not _ATEN.select.int:
         return False
     source, dim, index = node.args
-    return replaced(graph, node, _taken(graph, node, source, dim, index))
+    return replaced(graph, node, _selected(graph, node, source, dim, index))
 
 
 @each_node
@@ -91,7 +91,7 @@ def slice_splits(graph: fx.GraphModule, node: fx.Node) -> bool:
         part = parts.get(index)
         length = 1 if node.target is _ATEN.unbind.int else value.shape[dim]
         if part is not None and node.target is _ATEN.unbind.int:
-            replaced(graph, part, _taken(graph, part, source, dim, index))
+            replaced(graph, part, _selected(graph, part, source, dim, index))
         elif part is not None:
             replaced(graph, part, insert(graph, part, _ATEN.slice.Tensor, source, dim, start, start + length))
         start += length
@@ -99,7 +99,7 @@ def slice_splits(graph: fx.GraphModule, node: fx.Node) -> bool:
     return True
 
 
-def _taken(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, index: Any) -> fx.Node:
+def _selected(graph: fx.GraphModule, before: fx.Node, source: Any, dim: Any, index: Any) -> fx.Node:
     """Give one of a dimension without that, in the quantization of what it is taken from."""
     start = index % shape_of(source)[dim]
     kept = sliced(graph, before, source, dim, start, start + 1)

@@ -76,6 +76,6 @@ def _whole(graph: fx.Graph, operand: Any, reshape: Any) -> Any:
         return source
     dim = reshape.args[1] % len(shape_of(source))
     index = reshape.args[2] % shape_of(source)[dim]
-    taken = graph.call_function(_ATEN.slice.Tensor, (source, dim, index, index + 1))
-    quantized = graph.call_function(operand.args[0].target, (taken, *operand.args[0].args[1:]))
+    sliced = graph.call_function(_ATEN.slice.Tensor, (source, dim, index, index + 1))
+    quantized = graph.call_function(operand.args[0].target, (sliced, *operand.args[0].args[1:]))
     return graph.call_function(operand.target, (quantized, *operand.args[1:]))

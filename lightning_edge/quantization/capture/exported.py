@@ -39,25 +39,27 @@ def two_samples(inputs: Inputs) -> Inputs:
 
 
 def exported(
-    network: nn.Module, inputs: Inputs, *, training: bool, all_layers: bool = False
+    network: nn.Module, inputs: Inputs, *, training: bool, all_layers: bool = False, any_batch: bool = True
 ) -> GraphModule | CompressionError:
-    """Give a network's graph in one mode, for batches of any size, or why there is none.
+    """Give a network's graph in one mode, or why there is none.
 
     Args:
         network: Any module that torch.export takes; it is left as it was.
         inputs: One call of it, of two samples.
         training: Which mode.
         all_layers: Whether layers that random numbers decide about may all run, where no graph can follow these.
+        any_batch: Whether the graph is for batches of any size, or for those of two samples alone, which takes a third
+            of the time: every shape is then numbers.
     """
     try:
         with _mode(network, training):
-            return _export(network, inputs)
+            return _export(network, inputs, any_batch)
     except CompressionError as error:
         if not all_layers or not isinstance(error.__cause__, GuardOnDataDependentSymNode):
             return error
         try:
             with _mode(network, training), LayersStay() as stay:
-                graph = _export(network, inputs)
+                graph = _export(network, inputs, any_batch)
         except CompressionError:
             return error
         if not stay.draws:
@@ -100,14 +102,15 @@ def _power_iterations(network: nn.Module) -> list[nn.Module]:
     return [m for m in network.modules() if isinstance(m, nn.utils.parametrizations._SpectralNorm)]
 
 
-def _export(network: nn.Module, inputs: Inputs) -> GraphModule:
+def _export(network: nn.Module, inputs: Inputs, any_batch: bool) -> GraphModule:
     device_type = next((tensor.device.type for tensor in inputs.tensors), "cpu")
     try:
         # With gradients, so that the graph shows where forward() turns them off.
         without_autocast = torch.autocast(device_type, enabled=False)
         with torch.enable_grad(), without_autocast, _spelled_out(network, inputs), PlainCalls(), _symbolic_len():
+            shapes = _dynamic_batch(network, inputs) if any_batch else None
             program = torch.export.export(
-                network, inputs.args, dict(inputs.kwargs), dynamic_shapes=_dynamic_batch(network, inputs), strict=False
+                network, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
             )
     except Exception as error:  # torch.export raises many kinds, all of them about the user's network here
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -17,12 +17,12 @@ from torch.fx import GraphModule, Node
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.quantization.capture.decompose import decompose
-from lightning_edge.quantization.capture.exported import exported, two_samples
+from lightning_edge.quantization.capture.exported import two_samples
 from lightning_edge.quantization.capture.in_place import make_functional
 from lightning_edge.quantization.capture.masks import drop_idle_masks
 from lightning_edge.quantization.capture.nodes import DROPOUTS, SCALED, call, constant, depends_on_input
 from lightning_edge.quantization.capture.regularizers import Regularizer, as_dropouts, find_regularizers
-from lightning_edge.quantization.capture.train_eval_graph import for_both_modes
+from lightning_edge.quantization.capture.train_eval_graph import capture_modes
 
 aten = torch.ops.aten
 
@@ -106,8 +106,7 @@ def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True, tra
         network: Any module that torch.export takes.
         inputs: One call of it; only shapes and types matter, and only two samples are used.
         written_out: Whether activations are written in the operations that every target has in int8.
-        trained: Whether the graph will be trained. If not, what the network does in training only matters where one
-            graph can do both.
+        trained: Whether the graph will be trained. If not, what the network does in training does not matter.
 
     Raises:
         CompressionError: If torch.export refuses the network, or if it is to be trained and computes something else
@@ -116,9 +115,7 @@ def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True, tra
     inputs = two_samples(inputs)
     regularizers = find_regularizers(network, inputs)
     with as_dropouts(regularizers):
-        evaluation = exported(network, inputs, training=False)
-        training = exported(network, inputs, training=True, all_layers=trained)
-        graph = for_both_modes(network, inputs, evaluation, training, trained=trained)
+        graph = capture_modes(network, inputs, trained=trained)
     make_functional(graph, type(network).__name__)
     drop_idle_masks(graph)
     if written_out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs, flatten_outputs
+from lightning_edge.quantization.capture.exported import exported
 from lightning_edge.quantization.capture.in_place import functional
 from lightning_edge.quantization.capture.nodes import DROPOUTS, DROPS, LIFTED
 
@@ -36,37 +38,37 @@ _BY_MODE = {
 _TOLERANCE = 1e-4
 
 
-def for_both_modes(
-    network: nn.Module,
-    inputs: Inputs,
-    evaluation: GraphModule | CompressionError,
-    training: GraphModule | CompressionError,
-    *,
-    trained: bool,
-) -> GraphModule:
-    """Give the graph that serves both modes: that of evaluation, or that of training with nothing random in it.
+def capture_modes(network: nn.Module, inputs: Inputs, *, trained: bool) -> GraphModule:
+    """Capture the graph of evaluation, and where the network is to be trained make sure that it serves training too.
 
-    The latter where evaluation goes another way to the same values, as networks do that keep in evaluation what they
-    compute from their weights (LeViT's and EfficientFormer's attention biases): the weights learn in training's only.
+    Where evaluation goes another way to the same values the graph of training is given, with nothing random in it. So
+    do networks that keep in evaluation what they compute from their weights (LeViT's and EfficientFormer's attention
+    biases): the weights learn in training's graph only.
 
     Args:
         network: The network.
-        inputs: One call of it.
-        evaluation: Its graph in evaluation, or why it has none.
-        training: Its graph in training, or why it has none; its attention is left without dropout, which is noted on
-            the graph that is given.
-        trained: Whether the graph will be trained; if not, that of evaluation does where none serves both.
+        inputs: One call of it, of two samples.
+        trained: Whether the graph will be trained; if not, training matters only where evaluation has no graph.
+
+    Returns:
+        The graph. The dropout inside its attention is noted on it if it will be trained.
 
     Raises:
         CompressionError: If there is no graph, or if it is to be trained and the modes compute different values.
     """
+    evaluation = exported(network, inputs, training=False)
+    if isinstance(evaluation, GraphModule):
+        if not trained:
+            return evaluation
+        # To compare the two modes, shapes in numbers will do.
+        sample = exported(network, inputs, training=True, any_batch=False)
+        if isinstance(sample, GraphModule) and _operations(evaluation, inputs) == _operations(sample, inputs):
+            _note_attention_dropout(evaluation, sample)
+            return evaluation
+    training = exported(network, inputs, training=True, all_layers=trained)
     if isinstance(training, CompressionError):
-        if isinstance(evaluation, CompressionError):
-            raise evaluation
-        if trained:
-            raise training
-        return evaluation
-    if isinstance(evaluation, GraphModule) and _operations(evaluation) == _operations(training):
+        raise evaluation if isinstance(evaluation, CompressionError) else training
+    if isinstance(evaluation, GraphModule) and _operations(evaluation, inputs) == _operations(training, inputs):
         _note_attention_dropout(evaluation, training)
         return evaluation
     quiet = _without_randomness(training)
@@ -80,22 +82,26 @@ def for_both_modes(
         return quiet
     if isinstance(evaluation, CompressionError):
         raise evaluation
-    if not trained:
-        return evaluation
-    raise _other_path(type(network).__name__, _operations(evaluation), _operations(training))
+    raise _other_path(type(network).__name__, _operations(evaluation, inputs), _operations(training, inputs))
 
 
-def _operations(graph: GraphModule) -> list[str]:
-    """The operations in order with what they are given, without what differs between the modes by design."""
+def _operations(graph: GraphModule, inputs: Inputs) -> list[str]:
+    """The operations in order with what they are given, without what differs between the modes by design.
+
+    Sizes that depend on that of the batch are those that they have for ``inputs``.
+    """
     described: list[str] = []
     known: dict[Node, str] = {}
     for node in graph.graph.nodes:
-        target = functional(node.target)
-        if node.op == "get_attr" and str(node.target).startswith(LIFTED):
+        target, value = functional(node.target), node.meta.get("val")
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            expression = value.node.expr
+            known[node] = str(expression.xreplace(dict.fromkeys(expression.free_symbols, inputs.batch_size)))
+        elif node.op == "get_attr" and str(node.target).startswith(LIFTED):
             known[node] = str(getattr(graph, str(node.target)).tolist())
         elif node.op not in ("call_function", "output"):
             known[node] = str(node.target)
-        elif target in {*DROPOUTS, *_LAYOUT}:
+        elif target in {*DROPOUTS, *_LAYOUT} or _takes_all(node):
             known[node] = known[node.all_input_nodes[0]]
         else:
             known[node] = f"value {len(described)}"
@@ -103,6 +109,11 @@ def _operations(graph: GraphModule) -> list[str]:
             words = torch.fx.node.map_arg(given, lambda source: _Word(known[source]))
             described.append(f"{node.target}{words}" if node.op == "call_function" else f"the result {words}")
     return described
+
+
+def _takes_all(node: Node) -> bool:
+    """Whether a node is a slice of everything, as in x[:, 0]; a graph of shapes in numbers leaves it out."""
+    return node.target is aten.slice.Tensor and tuple(node.args[2:]) == (0, sys.maxsize)
 
 
 class _Word(str):
