@@ -11,7 +11,6 @@ import torch
 from torch._export import utils as export_helpers
 from torch.onnx._internal.exporter import _registration as onnx_registration
 
-from lightning_edge.evaluation import evaluate
 from lightning_edge.exporters import executorch, onnx, tflite
 
 
@@ -45,12 +44,11 @@ def libraries_remember() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def in_process(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Write and run files in the tests' own process: each of its own takes two seconds to start, for hundreds of files.
+    """Run files in the tests' own process: each of its own takes two seconds to start, for hundreds of files.
 
     A test module that says ``ISOLATED = True`` has it as users do.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "default_jobs", lambda targets: 0)
         if not getattr(request.module, "ISOLATED", False):
             for target in (executorch, tflite, onnx):
                 patch.setattr(type(target.TARGET), "in_process", True)

@@ -86,7 +86,8 @@ class DeviceEvaluationCallback(Callback):
         hooks: What is called with each file and with the report, for uploads of one's own.
         every_n_epochs: Evaluate during training as well, after every so many epochs, into ``<dirpath>/epoch-<n>``. The
             float file is left out there, and failures are warnings. The training goes on as it would without.
-        jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one.
+        jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one;
+            ``None``: one a core.
             If not given one a core, and in this process where there is one core only.
 
     Attributes:
@@ -119,7 +120,7 @@ class DeviceEvaluationCallback(Callback):
         on_devices: DeviceSettings | None = None,
         hooks: list[EvaluationHook] | None = None,
         every_n_epochs: int | None = None,
-        jobs: int | None = None,
+        jobs: int | None = 0,
     ) -> None:
         check_split(split)
         check_strict(strict)

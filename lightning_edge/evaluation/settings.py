@@ -43,7 +43,8 @@ class EvaluationSettings:
         devices: Devices that the files are run on as well, by name or in person.
         on_devices: What is measured there.
         hooks: What is called with each file and with the report when it is written.
-        jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one.
+        jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one;
+            ``None``: one a core.
             ``None``: one a core, and in this process where there is one core only.
 
     Raises:
@@ -65,7 +66,7 @@ class EvaluationSettings:
     devices: Sequence[str | Device] = ()
     on_devices: DeviceSettings = field(default_factory=DeviceSettings)
     hooks: Sequence[EvaluationHook] = ()
-    jobs: int | None = None
+    jobs: int | None = 0
 
     def __post_init__(self) -> None:
         check_targets(self.targets, self.options)
