@@ -12,6 +12,7 @@ from lightning_edge.contents import Endpoint, Precision
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters import Artifact, ExportWarning
 from lightning_edge.exporters.micro.sources import footprint
+from lightning_edge.exporters.writer import export_warnings
 from lightning_edge.measure import Agreement, Latency
 from lightning_edge.reporting.budget import DEVICE, Budget, Excess, Verdict
 from lightning_edge.reporting.manifest import Manifest
@@ -29,13 +30,8 @@ SOURCES: dict[Precision, Source] = {"fp32": "float", "int8": "trained"}
 @contextmanager
 def recorded() -> Iterator[list[str]]:
     """Collect what an export warns of, and warn of it all the same; what converters say to each other is dropped."""
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ExportWarning)
-        try:
-            yield messages
-        finally:
-            messages += [str(entry.message) for entry in caught if issubclass(entry.category, ExportWarning)]
+    with export_warnings() as messages:
+        yield messages
     for message in messages:
         warnings.warn(message, ExportWarning, stacklevel=2)
 

@@ -194,7 +194,7 @@ def archive(path: Path, names: list[str]) -> Path:
 
 def test_only_words_and_lists_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["./go/a_nohash_0.wav", "./_background_noise_/hum.wav", "./testing_list.txt", "./README.md"]
-    hostile = ["../escaped.wav", "/tmp/escaped.wav", "./go/../../escaped.wav", "./go/deep/er.wav"]
+    hostile = ["../escaped.wav", "/escaped/escaped.wav", "./go/../../escaped.wav", "./go/deep/er.wav"]
     made = archive(tmp_path / "words.tar.gz", [*names, *hostile])
     (tmp_path / "words.unpacking" / "old").mkdir(parents=True)  # of a run that was killed
     unpack(made, tmp_path / "words")
