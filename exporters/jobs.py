@@ -80,11 +80,11 @@ class Pending:
     """A file that is being written, or will be.
 
     Attributes:
-        told: Whether its failure was told when it happened.
+        announced: Whether its failure was announced when it happened.
     """
 
     def __init__(self, finish: Callable[[Pending], Staged]) -> None:
-        self.told = False
+        self.announced = False
         self._finish = finish
 
     def staged(self) -> Staged:
@@ -187,7 +187,7 @@ class Writers:
         try:
             check_running(threads, time_limit_s)
             asked = ordered(model, target, path, forms=self._forms, **shape)
-            with export_warnings() as told:
+            with export_warnings() as messages:
                 prepared = asked.prepared()
             program = self._program(prepared)
             place = StagedPath(asked.path)
@@ -195,7 +195,7 @@ class Writers:
             return Pending(_raising(error))
         self._places.append(place)
         future: Future[_Written] = Future()
-        pending = Pending(lambda _: self._finished(asked, prepared, place, told, future, threads, time_limit_s))
+        pending = Pending(lambda _: self._finished(asked, prepared, place, messages, future, threads, time_limit_s))
         if program is None:
             future.set_result(_Written(None))
         else:
@@ -254,14 +254,14 @@ class Writers:
         asked: Order,
         prepared: Deployable,
         place: StagedPath,
-        told: list[str],
+        messages: list[str],
         future: Future[_Written],
         threads: int,
         time_limit_s: float,
     ) -> Staged:
         try:
             found = future.result()
-            for message in (*told, *found.warnings):
+            for message in (*messages, *found.warnings):
                 warnings.warn(message, ExportWarning, stacklevel=3)
             contents = found.contents
             if contents is None:  # it cannot be saved, or names operations of the user's own that are not known there
@@ -295,7 +295,7 @@ class Writers:
             self._end(child)
             found, child = error, None
         if isinstance(found, Exception):
-            task.pending.told = not self._closed
+            task.pending.announced = not self._closed
             if not self._closed:
                 self._tell(f"FAILED: {task.label}, there is no such file: {found}")
         elif found.contents is not None:

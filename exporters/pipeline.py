@@ -191,11 +191,11 @@ def export(
             judgement = judge_file(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
         except AgreementError as error:
             judgement = Judgement("broken", (str(error),))
-        _tell(staged, agreement, judgement, strict)
+        _raise_or_warn(staged, agreement, judgement, strict)
         return replace(staged.accept(), agreement=agreement, judgement=judgement)
 
 
-def _tell(staged: Staged, agreement: Agreement | None, judgement: Judgement, strict: Strict) -> None:
+def _raise_or_warn(staged: Staged, agreement: Agreement | None, judgement: Judgement, strict: Strict) -> None:
     """Raise or warn of a file that is not close.
 
     Raises:
@@ -203,11 +203,11 @@ def _tell(staged: Staged, agreement: Agreement | None, judgement: Judgement, str
     """
     file = f"{staged.artifact.target}: {staged.artifact.path.name}"
     samples = 0 if agreement is None else agreement.samples
-    told = f"{judgement} (over {samples} sample{'s' * (samples != 1)})"
+    verdict = f"{judgement} (over {samples} sample{'s' * (samples != 1)})"
     if not judgement.allowed(strict):
         raise AgreementError(
-            f"{file} computes something else than the network it came from: {told}. Nothing was written. "
+            f"{file} computes something else than the network it came from: {verdict}. Nothing was written. "
             f"{advice(staged.network)}."
         )
     if judgement.grade in ("differs", "broken"):
-        warn_if(staged.artifact.target, f"{staged.artifact.path.name} {told}. {advice(staged.network)}")
+        warn_if(staged.artifact.target, f"{staged.artifact.path.name} {verdict}. {advice(staged.network)}")

@@ -214,8 +214,8 @@ class _Evaluation:
         metrics = self._torch_row("int8", source, reference, network.graph, floats.reference, comparison)
         change = self._change(floats.metrics, metrics)
         label, float_network, calls = self._rows[-1].label, floats.reference.network, floats.reference.calls
-        if told := noise_warning(label, comparison.result(), change, float_network, calls):
-            self._warn(told)
+        if message := noise_warning(label, comparison.result(), change, float_network, calls):
+            self._warn(message)
         return _Candidate(network, source, reference, metrics)
 
     def _torch_row(
@@ -276,7 +276,7 @@ class _Evaluation:
             _log.error("%s failed", self._rows[-1].label, exc_info=True)
             self._rows[-1] = replace(self._rows[-1], error=f"{type(error).__name__}: {error}")
         row = self._rows[-1]
-        if row.error is not None and not file.told:
+        if row.error is not None and not file.announced:
             self._tell(f"FAILED: {row.label}, there is no such file: {row.error}")
         elif row.verdict is not None:
             self._tell(f"{row.label} {row.judgement}")
@@ -370,10 +370,10 @@ class _Evaluation:
                 "Trained and post-training quantization were not compared: no metric's name tells whether higher is "
                 "better; give metric=... and mode=..."
             )
-        elif told := training_warning(
+        elif message := training_warning(
             self._monitor, rows["trained"].metrics, rows["post-training"].metrics, self._validation.split
         ):
-            self._warn(told)
+            self._warn(message)
 
     def _warn(self, message: str) -> None:
         self._warnings.append(message)

@@ -28,7 +28,7 @@ from lightning_edge.network import Deployable, Inputs, sort_keywords
 from lightning_edge.reporting.devices import DeviceRow, Endurance, Point, failures
 from lightning_edge.reporting.report import Report, Row
 
-# Stretches of a long run, and how many times of each are told.
+# Stretches of a long run, and how many times of each are logged.
 _STRETCHES = 60
 _KEPT_TIMES = 2000
 
@@ -145,8 +145,8 @@ def raise_device_failures(report: Report) -> None:
     Raises:
         DeviceError: If there is one.
     """
-    if told := failures(report.devices):
-        raise DeviceError("\n  ".join(["not everything ran on the devices; the report has the rest:", *told]))
+    if failed := failures(report.devices):
+        raise DeviceError("\n  ".join(["not everything ran on the devices; the report has the rest:", *failed]))
 
 
 def device_row(device: str, row: Row, error: str | None = None) -> DeviceRow:

@@ -118,21 +118,21 @@ def without_gain(rows: Sequence[Row]) -> list[str]:
     """Say which int8 files are no smaller or clearly slower than the float file of the same target."""
     files = [row for row in rows if row.target != "torch" and row.error is None and row.scheme is None]
     floats = {row.target: row for row in files if row.precision == "fp32"}
-    told = []
+    messages = []
     for row in files:
         other = floats.get(row.target)
         if row.precision != "int8" or other is None:
             continue
         if row.size_bytes and other.size_bytes and row.size_bytes >= other.size_bytes:
-            told.append(
+            messages.append(
                 f"{row.label} is no smaller than {other.label}: {row.size_bytes:,} bytes against {other.size_bytes:,}."
             )
         if row.p50_ms and other.p50_ms and not row.is_reference and row.p50_ms > _SLOWER * other.p50_ms:
-            told.append(
+            messages.append(
                 f"{row.label} is slower than {other.label} on this machine: p50 {row.p50_ms:.3g} ms "
                 f"against {other.p50_ms:.3g}. Measure both on the device before you choose."
             )
-    return told
+    return messages
 
 
 def judged(rows: Sequence[Row], budget: Budget | None, monitor: Monitor | None) -> list[Row]:
