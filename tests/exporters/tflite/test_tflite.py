@@ -75,7 +75,9 @@ def test_an_int8_file_is_int8_throughout(folder: Path, name: str) -> None:
     assert steps(name, network(name, "int8"), artifact) <= 2
 
 
-@pytest.mark.parametrize("name", ["residual", "difference", "tokens", "attention"])
+@pytest.mark.parametrize(
+    "name", ["residual", "difference", "tokens", pytest.param("attention", marks=pytest.mark.slow)]
+)
 def test_float_outputs_are_those_of_the_network(folder: Path, name: str) -> None:
     artifact, _ = written(folder, name, "fp32")
     assert artifact.precision == "fp32"
@@ -178,6 +180,7 @@ def test_resnet8_is_no_larger_than_the_reference(folder: Path) -> None:
     assert artifact.size_bytes <= 98_496
 
 
+@pytest.mark.slow
 def test_float_islands_are_named(folder: Path) -> None:
     artifact, warned = written(folder, "attention", "int8")
     assert artifact.contents.float_ops
