@@ -101,18 +101,19 @@ def test_loops_take_the_checkpoint(
 def test_export_writes_int8_files(
     trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("onnxruntime")
     monkeypatch.chdir(trained)
     run(
         *("export", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
-        *("--targets", "[executorch]", "--dirpath", str(tmp_path / "out"), "--batches", "1"),
+        *("--targets", "[onnx]", "--dirpath", str(tmp_path / "out"), "--batches", "1"),
         *("--interface.layout", "nhwc", "--interface.outputs", "[scores]"),
     )
-    artifact = exporters.load(tmp_path / "out" / "model-int8.pte")
+    artifact = exporters.load(tmp_path / "out" / "model-int8.onnx")
     assert artifact.precision == "int8"
     assert artifact(torch.zeros(2, 1, 8, 8))[0].shape == (2, 10)
-    assert "model-int8.pte: int8, " in capfd.readouterr().out
+    assert "model-int8.onnx: int8, " in capfd.readouterr().out
     manifest = Manifest.read(tmp_path / "out")
-    assert [entry.path for entry in manifest.files] == ["model-int8.pte"]
+    assert [entry.path for entry in manifest.files] == ["model-int8.onnx"]
     assert manifest.files[0].agreement["samples"] == 16
     assert manifest.files[0].interface == Interface(("input",), ("scores",), layout="nhwc")
     assert [end.shape for end in manifest.files[0].inputs] == [(1, 8, 8, 1)]
@@ -136,7 +137,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
 ) -> None:
     monkeypatch.chdir(trained)
     given = {
-        "targets": ["executorch"],
+        "targets": ["tflite"],
         "dirpath": str(tmp_path),
         "budget": {"size_bytes": 1000, "accuracy_drop": 0.5},
         "max_fallback": 0.0,
@@ -153,7 +154,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
         run("evaluate", "--config", str(tmp_path / "settings.yaml"), "--ckpt_path", "checkpoints/trained.ckpt")
     assert exit_info.value.code == 3
     error = capfd.readouterr().err
-    assert "error: executorch int8 (trained) is over its budget: size_bytes " in error
+    assert "error: tflite int8 (trained) is over its budget: size_bytes " in error
     assert "above 1,000" in error
     (entry,) = Manifest.read(tmp_path).files  # the file is kept, and said of it
     assert [end.name for end in entry.inputs] == ["digit"]
@@ -164,10 +165,11 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
 def test_evaluate_writes_the_report(
     trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("onnxruntime")
     monkeypatch.chdir(trained)
     run(
         *("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
-        *("--targets", "[executorch]", "--dirpath", str(tmp_path), "--split", "test"),
+        *("--targets", "[onnx]", "--dirpath", str(tmp_path), "--split", "test"),
     )
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["split"] == "test"
@@ -181,8 +183,8 @@ def test_evaluate_writes_the_report(
     images, labels = data.test_dataloader().dataset[:]
     expected = (network(images).argmax(1) == labels).float().mean().item()
     assert rows["torch", "fp32", "float"]["metrics"]["test_acc"] == pytest.approx(expected, abs=1e-6)
-    assert rows["executorch", "int8", "trained"]["top1"] > 0.98
-    assert "executorch int8" in capfd.readouterr().out
+    assert rows["onnx", "int8", "trained"]["top1"] > 0.98
+    assert "onnx int8" in capfd.readouterr().out
 
 
 def test_evaluate_runs_on_the_devices_of_a_file(
