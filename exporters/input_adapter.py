@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import final
 
@@ -16,6 +15,7 @@ from torch.nn import functional
 from lightning_edge.exporters.passes.graph import operation
 from lightning_edge.interface import IMAGE_DIMENSIONS, Interface, Pixels
 from lightning_edge.network import Deployable, flatten_outputs
+from lightning_edge.user_warnings import warn
 
 _WHITE = 255
 # How far beyond black and white a value may lie, in pixels: by as much resizing overshoots.
@@ -139,11 +139,10 @@ def as_file_sees(tensor: Tensor, interface: Interface) -> Tensor:
     if not off.numel() or off.max() <= _WHOLE:
         return tensor
     if (off > _WHOLE).float().mean() > _SHARE_OFF:
-        warnings.warn(
+        warn(
             f"images of the data are no whole pixels under {interface.pixels}; they were rounded, for the file and for "
             "the network it is compared with. That is right where images are resized as floats, but the same is seen "
-            "where mean, std or white are not those of the data: compare them with its Normalize",
-            stacklevel=2,
+            "where mean, std or white are not those of the data: compare them with its Normalize"
         )
     return _values(pixels.round().clamp(0, _WHITE), interface.pixels)
 

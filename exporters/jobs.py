@@ -7,7 +7,6 @@ import os
 import tempfile
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +34,7 @@ from lightning_edge.files import StagedPath
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 from lightning_edge.reporting.typed import built
+from lightning_edge.user_warnings import warn
 
 _WRITER = "lightning_edge.exporters.writer_process"
 # The largest networks that were tried took ten minutes.
@@ -262,7 +262,7 @@ class Writers:
         try:
             found = future.result()
             for message in (*messages, *found.warnings):
-                warnings.warn(message, ExportWarning, stacklevel=3)
+                warn(message, ExportWarning)
             contents = found.contents
             if contents is None:  # it cannot be saved, or names operations of the user's own that are not known there
                 contents = written(asked.module, prepared, asked.path, place.staged, asked.options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -52,6 +51,7 @@ from lightning_edge.reporting.rows import (
     write,
 )
 from lightning_edge.surgery import find_network
+from lightning_edge.user_warnings import warn
 from lightning_edge.verdict import Judgement, MetricChange
 
 # Share of values outside their range that a report speaks of: more than the outliers that calibration leaves out.
@@ -377,7 +377,7 @@ class _Evaluation:
 
     def _warn(self, message: str) -> None:
         self._warnings.append(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
 
 @contextmanager

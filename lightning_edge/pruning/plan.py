@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +22,7 @@ from lightning_edge.pruning.selection import TOLERANCE, Choices, Scope, allowed_
 from lightning_edge.pruning.traced import Structure, trace
 from lightning_edge.pruning.verification import find_fault
 from lightning_edge.schedule import Batch, Change
+from lightning_edge.user_warnings import warn
 
 
 @dataclass(frozen=True)
@@ -350,19 +350,15 @@ def _fault_alone(draft: _Draft, calls: Sequence[Inputs], group: Group, units: In
 def _warn_if_missed(draft: _Draft, goal: Goal, change: Change, changes: Sequence[Change]) -> None:
     if goal.layers is not None:
         if not any(cut["kept"] for cut in (*changes, change)):
-            warnings.warn(
+            warn(
                 f"Prune(layers={dict(goal.layers)!r}) cuts nothing: rounded to multiples of round_to={goal.round_to}, "
-                "these layers keep all of their channels. Keep less of them, or give a smaller round_to.",
-                stacklevel=2,
+                "these layers keep all of their channels. Keep less of them, or give a smaller round_to."
             )
         return
     base, _, after = change[goal.measure]
     target = float(goal.amount) if isinstance(goal.amount, int) else goal.amount * base
     if target >= base:
-        warnings.warn(
-            f"Prune cuts nothing: {goal.measure}={goal.amount!r} allows more than the {base:,} that the network has.",
-            stacklevel=2,
-        )
+        warn(f"Prune cuts nothing: {goal.measure}={goal.amount!r} allows more than the {base:,} that the network has.")
         return
     if abs(after - target) <= TOLERANCE * target:
         return
@@ -374,8 +370,7 @@ def _warn_if_missed(draft: _Draft, goal: Goal, change: Change, changes: Sequence
         if goal.round_to > 1
         else ""
     )
-    warnings.warn(
+    warn(
         f"Prune asked for {goal.measure}={goal.amount!r}, {target:,.0f} of {base:,}, and reached {after:,} "
-        f"({after / target - 1:+.1%}).{rounding} {left_alone(draft.structure.groups)}",
-        stacklevel=2,
+        f"({after / target - 1:+.1%}).{rounding} {left_alone(draft.structure.groups)}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from lightning_edge.reporting.manifest import Manifest
 from lightning_edge.reporting.monitor import Monitor
 from lightning_edge.reporting.provenance import commit_of
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
+from lightning_edge.user_warnings import warn
 from lightning_edge.verdict import Judgement
 
 # Medians of calls in turn lie closer to each other than this where two files are equally fast.
@@ -33,7 +33,7 @@ def recorded() -> Iterator[list[str]]:
     with export_warnings() as messages:
         yield messages
     for message in messages:
-        warnings.warn(message, ExportWarning, stacklevel=2)
+        warn(message, ExportWarning)
 
 
 def described(row: Row, artifact: Artifact) -> Row:
