@@ -1,6 +1,6 @@
-"""How a file is called, put into the graph that is written: what stands between the file's inputs and the network's.
+"""Adapt a file's inputs to the network's: names, layout and pixels.
 
-`Front` goes into the graph; the functions are for who has what the network takes, and calls the file.
+`Front` does it inside the exported graph. The functions do the reverse for a caller who has the network's inputs.
 """
 
 from __future__ import annotations

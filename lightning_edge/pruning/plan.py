@@ -1,4 +1,4 @@
-"""From a network, a target and a batch to the record of a cut, leaving the network as it is."""
+"""Plan a cut from a network, a goal and a batch, and leave the network as it is."""
 
 from __future__ import annotations
 
