@@ -29,6 +29,7 @@ from lightning_edge.files import StagedPath
 from lightning_edge.interface import Interface
 from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance
+from lightning_edge.quiet import quiet_libraries
 from lightning_edge.verdict import Judgement, Strict, check_strict
 
 
@@ -68,6 +69,7 @@ def stage(
         RunnerError: If the file does not load.
         ValueError: If an argument is not allowed.
     """
+    quiet_libraries()
     asked = ordered(model, target, path, inputs=inputs, max_fallback=max_fallback, interface=interface, **options)
     return stage_order(asked, threads, isolated, time_limit_s)
 

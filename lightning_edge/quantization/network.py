@@ -22,6 +22,7 @@ from lightning_edge.quantization.capture.calls import CallShape
 from lightning_edge.quantization.capture.graph import FoldedBatchNorm, TakenOut, capture
 from lightning_edge.quantization.plan import LinearWeights, Plan
 from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
+from lightning_edge.quiet import quiet_libraries
 from lightning_edge.surgery import copy_of
 from lightning_edge.tracing import TRACING
 from lightning_edge.user_warnings import warn
@@ -217,6 +218,8 @@ def attach(
     Raises:
         CompressionError: If the network is quantized already, cannot be captured, or has nothing to quantize.
     """
+    quiet_libraries()  # before torchao is imported
+
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     from lightning_edge.quantization.train.quantizer import EdgeQuantizer
