@@ -120,10 +120,11 @@ def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
 
     Returns:
         The record: ``kept`` indices of tensors, ``attributes`` of layers, and the costs of each measure in the base
-        network, before and after. Without ``kept`` where rounding leaves nothing to cut this time.
+        network, before and after. Without ``kept`` where rounding leaves nothing to cut this time, or nothing stood
+        its trial.
 
     Raises:
-        CompressionError: If the network cannot be traced, nothing can be cut, or the goal would empty layers.
+        CompressionError: If the network cannot be traced, nothing may be cut, or the goal would empty layers.
     """
     cuts = cuts_of(changes)
     draft, change = _settled(network, goal, changes, batch)
@@ -150,6 +151,12 @@ def plan_trial(network: nn.Module, goal: Goal, batch: Batch) -> Change:
     """
     goal = replace(goal, removed=1.0, criterion="l2", scope="local")
     draft, _ = _settled(network, goal, [], batch, trial=True)
+    if not draft.groups:
+        warnings.warn(
+            f"Prune will cut nothing of {type(network).__name__}, which trains on as it is. "
+            f"{left_alone(draft.structure.groups)}",
+            stacklevel=2,
+        )
     record = {"kind": "trial", "kept": {}, "attributes": {}, "left_alone": left_alone(draft.structure.groups)}
     return {**record, "stood": sorted(draft.stood), "faulty": draft.faulty}
 
@@ -214,10 +221,14 @@ def _settle(draft: _Draft, goal: Goal, cuts: Sequence[Change]) -> Change:
     # One sample is enough to compare, but not every network takes a batch of one.
     calls = [draft.structure.inputs.sample(), draft.structure.inputs]
     while True:
-        if not draft.groups:
+        if not draft.groups and not draft.faulty:
             raise CompressionError(
                 f"No channels of {type(draft.network).__name__} can be cut. {left_alone(draft.structure.groups)}"
             )
+        if not draft.groups:
+            # The network's own code has fixed sizes: it stays whole, and what else is to be done with it goes on.
+            unchanged = {measure: [round(base[measure])] * 3 for measure in MEASURES}
+            return {"kind": "cut", "kept": {}, "attributes": {}, **unchanged}
         units = np.array([group.units for group in draft.groups], dtype=np.int64)
         costs = _price(draft, price, units)
         if goal.layers is None:
