@@ -70,7 +70,7 @@ ROWS = [
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
 WITHOUT_TORCH |= {"quiet", "boards"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
-WITHOUT_TORCH |= {"devices.runner", "reporting.devices"}
+WITHOUT_TORCH |= {"devices.runner", "devices.runtimes", "devices.sensors", "reporting.devices"}
 WITHOUT_TORCH |= {
     f"reporting.{name}"
     for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")
@@ -89,7 +89,7 @@ ROOMS = {
     "executorch": ("exporters.executorch",),
     "coremltools": ("exporters.coreml",),
     "litert_torch": ("exporters.tflite",),
-    "ai_edge_litert": ("exporters.tflite", "devices.runner"),
+    "ai_edge_litert": ("exporters.tflite", "devices.runtimes"),
     "asyncssh": ("devices.ssh",),
     "ai_edge_quantizer": ("exporters.tflite",),
     "flatbuffers": ("exporters.tflite",),
@@ -97,7 +97,7 @@ ROOMS = {
     "onnx": ("exporters.onnx",),
     "onnx_ir": ("exporters.onnx",),
     "onnxscript": ("exporters.onnx",),
-    "onnxruntime": ("exporters.onnx", "devices.runner"),
+    "onnxruntime": ("exporters.onnx", "devices.runtimes"),
     "openvino": ("exporters.onnx",),
     "PIL": ("exporters.coreml.runners", "zoo.image_folder"),
     "timm": ("zoo.backbones",),

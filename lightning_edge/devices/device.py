@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+from lightning_edge.devices.meter import Reading, read_meter
+
 
 @dataclass(frozen=True)
 class Farewell:
@@ -72,10 +74,14 @@ class Device(ABC):
     Attributes:
         python: The device's Python: the program, and what stands before its own arguments.
         folder: Folder on the device for what is written there; that of its temporary files if ``None``.
+        times: Whether how long a call takes there says something: not on an emulated CPU.
+        meter: Program of this machine that prints the joules that the device has taken so far, and its arguments.
     """
 
     python: Sequence[str] = ("python3",)
     folder: str | None = None
+    times: bool = True
+    meter: Sequence[str] | None = None
 
     @abstractmethod
     def start(self, command: Sequence[str]) -> Channel:
@@ -104,3 +110,11 @@ class Device(ABC):
     def temperature_c(self) -> float | None:
         """Tell the device's temperature in degrees Celsius, where the runner there cannot read it; ``None`` else."""
         return None
+
+    def energy(self) -> Reading | None:
+        """Read a counter of energy that is not read by the runner there; ``None`` where the runner is to look.
+
+        Raises:
+            DeviceError: If the user's meter does not tell.
+        """
+        return None if self.meter is None else read_meter(self.meter)

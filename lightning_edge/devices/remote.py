@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_edge.contents import Contents, Endpoint
-from lightning_edge.devices.conversation import WAY_S, Conversation, figure, plain, state_of
+from lightning_edge.devices.conversation import WAY_S, Conversation, figure, state_of
 from lightning_edge.devices.device import Device
-from lightning_edge.devices.runner import MAX_CALLS, RUNTIMES
+from lightning_edge.devices.runner import MAX_CALLS
+from lightning_edge.devices.runtimes import RUNTIMES
+from lightning_edge.devices.words import plain
 from lightning_edge.errors import RunnerError
 from lightning_edge.exporters.run import ends
 from lightning_edge.exporters.run.runner import Runner
@@ -43,6 +45,23 @@ class Times:
     calls: int
     before: State
     after: State
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a device took in a stretch of calls, or of waiting.
+
+    Attributes:
+        calls: Calls that were made.
+        seconds: How long it was.
+        joules: What it took, by the counter of the device; ``None`` where that does not tell.
+        source: What tells it, or why nothing does.
+    """
+
+    calls: int
+    seconds: float
+    joules: float | None
+    source: str
 
 
 @final
@@ -126,6 +145,31 @@ class RemoteRunner(Runner):
             self._asked.strange(f"calls={reply.get('calls')!r}"[:80])
         before = _warm(state_of(reply.get("before")), temperature_c)
         return Times(ns, int(made), before, _warm(state_of(reply.get("after")), self._device.temperature_c()))
+
+    def spent(self, seconds: float, tensors: list[Tensor] | None = None) -> Spent:
+        """Have the device make calls for so long, or wait, and tell what energy that took.
+
+        Args:
+            seconds: How long.
+            tensors: The flattened inputs of one sample; ``None`` to wait.
+
+        Raises:
+            RunnerError: If the file fails to run, or the device says what cannot be.
+        """
+        message = {"do": "energy", "seconds": seconds}
+        arrays = [] if tensors is None else self._arrays(tensors)
+        reply, _ = self._asked.ask("while energy was measured", message, arrays, seconds + self._limit_s)
+        calls, took = figure(reply.get("calls")), figure(reply.get("seconds"))
+        if calls is None or calls < 1 or took is None or not seconds <= took < seconds + self._limit_s + WAY_S:
+            self._asked.strange(f"calls={reply.get('calls')!r} in {reply.get('seconds')!r} s"[:80])
+        joules = figure(reply.get("joules"))
+        source = plain(reply.get("source"), 200) or "the device did not say"
+        return Spent(int(calls), took, None if joules is None or joules < 0 else joules, source)
+
+    def state(self) -> State:
+        """Ask for its temperature and frequency now."""
+        reply, _ = self._asked.ask("between two samples", {"do": "state"})
+        return _warm(state_of(reply), self._device.temperature_c())
 
     def peak_memory_bytes(self) -> int | None:
         """Ask for the peak of the resident memory of the whole process on the device; ``None`` if it does not tell."""

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_edge.contents import Precision
 from lightning_edge.devices.device import Device
 from lightning_edge.devices.named import check_names
-from lightning_edge.devices.runner import RUNTIMES
+from lightning_edge.devices.runtimes import RUNTIMES
 from lightning_edge.devices.settings import DeviceSettings
 from lightning_edge.evaluation.hooks import EvaluationHook
-from lightning_edge.exporters import TARGETS, check_options
+from lightning_edge.exporters import TARGETS, check_options, options_of
 from lightning_edge.exporters.jobs import check_jobs
+from lightning_edge.exporters.run.running import Running
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.contents import check_share
 from lightning_edge.interface import Interface
@@ -90,6 +92,15 @@ class EvaluationSettings:
         """
         options = {name: chosen for name, chosen in self.options.items() if name in targets}
         return replace(self, targets=targets, options=options)
+
+    def running(self, target: str, precision: Precision) -> Running:
+        """Say how a file is run here: with reference kernels where the budget's device is a microcontroller."""
+        board = None if self.budget is None else self.budget.board()
+        form = options_of(target, precision, self.options).get("scheme") or precision
+        micro = board is not None and board.is_microcontroller and board.runs(target, form)
+        return Running(
+            self.timing.threads, time_limit_s=self.timing.time_limit_s, kernels="reference" if micro else "delegate"
+        )
 
     def tolerance_for(self, scheme: schemes.Scheme | None) -> Tolerance:
         """Give the tolerance for files of a scheme: the scheme's own, unless the user gave another."""
