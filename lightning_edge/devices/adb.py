@@ -6,12 +6,13 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 from lightning_edge.devices.device import Channel, Device
 from lightning_edge.devices.meter import Reading, check_meter
 from lightning_edge.devices.pipes import Pipes
+from lightning_edge.devices.programs import programs_of
 from lightning_edge.errors import DeviceError
 
 # Termux's own Python, as the app's user: Android lets no other process into the folder of an app.
@@ -41,6 +42,7 @@ class Adb(Device):
         folder: Folder on the phone for what is written there; that of temporary files if not given.
         adb: The program.
         meter: As for `Local`; the phone's battery if not given.
+        programs: As for `Local`. They need no Termux.
 
     Raises:
         ValueError: If a setting is not allowed.
@@ -53,6 +55,7 @@ class Adb(Device):
         folder: str | None = None,
         adb: str = "adb",
         meter: Sequence[str] | None = None,
+        programs: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         if serial is not None and not _SERIAL.fullmatch(serial):
             raise ValueError(f"Adb(serial={serial!r}): give the name of a phone as `adb devices` lists it")
@@ -63,6 +66,9 @@ class Adb(Device):
             raise ValueError(f"Adb(adb={adb!r}): give the path of the program")
         self.serial, self.python, self.folder, self.adb = serial, given, folder, adb
         self.meter = check_meter(meter)
+        self.programs = programs_of(programs)
+
+    native_folder = "/data/local/tmp"
 
     @property
     def label(self) -> str:

@@ -9,6 +9,7 @@ from typing import final
 from lightning_edge.devices.device import Channel, Device
 from lightning_edge.devices.meter import check_meter
 from lightning_edge.devices.pipes import Pipes
+from lightning_edge.devices.programs import programs_of
 from lightning_edge.errors import DeviceError
 
 
@@ -23,6 +24,9 @@ class Local(Device):
         folder: Folder for what is written; that of temporary files if not given.
         meter: A program of this machine that prints how many joules the device has taken so far, as one number, and its
             arguments, for ``measure: [energy]``.
+        programs: By target a runtime's own benchmark program on the device, and arguments for it: ``benchmark_model``
+            for ``tflite``, ``executor_runner`` for ``executorch``, ``trtexec`` for ``onnx``. It runs the files of that
+            target in place of Python, and gives times only.
 
     Raises:
         ValueError: If ``python`` or ``meter`` names nothing.
@@ -34,6 +38,7 @@ class Local(Device):
         environment: Mapping[str, str] | None = None,
         folder: str | None = None,
         meter: Sequence[str] | None = None,
+        programs: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         given = [python] if isinstance(python, str) else list(python or [sys.executable])
         if not all(given):
@@ -44,6 +49,7 @@ class Local(Device):
         self.environment = dict(environment or {})
         self.folder = folder
         self.meter = check_meter(meter)
+        self.programs = programs_of(programs)
 
     @property
     def label(self) -> str:

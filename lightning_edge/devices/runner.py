@@ -138,6 +138,9 @@ class _Server:
         path = self._path(message)
         self._limit_s = message["limit_s"]
         limited(self._limit_s)
+        if path.endswith(".zip"):  # a package is a folder
+            shutil.unpack_archive(path, self._folder)
+            path = path[: -len(".zip")]
         self._runtime = kind(path, message["session"])
         return {"runtime": self._runtime.name, "load_ms": self._runtime.load_ms}, []
 

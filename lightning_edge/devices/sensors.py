@@ -14,7 +14,7 @@ from typing import Any
 
 # Features of x86 CPUs that decide which kernels a runtime takes.
 _FEATURES = ("avx_vnni", "avx512_vnni")
-_NEEDED = ("numpy", "ai_edge_litert", "onnxruntime")
+_NEEDED = ("numpy", "ai_edge_litert", "onnxruntime", "coremltools")
 # How often power is read where there is no counter of energy, seconds.
 _POWER_STEP_S = 0.02
 # The rail of a Jetson module that everything on it is fed from.

@@ -9,12 +9,13 @@ import shlex
 import signal
 import socket
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 from lightning_edge.devices.device import Channel, Device, Farewell
 from lightning_edge.devices.meter import check_meter
+from lightning_edge.devices.programs import programs_of
 from lightning_edge.devices.words import last_line
 from lightning_edge.errors import DeviceError, check_installed, first_line, require
 
@@ -48,6 +49,7 @@ class Ssh(Device):
         folder: Folder on the device for what is written there; that of its temporary files if not given.
         connect_limit_s: Seconds that it may take to log in.
         meter: As for `Local`.
+        programs: As for `Local`.
 
     Raises:
         ValueError: If a setting is not allowed.
@@ -65,6 +67,7 @@ class Ssh(Device):
         folder: str | None = None,
         connect_limit_s: float = 15.0,
         meter: Sequence[str] | None = None,
+        programs: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         if not isinstance(host, str) or not _HOST.fullmatch(host) or host.startswith("-"):
             raise ValueError(
@@ -91,6 +94,7 @@ class Ssh(Device):
         self.folder = folder
         self.connect_limit_s = connect_limit_s
         self.meter = check_meter(meter)
+        self.programs = programs_of(programs)
 
     @property
     def label(self) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any, final
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_edge.comparison import Comparison
 from lightning_edge.devices.device import Device
+from lightning_edge.devices.native import time_by_program
 from lightning_edge.devices.remote import RemoteRunner, Spent, Times
 from lightning_edge.devices.runner import MAX_CALLS
 from lightning_edge.errors import AgreementError, DeviceError, EdgeError, RunnerError
@@ -83,7 +84,10 @@ class OnDevice:
     def run(self) -> str | None:
         """Measure, and give the reason why this device need not be tried again, if there is one."""
         try:
-            self._measure()
+            if self._file.row.target in self._device.programs:
+                self._measure_by_program()
+            else:
+                self._measure()
         except DeviceError as error:
             self.row = replace(self.row, error=str(error))
             return str(error)
@@ -94,6 +98,13 @@ class OnDevice:
             _log.error("%s failed", self.row.label, exc_info=True)
             self.row = replace(self.row, error=f"{type(error).__name__}: {error}")
         return None
+
+    def _measure_by_program(self) -> None:
+        """Have the device's own program time the file: its values are not known then."""
+        given = self._file.artifact
+        self._cool(self._device.temperature_c)
+        runtime, found = time_by_program(self.row.device, self._device, given.target, given.path, self._settings.timing)
+        self.row = replace(self.row, runtime=runtime, **asdict(found))
 
     def _measure(self) -> None:
         given, timing = self._file.artifact, self._settings.timing
@@ -125,16 +136,16 @@ class OnDevice:
         settings = self._settings.on_devices
         sample = artifact.ready(sort_keywords(self._file.reference.call).tensors)
         if "latency" in settings.measure:
-            self._cool(runner)
+            self._cool(lambda: runner.state().temperature_c)
             self._time(sample, runner)
         if "energy" in settings.measure:
-            self._cool(runner)
+            self._cool(lambda: runner.state().temperature_c)
             self._count_energy(sample, runner)
         if settings.sustained is not None:
-            self._cool(runner)
+            self._cool(lambda: runner.state().temperature_c)
             self._sustain(sample, runner, settings.sustained.minutes * 60)
 
-    def _cool(self, runner: RemoteRunner) -> None:
+    def _cool(self, temperature_c: Callable[[], float | None]) -> None:
         """Wait until the device is as cool as is asked for.
 
         Raises:
@@ -145,7 +156,7 @@ class OnDevice:
             return
         until = time.monotonic() + cool.minutes * 60
         while True:
-            found = runner.state().temperature_c
+            found = temperature_c()
             if found is None:
                 raise RunnerError(f"{self.row.device} does not tell how warm it is. Leave cool out")
             if found <= cool.below_c:

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from lightning_edge.devices.conversation import Conversation
 from lightning_edge.devices.named import named
-from lightning_edge.devices.remote import runs_on_devices
 from lightning_edge.devices.runtimes import RUNTIMES
 from lightning_edge.errors import DeviceError, EdgeError
 from lightning_edge.evaluation.on_device import DeviceFile, OnDevice, device_row
@@ -33,14 +32,23 @@ def check_devices(settings: EvaluationSettings) -> list[str]:
     for name, device in named(settings.devices, settings.on_devices.file).items():
         if not device.times and "accuracy" not in settings.on_devices.measure:
             problems.append(f"{name} is emulated: how long it takes says nothing. Add accuracy to measure")
+        wanted = [target for target in settings.targets if device.runs(target)]
+        if not wanted:
+            targets = ", ".join(settings.targets)
+            problems.append(f"{name} runs none of the files of {targets}. Add a target, or leave it out")
+            continue
+        asked_for = [target for target in wanted if target not in device.programs]
         try:
             device.check()
+            if not asked_for:
+                device.start(["true"]).close()
+                continue
             with Conversation(name, device) as asked:
                 missing = {*asked.about.missing}
         except EdgeError as error:
             problems.append(str(error) if str(error).startswith(f"{name}: ") else f"{name}: {error}")
             continue
-        needed = ["numpy", *(RUNTIMES[target][0] for target in settings.targets if runs_on_devices(target))]
+        needed = ["numpy", *(RUNTIMES[target][0] for target in asked_for)]
         if lacking := [module for module in needed if module in missing]:
             packages = " ".join(module.replace("_", "-") for module in lacking)
             problems.append(f"{name}: install on the device: {' '.join(device.python)} -m pip install {packages}")
@@ -58,11 +66,15 @@ def require_devices(settings: EvaluationSettings) -> None:
 
 
 def left_out(settings: EvaluationSettings) -> list[str]:
-    """Say which targets of an evaluation do not run on devices."""
-    others = [target for target in settings.targets if not runs_on_devices(target)]
-    if not settings.devices or not others:
+    """Say which targets of an evaluation do not run on which devices."""
+    try:
+        devices = named(settings.devices, settings.on_devices.file)
+    except EdgeError:  # they are reported where they are used
         return []
-    return [f"Devices run the files of {' and '.join(RUNTIMES)}; those of {' and '.join(others)} were run here only."]
+    lacking = {
+        name: [target for target in settings.targets if not device.runs(target)] for name, device in devices.items()
+    }
+    return [f"{name} does not run files of {' and '.join(others)}." for name, others in lacking.items() if others]
 
 
 def run_on_devices(
@@ -74,13 +86,12 @@ def run_on_devices(
     """Run every file on every device. One that fails is a row with an error, and does not stop the others.
 
     Args:
-        files: The files; those of targets without a runtime for devices are passed over.
+        files: The files; a device passes over those of targets that it does not run.
         validation: The loop that gives the metrics.
         settings: The devices, what is measured there, and how calls are timed.
         tell: Is called with a line before each step.
     """
     rows: list[DeviceRow] = []
-    files = [file for file in files if runs_on_devices(file.row.target)]
     try:
         devices = named(settings.devices, settings.on_devices.file)
     except EdgeError as error:  # they were there before the training: it is not lost for that
@@ -89,6 +100,8 @@ def run_on_devices(
     for name, device in devices.items():
         refused: str | None = None
         for file in files:
+            if not device.runs(file.row.target):
+                continue
             measured = OnDevice(name, device, file, validation, settings)
             if refused is None:
                 tell(f"Running {measured.row.label}")

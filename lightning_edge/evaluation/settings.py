@@ -10,7 +10,6 @@ from typing import Any
 from lightning_edge.contents import Precision
 from lightning_edge.devices.device import Device
 from lightning_edge.devices.named import check_names
-from lightning_edge.devices.runtimes import RUNTIMES
 from lightning_edge.devices.settings import DeviceSettings
 from lightning_edge.evaluation.hooks import EvaluationHook
 from lightning_edge.exporters import TARGETS, check_options, options_of
@@ -51,7 +50,7 @@ class EvaluationSettings:
 
     Raises:
         ValueError: If a target or one of its options is unknown, ``max_fallback``, ``name`` or ``jobs`` is out of its
-            range, or there are devices, or a budget's device, and no target's files run there.
+            range, or there is a budget's device, and no target's files run there.
     """
 
     targets: Sequence[str]
@@ -78,11 +77,6 @@ class EvaluationSettings:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
         check_names(self.devices)
         check_board(self.budget, self.targets, self.options)
-        if self.devices and not {*self.targets} & {*RUNTIMES}:
-            raise ValueError(
-                f"devices={[str(device) for device in self.devices]} run the files of {' and '.join(RUNTIMES)}, and "
-                f"targets={list(self.targets)} has none of them; add one, or leave devices out"
-            )
 
     def for_targets(self, targets: Sequence[str]) -> EvaluationSettings:
         """Copy these settings for other targets, without the options of targets that are left out.
