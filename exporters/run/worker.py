@@ -50,7 +50,8 @@ class _Worker:
         torch.set_num_threads(threads)
         self._memory = _Memory()
         start = time.perf_counter()
-        self._runner = self._target.open(Path(message["path"]), threads)
+        open_file = self._target.open_reference if message["reference"] else self._target.open
+        self._runner = open_file(Path(message["path"]), threads)
         load_ms = (time.perf_counter() - start) * 1000
         inputs = [[list(spec.shape), str(spec.dtype).removeprefix("torch.")] for spec in self._runner.inputs]
         reply = {"runtime": self._runner.runtime, "is_reference": self._runner.is_reference}

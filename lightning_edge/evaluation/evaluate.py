@@ -17,7 +17,8 @@ from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
 from lightning_edge.errors import AgreementError, EdgeError, first_line
 from lightning_edge.evaluation.hooks import call_hooks
-from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
+from lightning_edge.evaluation.on_device import DeviceFile
+from lightning_edge.evaluation.on_devices import left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference, compared_with
 from lightning_edge.evaluation.settings import EvaluationSettings
@@ -155,7 +156,7 @@ class _Evaluation:
         return Report(
             model=type(self._validation.pl_module).__name__,
             split=self._validation.split,
-            rows=tuple(judged(self._rows, settings.budget, monitor)),
+            rows=tuple(judged(self._rows, settings.budget, monitor, on_devices)),
             parameters=parameter_count(float_network),
             monitor=monitor.metric if monitor else None,
             warmup=settings.timing.warmup,
@@ -255,8 +256,7 @@ class _Evaluation:
             target,
             Path(settings.dirpath) / f"{settings.name}-{precision}{target_module(target).suffix}",
             label=Row(target, precision, candidate.source).label,
-            threads=settings.timing.threads,
-            time_limit_s=settings.timing.time_limit_s,
+            running=settings.running(target, precision),
             max_fallback=settings.max_fallback,
             interface=settings.interface,
             **options_of(target, precision, settings.options),

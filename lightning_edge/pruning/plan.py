@@ -152,10 +152,9 @@ def plan_trial(network: nn.Module, goal: Goal, batch: Batch) -> Change:
     goal = replace(goal, removed=1.0, criterion="l2", scope="local")
     draft, _ = _settled(network, goal, [], batch, trial=True)
     if not draft.groups:
-        warnings.warn(
+        warn(
             f"Prune will cut nothing of {type(network).__name__}, which trains on as it is. "
-            f"{left_alone(draft.structure.groups)}",
-            stacklevel=2,
+            f"{left_alone(draft.structure.groups)}"
         )
     record = {"kind": "trial", "kept": {}, "attributes": {}, "left_alone": left_alone(draft.structure.groups)}
     return {**record, "stood": sorted(draft.stood), "faulty": draft.faulty}
