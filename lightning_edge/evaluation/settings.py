@@ -13,7 +13,7 @@ from lightning_edge.devices.runner import RUNTIMES
 from lightning_edge.devices.settings import DeviceSettings
 from lightning_edge.evaluation.hooks import EvaluationHook
 from lightning_edge.exporters import TARGETS, check_options
-from lightning_edge.exporters.jobs import check_jobs
+from lightning_edge.exporters.jobs import check_jobs, default_jobs
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.contents import check_share
 from lightning_edge.interface import Interface
@@ -44,7 +44,6 @@ class EvaluationSettings:
         on_devices: What is measured there.
         hooks: What is called with each file and with the report when it is written.
         jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one;
-            ``None``: one a core.
             ``None``: one a core, and in this process where there is one core only.
 
     Raises:
@@ -90,6 +89,11 @@ class EvaluationSettings:
         """
         options = {name: chosen for name, chosen in self.options.items() if name in targets}
         return replace(self, targets=targets, options=options)
+
+    @property
+    def writing_jobs(self) -> int:
+        """How many processes write files at once on this machine; 0 for none but this one."""
+        return default_jobs(len(self.targets)) if self.jobs is None else self.jobs
 
     def tolerance_for(self, scheme: schemes.Scheme | None) -> Tolerance:
         """Give the tolerance for files of a scheme: the scheme's own, unless the user gave another."""
