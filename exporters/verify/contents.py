@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 
@@ -21,9 +20,10 @@ from lightning_edge.exporters.passes.precision import (
 )
 from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.network import Deployable
+from lightning_edge.user_warnings import EdgeWarning, warn
 
 
-class ExportWarning(UserWarning):
+class ExportWarning(EdgeWarning):
     """A file runs, but not all of it the way an int8 file for this target should."""
 
 
@@ -194,4 +194,4 @@ def warn_if(target: str, message: str | None) -> None:
 
 
 def _warn(target: str, message: str) -> None:
-    warnings.warn(f"{target}: {message}", ExportWarning, stacklevel=4)
+    warn(f"{target}: {message}", ExportWarning)

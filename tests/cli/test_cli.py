@@ -105,13 +105,15 @@ def test_export_writes_int8_files(
     monkeypatch.chdir(trained)
     run(
         *("export", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
-        *("--targets", "[onnx]", "--dirpath", str(tmp_path / "out"), "--batches", "1"),
+        *("--targets", "[onnx]", "--dirpath", str(tmp_path / "out"), "--batches", "1", "--jobs", "1"),
         *("--interface.layout", "nhwc", "--interface.outputs", "[scores]"),
     )
     artifact = exporters.load(tmp_path / "out" / "model-int8.onnx")
     assert artifact.precision == "int8"
     assert artifact(torch.zeros(2, 1, 8, 8))[0].shape == (2, 10)
-    assert "model-int8.onnx: int8, " in capfd.readouterr().out
+    printed = capfd.readouterr()
+    assert "model-int8.onnx: int8, " in printed.out
+    assert "onnx: converting, after " in printed.err  # in a process of its own
     manifest = Manifest.read(tmp_path / "out")
     assert [entry.path for entry in manifest.files] == ["model-int8.onnx"]
     assert manifest.files[0].agreement["samples"] == 16

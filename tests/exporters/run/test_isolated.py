@@ -260,6 +260,29 @@ def test_peak_memory_is_what_was_held_at_once(loaded: Artifact) -> None:
     assert before < 0.95 * 2**25
 
 
+def test_samples_are_sent_together_and_run_one_by_one(loaded: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = torch.rand(300, 3) + 1
+    asked: list[dict[str, Any]] = []
+    ask = Isolated._ask
+
+    def counted(self: Isolated, when: str, message: dict[str, Any], *others: Any) -> Any:
+        asked.append(message)
+        return ask(self, when, message, *others)
+
+    monkeypatch.setattr(Isolated, "_ask", counted)
+    assert torch.equal(loaded(batch)[0], 2 * batch)
+    # Those whose memory counts, one by one; then more and more at once.
+    assert [message["do"] for message in asked[:10]] == ["run"] * 8 + ["memory", "run_all"]
+    assert sum(message.get("count", 1) for message in asked if message["do"] != "memory") == 300
+    assert len(asked) < 30
+    known = loaded.runner.peak_memory_bytes()
+    loaded(torch.cat([batch[:9], sample(faulty_target.ALLOCATE)]))
+    assert loaded.runner.peak_memory_bytes() == known
+    with pytest.raises(RunnerError, match=r"^net\.faulty failed in Faulty 1\.0: no kernel for this$"):
+        loaded(torch.cat([batch, sample(faulty_target.RAISE), batch]))
+    assert torch.equal(loaded(batch[:5])[0], 2 * batch[:5])
+
+
 def test_calls_of_several_threads_take_turns(loaded: Artifact) -> None:
     wrong = []
 
