@@ -164,14 +164,18 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
     assert [excess.name for excess in entry.budget.exceeded] == ["size_bytes"]
 
 
-def test_evaluate_writes_the_report(
+BENCH = {"bench": {"class_path": "lightning_edge.devices.Local"}}
+
+
+def test_evaluate_writes_the_report_and_runs_on_the_devices_of_a_file(
     trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(trained)
+    (trained / "devices.yaml").write_text(yaml.safe_dump(BENCH))
     run(
         *("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
-        *("--targets", "[onnx]", "--dirpath", str(tmp_path), "--split", "test"),
+        *("--targets", "[onnx]", "--dirpath", str(tmp_path), "--split", "test", "--devices", "[bench]"),
     )
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["split"] == "test"
@@ -186,28 +190,24 @@ def test_evaluate_writes_the_report(
     expected = (network(images).argmax(1) == labels).float().mean().item()
     assert rows["torch", "fp32", "float"]["metrics"]["test_acc"] == pytest.approx(expected, abs=1e-6)
     assert rows["onnx", "int8", "trained"]["top1"] > 0.98
-    assert "onnx int8" in capfd.readouterr().out
-
-
-def test_evaluate_runs_on_the_devices_of_a_file(
-    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("onnxruntime")
-    monkeypatch.chdir(trained)
-    boards = {"bench": {"class_path": "lightning_edge.devices.Local"}}
-    (trained / "devices.yaml").write_text(yaml.safe_dump(boards))
-    command = ("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt")
-    command = (*command, "--targets", "[onnx]", "--dirpath", str(tmp_path), "--trainer.limit_val_batches", "2")
-    run(*command, "--devices", "[bench]")
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert [(row["device"], row["precision"], row["error"]) for row in found["devices"]] == [
+    assert [(row["device"], row["precision"], row["error"]) for row in report["devices"]] == [
         ("bench", "fp32", None),
         ("bench", "int8", None),
     ]
-    assert found["devices"][1]["metrics"] == found["rows"][-1]["metrics"]
-    assert "bench: onnx int8" in capfd.readouterr().out
+    assert report["devices"][1]["metrics"] == report["rows"][-1]["metrics"]
+    printed = capfd.readouterr().out
+    assert "onnx int8" in printed
+    assert "bench: onnx int8" in printed
+
+
+def test_evaluate_on_a_device_that_the_file_does_not_describe(
+    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    (trained / "devices.yaml").write_text(yaml.safe_dump(BENCH))
+    command = ("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt")
     with pytest.raises(SystemExit) as exit_info:
-        run(*command, "--devices", "[pi4]")
+        run(*command, "--targets", "[onnx]", "--dirpath", str(tmp_path), "--devices", "[pi4]")
     assert exit_info.value.code == 1
     assert "error: devices.yaml describes no device 'pi4', but bench." in capfd.readouterr().err
 
