@@ -288,8 +288,8 @@ def inspect_file(module: Target, path: Path, name: str, advice: str = EXPORT_AGA
 
 def placed(module: Target, path: Path, contents: Contents) -> Contents:
     """Put what the runtime itself tells of where operations run in the place of what the file alone tells."""
-    told = module.placements(path)
-    return contents if told is None else replace(contents, placements=told)
+    placements = module.placements(path)
+    return contents if placements is None else replace(contents, placements=placements)
 
 
 def open_file(

@@ -7,7 +7,6 @@ import os
 import tempfile
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +34,7 @@ from lightning_edge.files import StagedPath
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 from lightning_edge.reporting.typed import built
+from lightning_edge.user_warnings import warn
 
 _WRITER = "lightning_edge.exporters.writer_process"
 # The largest networks that were tried took ten minutes.
@@ -80,11 +80,11 @@ class Pending:
     """A file that is being written, or will be.
 
     Attributes:
-        told: Whether its failure was told when it happened.
+        announced: Whether its failure was announced when it happened.
     """
 
     def __init__(self, finish: Callable[[Pending], Staged]) -> None:
-        self.told = False
+        self.announced = False
         self._finish = finish
 
     def staged(self) -> Staged:
@@ -186,7 +186,7 @@ class Writers:
         try:
             check_kernels(target, running.kernels)
             asked = ordered(model, target, path, forms=self._forms, **shape)
-            with export_warnings() as told:
+            with export_warnings() as messages:
                 prepared = asked.prepared()
             program = self._program(prepared)
             place = StagedPath(asked.path)
@@ -194,7 +194,7 @@ class Writers:
             return Pending(_raising(error))
         self._places.append(place)
         future: Future[_Written] = Future()
-        pending = Pending(lambda _: self._finished(asked, prepared, place, told, future, running))
+        pending = Pending(lambda _: self._finished(asked, prepared, place, messages, future, running))
         if program is None:
             future.set_result(_Written(None))
         else:
@@ -253,14 +253,14 @@ class Writers:
         asked: Order,
         prepared: Deployable,
         place: StagedPath,
-        told: list[str],
+        messages: list[str],
         future: Future[_Written],
         running: Running,
     ) -> Staged:
         try:
             found = future.result()
-            for message in (*told, *found.warnings):
-                warnings.warn(message, ExportWarning, stacklevel=3)
+            for message in (*messages, *found.warnings):
+                warn(message, ExportWarning)
             contents = found.contents
             if contents is None:  # it cannot be saved, or names operations of the user's own that are not known there
                 contents = written(asked.module, prepared, asked.path, place.staged, asked.options)
@@ -293,7 +293,7 @@ class Writers:
             self._end(child)
             found, child = error, None
         if isinstance(found, Exception):
-            task.pending.told = not self._closed
+            task.pending.announced = not self._closed
             if not self._closed:
                 self._tell(f"FAILED: {task.label}, there is no such file: {found}")
         elif found.contents is not None:

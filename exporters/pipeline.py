@@ -30,6 +30,7 @@ from lightning_edge.files import StagedPath
 from lightning_edge.interface import Interface
 from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance
+from lightning_edge.quiet import quiet_libraries
 from lightning_edge.verdict import Judgement, Strict, check_strict
 
 
@@ -71,6 +72,7 @@ def stage(
         RunnerError: If the file does not load.
         ValueError: If an argument is not allowed.
     """
+    quiet_libraries()
     running = Running(threads, isolated, time_limit_s, kernels)
     asked = ordered(model, target, path, inputs=inputs, max_fallback=max_fallback, interface=interface, **options)
     return stage_order(asked, running)
@@ -193,11 +195,11 @@ def export(
             judgement = judge_file(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
         except AgreementError as error:
             judgement = Judgement("broken", (str(error),))
-        _tell(staged, agreement, judgement, strict)
+        _raise_or_warn(staged, agreement, judgement, strict)
         return replace(staged.accept(), agreement=agreement, judgement=judgement)
 
 
-def _tell(staged: Staged, agreement: Agreement | None, judgement: Judgement, strict: Strict) -> None:
+def _raise_or_warn(staged: Staged, agreement: Agreement | None, judgement: Judgement, strict: Strict) -> None:
     """Raise or warn of a file that is not close.
 
     Raises:
@@ -205,11 +207,11 @@ def _tell(staged: Staged, agreement: Agreement | None, judgement: Judgement, str
     """
     file = f"{staged.artifact.target}: {staged.artifact.path.name}"
     samples = 0 if agreement is None else agreement.samples
-    told = f"{judgement} (over {samples} sample{'s' * (samples != 1)})"
+    verdict = f"{judgement} (over {samples} sample{'s' * (samples != 1)})"
     if not judgement.allowed(strict):
         raise AgreementError(
-            f"{file} computes something else than the network it came from: {told}. Nothing was written. "
+            f"{file} computes something else than the network it came from: {verdict}. Nothing was written. "
             f"{advice(staged.network)}."
         )
     if judgement.grade in ("differs", "broken"):
-        warn_if(staged.artifact.target, f"{staged.artifact.path.name} {told}. {advice(staged.network)}")
+        warn_if(staged.artifact.target, f"{staged.artifact.path.name} {verdict}. {advice(staged.network)}")

@@ -26,6 +26,7 @@ ROWS = [
         "locks",
         "tracing",
         "quiet",
+        "user_warnings",
     },
     {"reporting.devices", "plain_calls"},
     {
@@ -68,7 +69,7 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"quiet", "boards"}
+WITHOUT_TORCH |= {"quiet", "user_warnings", "boards"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
 WITHOUT_TORCH |= {"devices.runner", "devices.runtimes", "devices.sensors", "reporting.devices"}
 WITHOUT_TORCH |= {

@@ -204,6 +204,7 @@ class EdgeTrainer(Trainer):
         settings = callback.settings if targets is None else callback.settings.for_targets(targets)
         given = {name: value for name, value in others.items() if value is not None}
         callback.settings = replace(settings, **given)
+        callback.settings = replace(callback.settings, dirpath=callback.folder(self))
         if strict is not None:
             check_strict(strict)
             callback.strict = strict

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -53,6 +52,7 @@ from lightning_edge.reporting.rows import (
     write,
 )
 from lightning_edge.surgery import find_network
+from lightning_edge.user_warnings import warn
 from lightning_edge.verdict import Judgement, MetricChange
 
 # Share of values outside their range that a report speaks of: more than the outliers that calibration leaves out.
@@ -215,8 +215,8 @@ class _Evaluation:
         metrics = self._torch_row("int8", source, reference, network.graph, floats.reference, comparison)
         change = self._change(floats.metrics, metrics)
         label, float_network, calls = self._rows[-1].label, floats.reference.network, floats.reference.calls
-        if told := noise_warning(label, comparison.result(), change, float_network, calls):
-            self._warn(told)
+        if message := noise_warning(label, comparison.result(), change, float_network, calls):
+            self._warn(message)
         return _Candidate(network, source, reference, metrics)
 
     def _torch_row(
@@ -276,7 +276,7 @@ class _Evaluation:
             _log.error("%s failed", self._rows[-1].label, exc_info=True)
             self._rows[-1] = replace(self._rows[-1], error=f"{type(error).__name__}: {error}")
         row = self._rows[-1]
-        if row.error is not None and not file.told:
+        if row.error is not None and not file.announced:
             self._tell(f"FAILED: {row.label}, there is no such file: {row.error}")
         elif row.verdict is not None:
             self._tell(f"{row.label} {row.judgement}")
@@ -370,14 +370,14 @@ class _Evaluation:
                 "Trained and post-training quantization were not compared: no metric's name tells whether higher is "
                 "better; give metric=... and mode=..."
             )
-        elif told := training_warning(
+        elif message := training_warning(
             self._monitor, rows["trained"].metrics, rows["post-training"].metrics, self._validation.split
         ):
-            self._warn(told)
+            self._warn(message)
 
     def _warn(self, message: str) -> None:
         self._warnings.append(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
 
 @contextmanager

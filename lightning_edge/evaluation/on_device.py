@@ -29,7 +29,7 @@ from lightning_edge.network import Deployable, Inputs, sort_keywords
 from lightning_edge.reporting.devices import DeviceRow, Endurance, Point
 from lightning_edge.reporting.report import Row
 
-# Stretches of a long run, and how many times of each are told.
+# Stretches of a long run, and how many times of each are logged.
 _STRETCHES = 60
 _KEPT_TIMES = 2000
 # How often a device that is to cool down is asked, seconds.

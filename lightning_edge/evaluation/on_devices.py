@@ -118,5 +118,5 @@ def raise_device_failures(report: Report) -> None:
     Raises:
         DeviceError: If there is one.
     """
-    if told := failures(report.devices):
-        raise DeviceError("\n  ".join(["not everything ran on the devices; the report has the rest:", *told]))
+    if failed := failures(report.devices):
+        raise DeviceError("\n  ".join(["not everything ran on the devices; the report has the rest:", *failed]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from lightning_edge.reporting.manifest import Manifest
 from lightning_edge.reporting.monitor import Monitor
 from lightning_edge.reporting.provenance import commit_of
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
+from lightning_edge.user_warnings import warn
 from lightning_edge.verdict import Judgement
 
 # Medians of calls in turn lie closer to each other than this where two files are equally fast.
@@ -34,7 +34,7 @@ def recorded() -> Iterator[list[str]]:
     with export_warnings() as messages:
         yield messages
     for message in messages:
-        warnings.warn(message, ExportWarning, stacklevel=2)
+        warn(message, ExportWarning)
 
 
 def described(row: Row, artifact: Artifact) -> Row:
@@ -119,21 +119,21 @@ def without_gain(rows: Sequence[Row]) -> list[str]:
     """Say which int8 files are no smaller or clearly slower than the float file of the same target."""
     files = [row for row in rows if row.target != "torch" and row.error is None and row.scheme is None]
     floats = {row.target: row for row in files if row.precision == "fp32"}
-    told = []
+    messages = []
     for row in files:
         other = floats.get(row.target)
         if row.precision != "int8" or other is None:
             continue
         if row.size_bytes and other.size_bytes and row.size_bytes >= other.size_bytes:
-            told.append(
+            messages.append(
                 f"{row.label} is no smaller than {other.label}: {row.size_bytes:,} bytes against {other.size_bytes:,}."
             )
         if row.p50_ms and other.p50_ms and not row.is_reference and row.p50_ms > _SLOWER * other.p50_ms:
-            told.append(
+            messages.append(
                 f"{row.label} is slower than {other.label} on this machine: p50 {row.p50_ms:.3g} ms "
                 f"against {other.p50_ms:.3g}. Measure both on the device before you choose."
             )
-    return told
+    return messages
 
 
 def judged(

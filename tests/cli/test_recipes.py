@@ -56,11 +56,14 @@ def test_every_recipe_parses_alone_and_with_every_compression(tmp_path: Path) ->
     (tmp_path / "folder.yaml").write_text(f"data: {{init_args: {{folder: {tmp_path}}}}}\n")
     for name in {*NAMES} - {*COMPRESSIONS}:
         given = [] if name in ("quickstart", "digits-pruned-int8") else [str(tmp_path / "folder.yaml")]
-        assert checker.resolve(f"recipe:{name}", *given)["trainer"]["max_epochs"] > 1
+        trainer = checker.resolve(f"recipe:{name}", *given)["trainer"]
+        assert trainer["max_epochs"] > 1
+        # So that two tasks in one folder do not write to the same places.
+        assert trainer["default_root_dir"] == f"artifacts/{name}"
     for name in COMPRESSIONS:
         config = checker.resolve("recipe:anomaly-detection", str(tmp_path / "folder.yaml"), f"recipe:{name}")
         *phases, evaluation = config["trainer"]["callbacks"]
-        assert evaluation["init_args"]["dirpath"] == f"artifacts/{name.removeprefix('compression/')}"
+        assert evaluation["init_args"]["dirpath"] == f"{{root}}/{name.removeprefix('compression/')}"
         # The parser keeps settings of a callback of the same class at the same place of the list before.
         assert evaluation["init_args"]["calibration_batches"] == 32
         assert len(phases) == (0 if name.endswith("ptq") else 1)
