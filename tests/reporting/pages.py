@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_edge.contents import Placement, Placements
 from lightning_edge.reporting.budget import Excess, Verdict
+from lightning_edge.reporting.devices import About, DeviceRow, Endurance, Point, State
 from lightning_edge.reporting.report import Report, Row
 
 LARGEST_BYTES = 300_000
@@ -75,7 +76,25 @@ FAILED = Row("coreml", "int8", "trained", error="no such operation: roll")
 NOT_RUN = replace(INT8, target="executorch", path="model-int8.pte", metrics={}, p50_ms=None, not_run="needs an NPU")
 OVER = replace(INT8, target="onnx", budget=Verdict("exceeded", (Excess("size_bytes", 10_000, 16_000),)))
 LONG = "a_name_" * 60
+ON_DEVICE = DeviceRow(
+    "pi4",
+    "tflite",
+    "int8",
+    "trained",
+    about=About("aarch64", model="Some Board"),
+    runtime="LiteRT 9, 1 thread",
+    metrics={"val_acc": 0.97},
+    samples=64,
+    max_steps=1.0,
+    p50_ms=0.75,
+    verdict="close",
+    energy_mj=2.5,
+    energy_note="RAPL, package-0: 3 J",
+    sustained=Endurance.of([Point(second, 9, 1 + second / 90, 2.0, State(40 + second / 9)) for second in range(1, 61)]),
+)
+AWAY = DeviceRow("away", "tflite", "int8", "trained", error="away: refused the connection")
 REPORTS: Mapping[str, Report] = {
+    "devices": replace(REPORT, devices=(ON_DEVICE, replace(ON_DEVICE, device="pi5"), AWAY)),
     "plain": REPORT,
     "failed": replace(REPORT, rows=(*REPORT.rows, FAILED)),
     "all failed": replace(REPORT, rows=(TORCH, FAILED)),
@@ -126,6 +145,10 @@ REPORTS: Mapping[str, Report] = {
                 placements=Placements(HOSTILE, (Placement(HOSTILE, "cpu", 1, 5),)),  # type: ignore[arg-type]
             )
             for row in (FLOAT, INT8, replace(INT8, error=HOSTILE), replace(INT8, not_run=HOSTILE))
+        ],
+        devices=[
+            replace(ON_DEVICE, device=HOSTILE, runtime=HOSTILE, energy_note=HOSTILE),
+            replace(AWAY, error=HOSTILE),
         ],
         monitor=HOSTILE,
         warnings=(HOSTILE,),

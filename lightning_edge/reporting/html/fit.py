@@ -17,6 +17,7 @@ from lightning_edge.reporting.html.choice import (
     verdict_of,
 )
 from lightning_edge.reporting.html.markup import Markup, join, tag, text
+from lightning_edge.reporting.html.on_devices import on_devices
 from lightning_edge.reporting.html.page import page, points, quiet, section, state, table, tiles
 from lightning_edge.reporting.html.pruned import channels
 from lightning_edge.reporting.html.words import clipped, known, number, signed, times
@@ -47,6 +48,7 @@ def report_page(report: Report, recipe: str | None = None, commit: Commit | None
         _attention(report),
         parts.files(report, None if choice is None else choice.row),
         parts.latency(report),
+        on_devices(report),
         parts.agreement(report),
         parts.placements(report),
         parts.memory(report),
