@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -17,7 +17,10 @@ from torch import nn
 from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
 from lightning_edge.errors import AgreementError, EdgeError, first_line
+from lightning_edge.evaluation.by_layer import layer_rows
+from lightning_edge.evaluation.class_changes import ClassCounter, Labels
 from lightning_edge.evaluation.hooks import call_hooks
+from lightning_edge.evaluation.notes import metrics_note
 from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference, compared_with
@@ -30,7 +33,15 @@ from lightning_edge.exporters.program import check_numbers
 from lightning_edge.exporters.verify.agreement import judge_file
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.interrupts import unwinding
-from lightning_edge.measure import Agreement, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
+from lightning_edge.measure import (
+    Agreement,
+    Tolerance,
+    interleaved_latency,
+    module_bytes,
+    parameter_count,
+    stopwatch,
+    torch_threads,
+)
 from lightning_edge.network import Deployable, Inputs, sort_keywords
 from lightning_edge.one_run import only_run
 from lightning_edge.pruning import Prune
@@ -39,6 +50,7 @@ from lightning_edge.quantization import check_calibration, convert, float_copy, 
 from lightning_edge.quantization.calibration_check import in_words
 from lightning_edge.quantization.phase import as_trained
 from lightning_edge.record import changes_of
+from lightning_edge.reporting.classes import ClassChanges
 from lightning_edge.reporting.monitor import Monitor, choose
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
 from lightning_edge.reporting.rows import (
@@ -120,6 +132,9 @@ class _Evaluation:
         self._notes: list[str] = left_out(settings)
         self._accepted: list[DeviceFile] = []
         self._monitor: Monitor | None = None
+        self._labels = Labels()
+        # Of the float network: what every candidate's classes are held against, where there are classes.
+        self._scores: Reference | None = None
 
     def run(
         self,
@@ -127,11 +142,11 @@ class _Evaluation:
         baseline: nn.Module | None,
         watched: Sequence[Monitor],
     ) -> Report:
-        settings = self._settings
-        trained = find_network(self._validation.pl_module, self._validation.module)
+        settings, validation = self._settings, self._validation
+        trained = find_network(validation.pl_module, validation.module)
         check_numbers(trained)
         float_network = (float_copy(trained) if baseline is None else baseline).cpu().float().eval()
-        self._note_metrics()
+        self._notes.append(metrics_note(validation))
         if baseline is not None:
             self._notes.append(
                 "fp32, and with it post-training quantization, is the network as it was when quantization-aware "
@@ -140,11 +155,15 @@ class _Evaluation:
 
         float_reference = Reference(float_network)
         metrics = self._torch_row("fp32", "float", float_reference, float_network)
+        self._scores = float_reference if float_reference.classifies else None
         self._choose_monitor(watched)
         floats = _Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics)
         calibration_batches, int8 = self._int8_candidates(trained, floats, calibration)
         self._compare_quantizations()
         candidates = [floats] * settings.fp32_files + int8[-1:]
+        to_ship = int8[-1].network if int8 else None
+        layers, unmeasured = layer_rows(trained, float_network, float_reference.calls, to_ship)
+        self._notes += [unmeasured] if unmeasured is not None else []
 
         self._file_rows([(target, candidate) for target in settings.targets for candidate in candidates])
         self._time()
@@ -153,8 +172,8 @@ class _Evaluation:
         monitor = self._monitor
         seed = os.environ.get("PL_GLOBAL_SEED")
         return Report(
-            model=type(self._validation.pl_module).__name__,
-            split=self._validation.split,
+            model=type(validation.pl_module).__name__,
+            split=validation.split,
             rows=tuple(judged(self._rows, settings.budget, monitor)),
             parameters=parameter_count(float_network),
             monitor=monitor.metric if monitor else None,
@@ -166,20 +185,10 @@ class _Evaluation:
             warnings=tuple(self._warnings),
             notes=tuple(self._notes),
             channels=channels_of(change for change in changes_of(trained) if change["phase"] == Prune.name),
+            layers=tuple(layers),
             versions=installed_versions(),
             devices=on_devices,
         )
-
-    def _note_metrics(self) -> None:
-        if self._validation.own_step:
-            self._notes.append(f"The metrics are what {self._validation.step} logs with each candidate in its place.")
-        elif self._validation.metrics:
-            self._notes.append("The metrics were given with metrics=... and updated with (outputs, target).")
-        else:
-            self._notes.append(
-                f"There are no task metrics: the LightningModule has no {self._validation.step}, and metrics=... "
-                "was not given."
-            )
 
     def _int8_candidates(
         self, trained: nn.Module, floats: _Candidate, calibration: Callable[[], Sequence[Inputs]] | None
@@ -233,7 +242,8 @@ class _Evaluation:
         answer = reference.answers()
         if floats is not None and comparison is not None:
             answer = compared_with(floats.answers(), answer, comparison)
-        metrics = self._validation.run(answer)
+        metrics, classes = self._validated(answer)
+        row = replace(row, classes=classes)
         # A converted graph in torch computes on float numbers in int8 steps, at a speed that means nothing.
         self._rows.append(replace(row, metrics=metrics, is_reference=precision == "int8"))
         if precision == "fp32":
@@ -308,13 +318,15 @@ class _Evaluation:
         scales = network.output_scales if network.precision == "int8" else ()
         comparison = Comparison(scales, class_scores=not reference.reconstructs)
         try:
-            metrics = self._validation.run(reference.answers(artifact, comparison, artifact.sees))
+            metrics, classes = self._validated(reference.answers(artifact, comparison, artifact.sees))
         except AgreementError as error:
             self._rows[-1] = given_verdict(self._rows[-1], Judgement("broken", (str(error),)))
             return
         agreement = comparison.result()
         memory = artifact.runner.peak_memory_bytes()
-        self._rows[-1] = compared(replace(self._rows[-1], metrics=metrics, peak_memory_bytes=memory), agreement)
+        self._rows[-1] = compared(
+            replace(self._rows[-1], metrics=metrics, classes=classes, peak_memory_bytes=memory), agreement
+        )
 
         def rounding() -> Agreement:
             return reference.rounding(network, self._validation.run, artifact.sees)
@@ -322,6 +334,14 @@ class _Evaluation:
         change = self._change(candidate.metrics, metrics)
         judgement = judge_file(network, artifact, agreement, tolerance, rounding, change)
         self._rows[-1] = given_verdict(self._rows[-1], judgement)
+
+    def _validated(self, answer: Callable[..., Any]) -> tuple[dict[str, float], ClassChanges | None]:
+        """Run the loop once: what it logged, and which samples are in another class than in the float network."""
+        if self._scores is None:
+            return self._validation.run(answer), None
+        counter = ClassCounter(self._labels)
+        metrics = self._validation.run(compared_with(self._scores.answers(), answer, counter), self._labels)
+        return metrics, counter.result()
 
     def _change(self, before: Mapping[str, float], after: Mapping[str, float]) -> MetricChange | None:
         """The metric that decides, before and after; ``None`` where there is none."""
@@ -378,14 +398,3 @@ class _Evaluation:
     def _warn(self, message: str) -> None:
         self._warnings.append(message)
         warnings.warn(message, stacklevel=2)
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Within this context, torch computes with this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

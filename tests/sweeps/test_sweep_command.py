@@ -89,7 +89,11 @@ def status(*arguments: str) -> int:
         ("[1e-2]", "[fast]", "learning_rate: 'fast' is not allowed"),
         ("init_args.learning_rate", "init_args.rate", "lightning_edge.zoo.task.Classifier has no such setting"),
         ("model.init_args.learning_rate", "trainer.max_epoch", "max_epoch: there is no such key"),
-        ("prune.macs: [1.0, 0.5]", "quantize.precisions: [int8, mixde]", "'mixde' is not allowed: .*precisions: given 'mixde'.*'mixed'"),
+        (
+            "prune.macs: [1.0, 0.5]",
+            "quantize.precisions: [int8, mixde]",
+            "'mixde' is not allowed: .*precisions: given 'mixde'.*'mixed'",
+        ),
         ("base.yaml", "recipe:nothing", "base: there is no recipe 'nothing'. Recipes: anomaly"),
         ("base.yaml", "nothing.yaml", "base: there is no file 'nothing.yaml'"),
         ("base.yaml", "sweep.yaml", "base: sweep.yaml: space: there is no such key"),
