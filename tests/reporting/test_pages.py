@@ -113,6 +113,8 @@ def test_bytes_and_sensitivity_are_told_by_layer() -> None:
     assert found.index("stem.0 0.5", costs) < found.index("blocks.0 0.002", costs) < found.index("head -1e-06", costs)
     many = words(report_page(REPORTS["many layers and classes"]))
     assert "150 more layers are in report.json" in many
+    assert "the 24 largest of 300 layers" in many
+    assert "layers.299.conv 19,136 of 76,544" in many
 
 
 def test_samples_that_changed_their_class_are_told() -> None:
@@ -130,6 +132,8 @@ def test_samples_that_changed_their_class_are_told() -> None:
     plain = words(report_page(replace(REPORT, rows=(TORCH, FLOAT, unlabelled))))
     assert "Became right" not in plain
     assert "3 to 5 1 samples" in plain
+    many = words(report_page(REPORTS["many layers and classes"]))
+    assert "Right by class, of labels: the 16 of 100 classes that moved most" in many
     same = replace(INT8, classes=ClassChanges(360, 0))
     assert "every one of 360 samples the class" in words(report_page(replace(REPORT, rows=(TORCH, same))))
 

@@ -82,12 +82,17 @@ def layers(report: Report) -> Markup:
 
 
 def _bytes(rows: list[LayerRow]) -> tuple[str, Markup] | None:
+    # Of many layers the largest, still in the order of the network.
+    largest = sorted(rows, key=lambda row: -(row.float_bytes or row.bytes))[:_MOST_DRAWN]
     entries = []
-    for row in rows:
+    for row in (row for row in rows if row in largest):
         values = (float(row.bytes), *((float(row.float_bytes),) if row.float_bytes is not None else ()))
         note = " of ".join(f"{value:,.0f}" for value in values)
         entries.append(Entry(row.name, note, values, f"{row.name}: {note} bytes, in {row.precision} now"))
-    return _picture("Bytes of weights, and in float before (narrow bar)", "Bytes by layer", entries, size)
+    caption = "Bytes of weights, and in float before (narrow bar)"
+    if len(rows) > _MOST_DRAWN:
+        caption = f"{caption}: the {_MOST_DRAWN} largest of {len(rows)} layers"
+    return _picture(caption, "Bytes by layer", entries[:_MOST_DRAWN], size)
 
 
 def _channels(report: Report, names: list[str]) -> tuple[str, Markup] | None:

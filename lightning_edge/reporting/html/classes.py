@@ -21,7 +21,7 @@ _MOST_DRAWN = 10
 _MOST_NAMED = 24
 # Numbers in the cells of a larger table would not be readable on a phone.
 _LARGEST_DRAWN = 12
-_MOST_CLASSES = 40
+_MOST_CLASSES = 16
 _LONGEST_NAME = 24
 # Room for the names of rows and columns.
 _HEAD = 28.0
@@ -86,7 +86,7 @@ def _details(row: Row, found: ClassChanges) -> list[Markup]:
         _by_class(found, name),
         table(
             ["Class before", "Class now", "Samples"],
-            [[name(old), name(new), number(count)] for old, new, count in found.pairs],
+            [[name(old), name(new), number(count)] for old, new, count in found.pairs[:_MOST_CLASSES]],
             "Changes of class, the most frequent first",
             ("Class now",),
         ),
@@ -113,7 +113,11 @@ def _by_class(found: ClassChanges, name: Callable[[int], str]) -> Markup:
         for label, (samples, before, now) in sorted(moved)
         if samples
     ]
-    return table(["Class", "Samples", "Right before", "Right now", "Change"], cells, "Right by class, of labels")
+    count = len(found.by_class)
+    caption = "Right by class, of labels"
+    if count > _MOST_CLASSES:
+        caption = f"{caption}: the {_MOST_CLASSES} of {count} classes that moved most"
+    return table(["Class", "Samples", "Right before", "Right now", "Change"], cells, caption)
 
 
 def _matrix(title: str, counts: Sequence[Sequence[int]], name: Callable[[int], str]) -> Markup:
