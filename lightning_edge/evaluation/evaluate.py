@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ from lightning_edge.evaluation.by_layer import layer_rows
 from lightning_edge.evaluation.class_changes import ClassCounter, Labels
 from lightning_edge.evaluation.hooks import call_hooks
 from lightning_edge.evaluation.notes import metrics_note
-from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
+from lightning_edge.evaluation.on_device import DeviceFile
+from lightning_edge.evaluation.on_devices import left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference, compared_with
 from lightning_edge.evaluation.settings import EvaluationSettings
@@ -64,6 +64,7 @@ from lightning_edge.reporting.rows import (
     write,
 )
 from lightning_edge.surgery import find_network
+from lightning_edge.user_warnings import warn
 from lightning_edge.verdict import Judgement, MetricChange
 
 # Share of values outside their range that a report speaks of: more than the outliers that calibration leaves out.
@@ -174,7 +175,7 @@ class _Evaluation:
         return Report(
             model=type(validation.pl_module).__name__,
             split=validation.split,
-            rows=tuple(judged(self._rows, settings.budget, monitor)),
+            rows=tuple(judged(self._rows, settings.budget, monitor, on_devices)),
             parameters=parameter_count(float_network),
             monitor=monitor.metric if monitor else None,
             warmup=settings.timing.warmup,
@@ -223,8 +224,8 @@ class _Evaluation:
         metrics = self._torch_row("int8", source, reference, network.graph, floats.reference, comparison)
         change = self._change(floats.metrics, metrics)
         label, float_network, calls = self._rows[-1].label, floats.reference.network, floats.reference.calls
-        if told := noise_warning(label, comparison.result(), change, float_network, calls):
-            self._warn(told)
+        if message := noise_warning(label, comparison.result(), change, float_network, calls):
+            self._warn(message)
         return _Candidate(network, source, reference, metrics)
 
     def _torch_row(
@@ -265,8 +266,7 @@ class _Evaluation:
             target,
             Path(settings.dirpath) / f"{settings.name}-{precision}{target_module(target).suffix}",
             label=Row(target, precision, candidate.source).label,
-            threads=settings.timing.threads,
-            time_limit_s=settings.timing.time_limit_s,
+            running=settings.running(target, precision),
             max_fallback=settings.max_fallback,
             interface=settings.interface,
             **options_of(target, precision, settings.options),
@@ -286,7 +286,7 @@ class _Evaluation:
             _log.error("%s failed", self._rows[-1].label, exc_info=True)
             self._rows[-1] = replace(self._rows[-1], error=f"{type(error).__name__}: {error}")
         row = self._rows[-1]
-        if row.error is not None and not file.told:
+        if row.error is not None and not file.announced:
             self._tell(f"FAILED: {row.label}, there is no such file: {row.error}")
         elif row.verdict is not None:
             self._tell(f"{row.label} {row.judgement}")
@@ -390,11 +390,11 @@ class _Evaluation:
                 "Trained and post-training quantization were not compared: no metric's name tells whether higher is "
                 "better; give metric=... and mode=..."
             )
-        elif told := training_warning(
+        elif message := training_warning(
             self._monitor, rows["trained"].metrics, rows["post-training"].metrics, self._validation.split
         ):
-            self._warn(told)
+            self._warn(message)
 
     def _warn(self, message: str) -> None:
         self._warnings.append(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)

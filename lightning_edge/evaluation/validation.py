@@ -24,6 +24,7 @@ from lightning_edge.errors import EdgeError
 from lightning_edge.evaluation.class_changes import Labels
 from lightning_edge.network import Inputs
 from lightning_edge.surgery import capture_inputs, find_network, redirected
+from lightning_edge.user_warnings import warn
 
 Split = Literal["validate", "test"]
 
@@ -249,10 +250,9 @@ def _scalars(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         elif torch.as_tensor(value).numel() == 1:
             yield prefix + name, float(value)
         else:
-            warnings.warn(
+            warn(
                 f"metrics={prefix + name!r} gives {torch.as_tensor(value).numel()} values, and a report holds one "
-                "number for each metric; it is left out. Average it, for example by average='macro'",
-                stacklevel=2,
+                "number for each metric; it is left out. Average it, for example by average='macro'"
             )
 
 

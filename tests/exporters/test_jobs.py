@@ -49,7 +49,7 @@ def test_files_are_those_of_this_process_and_another_targets_failure_stops_nothi
         f"onnx: {step}" for step in ("loading the network", "converting", "reading the file back", "written")
     ]
     assert [line for line in told if line.startswith("FAILED: faulty, there is no such file: ")]
-    assert begun[0].told
+    assert begun[0].announced
     here = tmp_path / "net.onnx"
     with stage(small("int8"), "onnx", here) as staged:
         staged.accept()

@@ -267,7 +267,7 @@ def test_another_machine_takes_over_what_nobody_speaks_of(tmp_path: Path, monkey
     assert [trial.number for trial in front.trials] == [1, 2, 3, 4, 5, 6]
     assert front.trials[-1].settings == lost.settings
     # It comes back too late: what it gives is not wanted any more, and nothing of its folder is taken up.
-    lost.lock.release()
+    lost.lock.close()
     late = engine(tmp_path / "lost", url=url)
     assert not late.study.complete(
         lost, Result({"val_acc": 1.0, "tflite.size_bytes": 1, "tflite.p95_ms": 1}, None, 1.0)
