@@ -27,6 +27,7 @@ ROWS = [
         "tracing",
         "quiet",
         "user_warnings",
+        "cores",
     },
     {"reporting.devices", "reporting.classes", "reporting.layers", "plain_calls"},
     {
@@ -69,7 +70,7 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"quiet", "user_warnings", "boards"}
+WITHOUT_TORCH |= {"quiet", "user_warnings", "boards", "cores"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
 WITHOUT_TORCH |= {"devices.runner", "devices.runtimes", "devices.sensors"}
 WITHOUT_TORCH |= {"reporting.devices", "reporting.classes", "reporting.layers"}

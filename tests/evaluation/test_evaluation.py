@@ -94,6 +94,7 @@ def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
 
 @dataclass
 class Fitted:
+    targets: tuple[str, ...]
     folder: Path
     report: Report
     module: Classifier
@@ -101,22 +102,30 @@ class Fitted:
     printed: str
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(
+    scope="module",
+    params=[("tflite",), pytest.param(("executorch", "tflite"), marks=pytest.mark.slow)],
+    ids="+".join,
+)
 def fitted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Fitted:
-    """One fit with quantization-aware training and two real targets."""
-    pytest.importorskip("executorch")
-    pytest.importorskip("litert_torch")
+    """One fit with quantization-aware training and real targets."""
+    targets: tuple[str, ...] = request.param
+    for name in targets:
+        pytest.importorskip({"tflite": "litert_torch"}.get(name, name))
     folder = tmp_path_factory.mktemp("fitted")
     L.seed_everything(3)
     module = Classifier()
-    evaluation = DeviceEvaluationCallback(["executorch", "tflite"], str(folder / "files"), timing=QUICK)
+    evaluation = DeviceEvaluationCallback(list(targets), str(folder / "files"), timing=QUICK)
     capture = request.config.pluginmanager.getplugin("capturemanager")
     logger = CSVLogger(folder, name="log")
     capture.read_global_capture()
     trainer(EdgeCompressionCallback([Quantize(start=0.5)]), evaluation, logger=logger).fit(module, TRAINING, VALIDATION)
     printed = capture.read_global_capture().out
     assert evaluation.report is not None
-    return Fitted(folder / "files", evaluation.report, module, Path(logger.log_dir), printed)
+    return Fitted(targets, folder / "files", evaluation.report, module, Path(logger.log_dir), printed)
+
+
+TARGET_SUFFIXES = {"executorch": ".pte", "tflite": ".tflite"}
 
 
 def test_every_candidate_has_a_row_with_the_users_metrics(fitted: Fitted) -> None:
@@ -124,10 +133,7 @@ def test_every_candidate_has_a_row_with_the_users_metrics(fitted: Fitted) -> Non
         "torch fp32",
         "torch int8 (post-training)",
         "torch int8 (trained)",
-        "executorch fp32",
-        "executorch int8 (trained)",
-        "tflite fp32",
-        "tflite int8 (trained)",
+        *(f"{name} {form}" for name in fitted.targets for form in ("fp32", "int8 (trained)")),
     ]
     assert fitted.report.failures == []
     for row in fitted.report.rows:
@@ -185,9 +191,10 @@ def test_files_are_described_and_hashed(fitted: Fitted) -> None:
             assert row.peak_memory_bytes is not None
             assert 0 < row.peak_memory_bytes < 32 * 2**20
         assert (row.max_steps is None) == (row.precision == "fp32")
-    files = ["model-fp32.pte", "model-fp32.tflite", "model-int8.pte", "model-int8.tflite"]
-    written = ["manifest.json", *files, "report.html", "report.json", "report.md"]
-    assert sorted(path.name for path in fitted.folder.iterdir()) == written
+    suffixes = [TARGET_SUFFIXES[name] for name in fitted.targets]
+    files = {f"model-{precision}{suffix}" for precision in ("fp32", "int8") for suffix in suffixes}
+    written = {"manifest.json", *files, "report.html", "report.json", "report.md"}
+    assert {path.name for path in fitted.folder.iterdir()} == written
 
 
 def test_manifest_holds_what_the_report_does_and_the_folder_keeps_to_it(fitted: Fitted) -> None:
@@ -223,14 +230,14 @@ def test_settings_are_stated(fitted: Fitted) -> None:
 def test_table_is_printed(fitted: Fitted) -> None:
     assert "Classifier" in fitted.printed
     assert "on the device" not in fitted.printed
-    assert "executorch int8" in fitted.printed
+    assert all(f"{name} int8" in fitted.printed for name in fitted.targets)
 
 
 def test_metrics_are_in_the_loggers(fitted: Fitted) -> None:
     with open(fitted.logs / "metrics.csv") as file:
         logged = [row for row in csv.DictReader(file) if row["edge/tflite/val_acc"]]
     assert float(logged[-1]["edge/tflite/val_acc"]) == pytest.approx(fitted.report.rows[-1].metrics["val_acc"])
-    assert float(logged[-1]["edge/executorch/fp32_size_bytes"]) == fitted.report.rows[3].size_bytes
+    assert float(logged[-1][f"edge/{fitted.targets[0]}/fp32_size_bytes"]) == fitted.report.rows[3].size_bytes
 
 
 # A target of our own, so that what may go wrong does, and fast.

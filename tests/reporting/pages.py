@@ -13,7 +13,7 @@ from lightning_edge.contents import Placement, Placements
 from lightning_edge.interface import Interface
 from lightning_edge.reporting.budget import Excess, Verdict
 from lightning_edge.reporting.classes import ClassChanges
-from lightning_edge.reporting.devices import About, DeviceRow
+from lightning_edge.reporting.devices import About, DeviceRow, Endurance, Point, State
 from lightning_edge.reporting.layers import LayerRow
 from lightning_edge.reporting.report import Report, Row
 
@@ -96,24 +96,25 @@ LAYERS = (
     LayerRow("head", "int8", 1_320, 5_160, -1e-6),
 )
 QUANTILES = tuple(0.15 + 0.005 * step for step in range(21))
-BOARD = DeviceRow(
-    "kitchen",
+ON_DEVICE = DeviceRow(
+    "pi4",
     "tflite",
     "int8",
     "trained",
-    about=About(machine="aarch64", model="a board", cores=4),
-    runtime="LiteRT 2",
-    metrics={"val_acc": 0.975},
+    about=About("aarch64", model="Some Board"),
+    runtime="LiteRT 9, 1 thread",
+    metrics={"val_acc": 0.97},
     samples=64,
-    top1=1.0,
     max_steps=1.0,
-    first_ms=3.0,
-    p50_ms=1.25,
-    p95_ms=1.5,
-    p99_ms=2.25,
-    peak_memory_bytes=30_000_000,
+    p50_ms=0.75,
+    verdict="close",
+    energy_mj=2.5,
+    energy_note="RAPL, package-0: 3 J",
+    sustained=Endurance.of([Point(second, 9, 1 + second / 90, 2.0, State(40 + second / 9)) for second in range(1, 61)]),
 )
+AWAY = DeviceRow("away", "tflite", "int8", "trained", error="away: refused the connection")
 REPORTS: Mapping[str, Report] = {
+    "devices": replace(REPORT, devices=(ON_DEVICE, replace(ON_DEVICE, device="pi5"), AWAY)),
     "plain": REPORT,
     "failed": replace(REPORT, rows=(*REPORT.rows, FAILED)),
     "all failed": replace(REPORT, rows=(TORCH, FAILED)),
@@ -159,7 +160,7 @@ REPORTS: Mapping[str, Report] = {
         ),
         layers=LAYERS,
         channels={"blocks.0": (32, 16)},
-        devices=(BOARD, DeviceRow("attic", "tflite", "int8", "trained", error="it was not reached")),
+        devices=(ON_DEVICE, AWAY),
     ),
     "many layers and classes": replace(
         REPORT,
@@ -207,16 +208,16 @@ REPORTS: Mapping[str, Report] = {
             )
             for row in (FLOAT, INT8, replace(INT8, error=HOSTILE), replace(INT8, not_run=HOSTILE))
         ],
+        devices=[
+            replace(ON_DEVICE, device=HOSTILE, runtime=HOSTILE, energy_note=HOSTILE),
+            replace(AWAY, error=HOSTILE),
+        ],
         monitor=HOSTILE,
         warnings=(HOSTILE,),
         notes=(HOSTILE,),
         versions={HOSTILE: HOSTILE},
         channels={HOSTILE: (4, 2)},
         layers=(LayerRow(HOSTILE, "int8", 5, None, math.nan),),
-        devices=(
-            replace(BOARD, device=HOSTILE, runtime=HOSTILE, metrics={HOSTILE: 0.5}),
-            DeviceRow(HOSTILE, HOSTILE, "int8", HOSTILE, error=HOSTILE),
-        ),
     ),
 }
 

@@ -121,7 +121,7 @@ def test_a_full_report_has_every_part_with_a_table_beside_its_pictures(measured:
         assert drawn == {
             "What each file costs, and how well it does": 2,
             "How fast": 1,
-            "On devices": 1,
+            "On devices": 2,
             "How true each file is to its network": 1,
             "Which samples changed their class": 2,
             "Layer by layer": 3,

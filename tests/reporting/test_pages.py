@@ -67,6 +67,24 @@ def test_page_tells_what_the_report_knows() -> None:
         assert told in found, told
 
 
+def test_page_tells_what_was_measured_on_devices() -> None:
+    page = report_page(REPORTS["devices"])
+    found = words(page)
+    for told in (
+        "Failed: away: tflite int8: refused the connection",
+        "pi4: tflite int8 0.9700 close",
+        "pi4: tflite int8, energy: 2.5 mJ an inference; RAPL, package-0: 3 J",
+        "p50 1.011 ms at first, 1.606 ms at the end of 60 s, 40 to 47 °C",
+        "Median latency of a sample, one call after another",
+        "The hottest temperature",
+        "pi5: tflite int8, 60 s: 1.667 ms",
+    ):
+        assert told in found, told
+    assert "The fastest core" not in found  # no device told it
+    assert page.count("<polyline") - report_page(REPORT).count("<polyline") == 4
+    assert "On devices" not in words(report_page(REPORT))
+
+
 def test_trouble_comes_before_the_pictures() -> None:
     for name, told in (
         ("failed", "coreml int8 (trained) failed: no such operation: roll"),
@@ -136,15 +154,6 @@ def test_samples_that_changed_their_class_are_told() -> None:
     assert "Right by class, of labels: the 16 of 100 classes that moved most" in many
     same = replace(INT8, classes=ClassChanges(360, 0))
     assert "every one of 360 samples the class" in words(report_page(replace(REPORT, rows=(TORCH, same))))
-
-
-def test_files_on_devices_are_told() -> None:
-    assert "On devices" not in report_page(REPORT)
-    found = words(report_page(REPORTS["full"]))
-    assert "attic: tflite int8: it was not reached" in found
-    assert "kitchen: tflite int8 1.25 · 1.5 · 2.25 ms" in found
-    assert "kitchen: tflite int8 measured 0.9750" in found
-    assert "kitchen: a board, aarch64, 4 cores; LiteRT 2" in found
 
 
 def test_distribution_of_latency_and_where_a_file_begins_to_differ_are_told() -> None:

@@ -18,8 +18,8 @@ from lightning_edge.reporting.html.choice import (
     verdict_of,
 )
 from lightning_edge.reporting.html.classes import classes
-from lightning_edge.reporting.html.devices import devices
 from lightning_edge.reporting.html.markup import Markup, join, tag, text
+from lightning_edge.reporting.html.on_devices import on_devices
 from lightning_edge.reporting.html.page import page, points, quiet, section, state, table, tiles
 from lightning_edge.reporting.html.words import clipped, known, number, signed, times
 
@@ -49,7 +49,7 @@ def report_page(report: Report, recipe: str | None = None, commit: Commit | None
         _attention(report),
         parts.files(report, None if choice is None else choice.row),
         parts.latency(report),
-        devices(report),
+        on_devices(report),
         parts.agreement(report),
         classes(report, None if choice is None else choice.row),
         layers(report),

@@ -227,7 +227,7 @@ def _untimed(row: Row) -> str:
         return "failed"
     if row.not_run is not None:
         return "nothing here can run it"
-    return "run for its values alone, at a speed that says nothing" if row.is_reference else "not measured"
+    return "run by a reference interpreter or kernels, whose speed says nothing" if row.is_reference else "not measured"
 
 
 def placements(report: Report) -> Markup:
