@@ -164,6 +164,33 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
     assert [excess.name for excess in entry.budget.exceeded] == ["size_bytes"]
 
 
+def test_fit_ends_with_a_status_of_its_own_where_a_file_is_over_its_budget(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "targets": ["onnx"],
+        "dirpath": "files",
+        "budget": {"size_bytes": 1000},
+        "calibration_batches": 0,
+        "fp32_files": False,
+        "timing": {"warmup": 0, "repeats": 1},
+    }
+    callback = {"class_path": "lightning_edge.DeviceEvaluationCallback", "init_args": given}
+    callbacks = [*SETTINGS["trainer"]["callbacks"], callback]  # type: ignore[index]
+    settings = {**SETTINGS, "trainer": {**SETTINGS["trainer"], "callbacks": callbacks}}  # type: ignore[dict-item]
+    Path("settings.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit) as exit_info, pytest.warns(UserWarning, match="is over its budget"):
+        run("fit", "--config", "settings.yaml")
+    assert exit_info.value.code == 3
+    assert "error: onnx int8 (trained) is over its budget: size_bytes " in capfd.readouterr().err
+    assert Path("checkpoints/trained.ckpt").is_file()  # everything was saved before
+    assert Path("files/report.html").is_file()
+    (entry,) = Manifest.read(Path("files")).files
+    assert Path("files", entry.path).is_file()
+
+
 BENCH = {"bench": {"class_path": "lightning_edge.devices.Local"}}
 
 

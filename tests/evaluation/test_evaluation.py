@@ -141,6 +141,25 @@ def test_every_candidate_has_a_row_with_the_users_metrics(fitted: Fitted) -> Non
         assert row.metrics["val_acc"] > 0.5
 
 
+def test_layers_classes_and_times_are_in_the_report_that_is_read_back(fitted: Fitted) -> None:
+    report = read_report(fitted.folder).report
+    assert [(layer.name, layer.precision) for layer in report.layers] == [("0", "int8"), ("4", "int8")]
+    assert [layer.float_bytes for layer in report.layers] == [4 * (72 + 8), 4 * (512 + 4)]
+    assert [layer.bytes for layer in report.layers] == [72 + 4 * 8, 512 + 4 * 4]
+    assert all(layer.increase is not None and layer.increase > 0 for layer in report.layers)
+    assert report.rows[0].classes is None  # the float network itself
+    for row in report.rows[1:]:
+        assert row.classes is not None
+        assert row.classes.samples == 72
+        assert sum(samples for samples, _, _ in row.classes.by_class) == 72
+        right = sum(now for _, _, now in row.classes.by_class)
+        assert right / 72 == pytest.approx(row.metrics["val_acc"])
+    for row in report.rows[3:]:
+        assert len(row.quantiles_ms) == 21
+        assert list(row.quantiles_ms) == sorted(row.quantiles_ms)
+        assert row.p50_ms == pytest.approx(row.quantiles_ms[10])
+
+
 def test_metric_of_a_file_is_that_of_running_it_by_hand(fitted: Fitted) -> None:
     for row in fitted.report.rows[3:]:
         assert row.path is not None
@@ -492,6 +511,7 @@ def test_reconstruction_is_not_taken_for_class_scores(stub: Stub, tmp_path: Path
     assert report.rows[1].max_relative is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*int8 leaves little")  # of a network that hardly trained
 def test_training_that_made_it_worse_is_warned_of(stub: Stub, tmp_path: Path) -> None:
     module = Classifier()
     trainer(EdgeCompressionCallback([Quantize(start=0)]), max_epochs=1).fit(module, TRAINING, VALIDATION)
@@ -731,6 +751,13 @@ def test_folder_that_cannot_be_written_is_told_before_training(stub: Stub, tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(EdgeError, match=r"dirpath=.*cannot be written to"):
         trainer(DeviceEvaluationCallback(["stub"], str(tmp_path / "file"))).fit(Classifier(), TRAINING, VALIDATION)
+
+
+def test_root_in_the_folder_is_that_of_the_trainer(stub: Stub, tmp_path: Path) -> None:
+    callback = DeviceEvaluationCallback(["stub"], "{root}/float", calibration_batches=0, timing=QUICK)
+    root = tmp_path / "task"
+    trainer(callback, default_root_dir=root, max_epochs=1).fit(Classifier(), TRAINING, VALIDATION)
+    assert (root / "float" / "report.json").is_file()
 
 
 @pytest.mark.parametrize("strict", [True, False])

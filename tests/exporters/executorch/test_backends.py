@@ -207,7 +207,7 @@ def test_a_runtime_that_has_the_backend_runs_the_file(monkeypatch: pytest.Monkey
         def _get_registered_backend_names(cls) -> tuple[str, ...]:
             return cls.names
 
-    monkeypatch.setattr(executorch, "require", lambda *_: Library)
+    monkeypatch.setattr(executorch, "library", lambda: Library)
     assert "no VulkanBackend on this machine" in str(executorch.TARGET.not_run_here(contents))
     assert executorch.TARGET.not_run_here(replace(contents, delegates=("XnnpackBackend",))) is None
     Library.names = ("XnnpackBackend", "VulkanBackend")
