@@ -23,7 +23,7 @@ from lightning_edge.exporters.input_adapter import (
     network_dtype,
     network_shape,
 )
-from lightning_edge.exporters.run.calls import TensorSpec, conform, stack
+from lightning_edge.exporters.run.calls import Samples, TensorSpec, conform, converted, stack
 from lightning_edge.exporters.run.child import Child
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S, Isolated
 from lightning_edge.exporters.run.missing import missing_operation
@@ -105,7 +105,12 @@ class Artifact:
         if inputs.batch_size == 0:
             raise RunnerError(f"{self.path.name} was given a batch of 0 samples; give at least one")
         most = self.contents.interface.max_batch
-        return stack([self.run(inputs.sample(start, most).tensors) for start in range(0, inputs.batch_size, most)])
+        if inputs.batch_size <= most:
+            return stack([self.run(inputs.tensors)])
+        self.ready(inputs.sample(0, most).tensors)  # all others are of the same shapes and types
+        values = [as_network_takes(tensor, self.contents.interface) for tensor in inputs.tensors]
+        samples = replace(Samples.of(inputs.tensors), tensors=self._as_file_takes(converted(values, self.inputs)))
+        return self.guarded(lambda: self.runner.run_all(samples, most))
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one call, after checking them against the file.
@@ -127,9 +132,11 @@ class Artifact:
         """
         interface = self.contents.interface
         values = [as_network_takes(tensor, interface) for tensor in tensors]
-        given = conform(values, self.inputs, self.path.name, interface.max_batch)
+        return self._as_file_takes(conform(values, self.inputs, self.path.name, interface.max_batch))
+
+    def _as_file_takes(self, given: list[Tensor]) -> list[Tensor]:
         try:
-            return [as_file_takes(tensor, interface) for tensor in given]
+            return [as_file_takes(tensor, self.contents.interface) for tensor in given]
         except ValueError as error:
             raise RunnerError(f"{self.path.name}: {error}") from error
 

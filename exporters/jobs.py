@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import os
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ from torch import nn
 
 from lightning_edge import errors
 from lightning_edge.contents import Contents
+from lightning_edge.cores import cores
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters.artifact import check_kernels
 from lightning_edge.exporters.order import Forms, Order, ordered
@@ -49,8 +49,7 @@ def default_jobs(targets: int) -> int:
     Args:
         targets: How many there are.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, targets) if cores > 1 else 0
+    return min(cores(), targets) if cores() > 1 else 0
 
 
 def check_jobs(jobs: int | None) -> None:

@@ -182,21 +182,39 @@ def export(
     running: dict[str, Any] = {"threads": threads, "isolated": isolated, "time_limit_s": time_limit_s}
     running |= {"kernels": kernels, "max_fallback": max_fallback, "interface": interface}
     with unwinding(), stage(model, target, path, inputs=inputs, **running, **options) as staged:
-        if staged.artifact.not_run is not None:
-            return staged.accept()
-        compared = staged.network, staged.artifact
-        kept = staged.network.calibration
-        calls = list(batches) if batches is not None else None if kept is None else [kept]
-        scheme = options.get("scheme")
-        allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
-        agreement = None
-        try:
-            agreement = agreement_of(*compared, calls)
-            judgement = judge_file(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
-        except AgreementError as error:
-            judgement = Judgement("broken", (str(error),))
-        _raise_or_warn(staged, agreement, judgement, strict)
-        return replace(staged.accept(), agreement=agreement, judgement=judgement)
+        return proved(staged, batches, tolerance, strict, options.get("scheme"))
+
+
+def proved(
+    staged: Staged,
+    batches: Iterable[Any] | None = None,
+    tolerance: Tolerance | None = None,
+    strict: Strict = True,
+    scheme: schemes.Scheme | None = None,
+) -> Artifact:
+    """Compare a file with its network, judge it, and put it in place; arguments and errors as for `export`.
+
+    Args:
+        staged: The file.
+        batches: As for `export`.
+        tolerance: As for `export`.
+        strict: As for `export`.
+        scheme: The scheme that it was written in, if any.
+    """
+    if staged.artifact.not_run is not None:
+        return staged.accept()
+    compared = staged.network, staged.artifact
+    kept = staged.network.calibration
+    calls = list(batches) if batches is not None else None if kept is None else [kept]
+    allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
+    agreement = None
+    try:
+        agreement = agreement_of(*compared, calls)
+        judgement = judge_file(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
+    except AgreementError as error:
+        judgement = Judgement("broken", (str(error),))
+    _raise_or_warn(staged, agreement, judgement, strict)
+    return replace(staged.accept(), agreement=agreement, judgement=judgement)
 
 
 def _raise_or_warn(staged: Staged, agreement: Agreement | None, judgement: Judgement, strict: Strict) -> None:

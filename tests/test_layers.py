@@ -27,8 +27,9 @@ ROWS = [
         "tracing",
         "quiet",
         "user_warnings",
+        "cores",
     },
-    {"reporting.devices", "plain_calls"},
+    {"reporting.devices", "reporting.classes", "reporting.layers", "plain_calls"},
     {
         "yaml_files",
         "reporting.rendering",
@@ -47,7 +48,7 @@ ROWS = [
     {"network", "one_run", "record_check", "succession", "reporting.report", "cli.config_errors"},
     {"surgery", "measure", "reporting.manifest"},
     {"reporting.read", "comparison", "quantization", "pruning", "factorization", "sparsity"},
-    {"distillation", "evaluation.reference"},
+    {"distillation", "evaluation.reference", "evaluation.class_changes"},
     {"record"},
     {"exporters.passes"},
     {"exporters.input_adapter", "exporters.default_names"},
@@ -69,9 +70,10 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"quiet", "user_warnings", "boards"}
+WITHOUT_TORCH |= {"quiet", "user_warnings", "boards", "cores"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
-WITHOUT_TORCH |= {"devices.runner", "devices.runtimes", "devices.sensors", "reporting.devices"}
+WITHOUT_TORCH |= {"devices.runner", "devices.runtimes", "devices.sensors"}
+WITHOUT_TORCH |= {"reporting.devices", "reporting.classes", "reporting.layers"}
 WITHOUT_TORCH |= {
     f"reporting.{name}"
     for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_edge.errors import EdgeError, first_line
 from lightning_edge.exporters.run import messages
+from lightning_edge.exporters.run.calls import Samples
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.measure import stopwatch
 
@@ -60,6 +61,13 @@ class _Worker:
     def run(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Run on one sample."""
         return {}, self._run(tensors)
+
+    def run_all(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
+        """Run on several samples, one call after the other."""
+        assert self._runner is not None
+        samples = Samples(tensors, message["carries"], message["count"])
+        with torch.no_grad():
+            return {}, self._runner.run_all(samples, message["most"])
 
     def keep(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Keep a sample for `time`."""

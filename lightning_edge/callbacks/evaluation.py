@@ -90,7 +90,7 @@ class DeviceEvaluationCallback(Callback):
         every_n_epochs: Evaluate during training as well, after every so many epochs, into ``<dirpath>/epoch-<n>``. The
             float file is left out there, and failures are warnings. The training goes on as it would without.
         jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one;
-            ``None``: one a core.
+            ``None``: one a core, and in this process where there is one core only.
 
     Attributes:
         settings: The arguments that say which files are made, and how they are tested, timed and judged.

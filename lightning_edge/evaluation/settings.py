@@ -13,7 +13,7 @@ from lightning_edge.devices.named import check_names
 from lightning_edge.devices.settings import DeviceSettings
 from lightning_edge.evaluation.hooks import EvaluationHook
 from lightning_edge.exporters import TARGETS, check_options, options_of
-from lightning_edge.exporters.jobs import check_jobs
+from lightning_edge.exporters.jobs import check_jobs, default_jobs
 from lightning_edge.exporters.run.running import Running
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.contents import check_share
@@ -45,7 +45,6 @@ class EvaluationSettings:
         on_devices: What is measured there.
         hooks: What is called with each file and with the report when it is written.
         jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one;
-            ``None``: one a core.
             ``None``: one a core, and in this process where there is one core only.
 
     Raises:
@@ -95,6 +94,11 @@ class EvaluationSettings:
         return Running(
             self.timing.threads, time_limit_s=self.timing.time_limit_s, kernels="reference" if micro else "delegate"
         )
+
+    @property
+    def writing_jobs(self) -> int:
+        """How many processes write files at once on this machine; 0 for none but this one."""
+        return default_jobs(len(self.targets)) if self.jobs is None else self.jobs
 
     def tolerance_for(self, scheme: schemes.Scheme | None) -> Tolerance:
         """Give the tolerance for files of a scheme: the scheme's own, unless the user gave another."""

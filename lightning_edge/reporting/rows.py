@@ -111,7 +111,12 @@ def given_verdict(row: Row, judgement: Judgement) -> Row:
 def timed(row: Row, latency: Latency) -> Row:
     """Add how long one call takes."""
     return replace(
-        row, p50_ms=latency.p50_ms, p95_ms=latency.p95_ms, p99_ms=latency.p99_ms, throughput=latency.throughput
+        row,
+        p50_ms=latency.p50_ms,
+        p95_ms=latency.p95_ms,
+        p99_ms=latency.p99_ms,
+        throughput=latency.throughput,
+        quantiles_ms=latency.quantiles_ms,
     )
 
 

@@ -49,10 +49,9 @@ def network(kind: type[nn.RNNBase]) -> Deployable:
 @pytest.mark.parametrize(
     ("target", "kind"),
     [
-        ("tflite", nn.GRU),
         ("onnx", nn.GRU),
-        ("coreml", nn.LSTM),
-        *(pytest.param(name, nn.GRU, marks=pytest.mark.slow) for name in ("executorch", "coreml")),
+        pytest.param("coreml", nn.LSTM, marks=pytest.mark.slow),
+        *(pytest.param(name, nn.GRU, marks=pytest.mark.slow) for name in ("tflite", "executorch", "coreml")),
     ],
 )
 def test_files_hold_the_rest_in_int8(target: str, kind: type[nn.RNNBase], tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+SUFFIXES = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite", "onnx": ".onnx"}
+
+
 class Outlier(nn.Module):
     """Three layers, the second of which has one weight so large that int8 leaves nothing of the others."""
 
@@ -144,13 +147,13 @@ class TestSkip:
 
     @pytest.mark.parametrize(
         ("target", "skip"),
-        [("coreml", ["branch", "head"]), ("tflite", ["branch", "head"]), ("onnx", ["shortcut"])]
-        + [pytest.param(name, ["branch", "head"], marks=pytest.mark.slow) for name in ("executorch", "onnx")]
+        [("onnx", ["shortcut"])]
+        + [pytest.param(name, ["branch", "head"], marks=pytest.mark.slow) for name in SUFFIXES]
         + [pytest.param(name, ["shortcut"], marks=pytest.mark.slow) for name in ("executorch", "coreml", "tflite")],
         ids=str,
     )
     def test_it_rides_through_every_exporter(self, target: str, skip: list[str], tmp_path: Path) -> None:
-        suffix = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite", "onnx": ".onnx"}[target]
+        suffix = SUFFIXES[target]
         model = MODELS["residual"]
         network, inputs = model.build(), model.inputs(8)
         quantized = quantize(network, [inputs], skip=skip)
@@ -232,7 +235,7 @@ class TestWideActivations:
     @pytest.mark.parametrize(
         "precisions",
         [
-            {"*": "int8_a16"},
+            pytest.param({"*": "int8_a16"}, marks=pytest.mark.slow),
             pytest.param({"branch": "int8_a16"}, marks=pytest.mark.slow),
             {"stem": "float", "head": "int8_a16"},
         ],

@@ -57,7 +57,11 @@ def test_a_grid_is_trained_once_each_and_every_point_has_its_files_values(tmp_pa
     assert [trial.number for trial in trials if trial.front] == [trial.number for trial in trials if trial.feasible]
 
 
-@pytest.mark.parametrize(("text", "url"), [(RANGE, None), (GRID, "sqlite")], ids=["tpe-journal", "grid-database"])
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [pytest.param(RANGE, None, marks=pytest.mark.slow), (GRID, "sqlite")],
+    ids=["tpe-journal", "grid-database"],
+)
 def test_three_workers_of_which_one_is_killed_lose_nothing(tmp_path: Path, text: str, url: str | None) -> None:
     folder, log, file = tmp_path / "sweep", tmp_path / "log", tmp_path / "study.yaml"
     file.write_text(text)

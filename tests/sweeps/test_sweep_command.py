@@ -162,6 +162,7 @@ def test_the_checker_completes_what_it_checks(folder: Path) -> None:
     assert checker.resolve("recipe:quickstart")["trainer"]["max_epochs"] == 20
 
 
+@pytest.mark.slow
 def test_a_training_that_cannot_begin_fails_with_what_it_says(tmp_path: Path) -> None:
     lock = take(tmp_path / "lock")
     assert lock is not None

@@ -111,7 +111,9 @@ def test_reference_kernels_are_of_tflite_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["residual", "difference", "tokens", "attention"])
+@pytest.mark.parametrize(
+    "name", ["residual", "difference", "tokens", pytest.param("attention", marks=pytest.mark.slow)]
+)
 def test_float_outputs_are_those_of_the_network(folder: Path, name: str) -> None:
     artifact, _ = written(folder, name, "fp32")
     assert artifact.precision == "fp32"
@@ -214,6 +216,7 @@ def test_resnet8_is_no_larger_than_the_reference(folder: Path) -> None:
     assert artifact.size_bytes <= 98_496
 
 
+@pytest.mark.slow
 def test_float_islands_are_named(folder: Path) -> None:
     artifact, warned = written(folder, "attention", "int8")
     assert artifact.contents.float_ops
