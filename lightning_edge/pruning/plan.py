@@ -227,7 +227,7 @@ def _settle(draft: _Draft, goal: Goal, cuts: Sequence[Change]) -> Change:
             )
         if not draft.groups:
             # The network's own code has fixed sizes: it stays whole, and what else is to be done with it goes on.
-            unchanged = {measure: [round(base[measure])] * 3 for measure in MEASURES}
+            unchanged: Change = {measure: [round(base[measure])] * 3 for measure in MEASURES}
             return {"kind": "cut", "kept": {}, "attributes": {}, **unchanged}
         units = np.array([group.units for group in draft.groups], dtype=np.int64)
         costs = _price(draft, price, units)
