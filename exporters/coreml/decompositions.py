@@ -1,4 +1,4 @@
-"""What coremltools' converter does not know, or writes in a form that loses the value, in operations that it has."""
+"""Decompose operations that coremltools' converter lacks, or writes in a form that loses values."""
 
 from __future__ import annotations
 

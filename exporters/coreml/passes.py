@@ -1,4 +1,4 @@
-"""Passes for coremltools' converter: constants, operations that it does not know, and moves that it joins."""
+"""Passes before coremltools' converter: constants, operations that it lacks, and moves that it joins."""
 
 from __future__ import annotations
 
