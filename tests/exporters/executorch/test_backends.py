@@ -162,6 +162,7 @@ class Uneven(nn.Module):
         return torch.relu(self.layer(rows))
 
 
+@pytest.mark.slow
 def test_what_a_backend_takes_in_float_only_is_refused(tmp_path: Path) -> None:
     from lightning_edge.quantization import quantize
 
