@@ -141,8 +141,11 @@ class Branches(nn.Module):
 class FirstBatch:
     """A batch of training."""
 
+    def __init__(self) -> None:
+        self.images = images()
+
     def inputs(self) -> Inputs:
-        return Inputs.of(images())
+        return Inputs.of(self.images)
 
     def gradients(self, *, per_sample: bool = False) -> Iterator[dict[str, Any]]:
         raise NotImplementedError
@@ -163,9 +166,10 @@ def test_the_trial_is_made_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("lightning_edge.quantization.phase.try_out", lambda *args: calls.append(try_out(*args)))
     network.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    random_state, phase = torch.random.get_rng_state(), Quantize(start=5)
+    batch, phase = FirstBatch(), Quantize(start=5)
+    random_state = torch.random.get_rng_state()
     for epoch in range(3):
-        assert phase.plan(network, Clock(epoch, epoch / 10), [], FirstBatch()) is None
+        assert phase.plan(network, Clock(epoch, epoch / 10), [], batch) is None
     assert len(calls) == 1
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert network.training
