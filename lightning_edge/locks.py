@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self, final
 
-# File systems without locks say one of these; what is locked there is not protected, and works.
+# File systems without locks say one of these.
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -22,18 +22,21 @@ class Lock:
         self._opened: int | None = opened
 
     @classmethod
-    def take(cls, path: Path, *, make: bool = True) -> Self | None:
-        """Take the lock of a file, without waiting.
+    def take(cls, path: Path, *, make: bool = True, wait: bool = False, needed: bool = False) -> Self | None:
+        """Take the lock of a file.
 
         Args:
             path: The file; its folder is there.
             make: Whether to make it if it is not there.
+            wait: Whether to wait for the one that holds it.
+            needed: Whether a file system without locks is an error. What is locked there is not protected otherwise,
+                and works.
 
         Returns:
             The lock; ``None`` if another holds it, in this process or elsewhere, or the file is not there to be taken.
 
         Raises:
-            OSError: If the file cannot be made or opened.
+            OSError: If the file cannot be made, opened or, where that is needed, locked.
         """
         path = path.absolute()  # the current folder may be another one when it is released
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if make else 0)
@@ -45,19 +48,42 @@ class Lock:
                     raise
                 return None
             try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(opened)
+                return None
             except OSError as error:
-                if error.errno not in _WITHOUT_LOCKS:
+                if needed or error.errno not in _WITHOUT_LOCKS:
                     os.close(opened)
-                    if isinstance(error, BlockingIOError):
-                        return None
                     raise
+            except BaseException:  # Ctrl-C while it waits
+                os.close(opened)
+                raise
             if _is_at(path, opened):
                 return cls(path, opened)
             os.close(opened)  # whoever held it has removed the file by now
 
+    def fileno(self) -> int:
+        """Give the descriptor of the open file, for a child process that shall hold the lock, too.
+
+        Raises:
+            ValueError: If it was released.
+        """
+        if self._opened is None:
+            raise ValueError(f"the lock of {self._path} was released")
+        return self._opened
+
+    def close(self) -> None:
+        """Let the lock go here and leave the file; children that were given the descriptor hold it until they end.
+
+        Safe to call twice.
+        """
+        if self._opened is not None:
+            os.close(self._opened)
+            self._opened = None
+
     def release(self) -> None:
-        """Remove the file and let the lock go; safe to call twice."""
+        """Remove the file and let the lock go, for children too; safe to call twice."""
         if self._opened is None:
             return
         opened, self._opened = self._opened, None

@@ -61,16 +61,27 @@ def read_yaml(path: str | Path) -> Any:
         ValueError: If it is not there or no regular file, too large, no YAML, names a class, gives a key twice, or has
             more than `MOST_NODES` values with its aliases filled in. One line that names the file and the place in it.
     """
-    path = Path(path)
+    return parse_yaml(read_text(Path(path)), str(path))
+
+
+def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: A regular file.
+        most_bytes: The most bytes that it may have.
+
+    Raises:
+        ValueError: If it is not there or no regular file, too large, or no text. One line that names the file.
+    """
     try:
-        text = read_regular(path, MOST_BYTES).decode("utf-8-sig")
+        return read_regular(path, most_bytes).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8, as YAML is: {error}") from error
-    return parse_yaml(text, str(path))
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def parse_yaml(text: str, name: str) -> Any:

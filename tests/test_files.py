@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -141,8 +143,12 @@ def test_a_signal_while_a_folder_is_replaced_waits(tmp_path: Path, monkeypatch: 
         rename(source, goal)
 
     monkeypatch.setattr(os, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        place.accept()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            place.accept()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert names(tmp_path) == ["m.mlpackage", "m.mlpackage/new"]
 
 
@@ -229,6 +235,63 @@ def test_a_lock_is_not_held_by_processes_that_were_forked_meanwhile(tmp_path: Pa
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_child_that_was_given_a_lock_holds_it_on(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    lock = Lock.take(path)
+    assert lock is not None
+    child = subprocess.Popen(["sleep", "60"], pass_fds=(lock.fileno(),))
+    try:
+        lock.close()
+        lock.close()
+        with pytest.raises(ValueError, match="was released"):
+            lock.fileno()
+        assert Lock.take(path) is None
+    finally:
+        child.kill()
+        child.wait()
+    again = Lock.take(path, make=False)  # the file stayed
+    assert again is not None
+    again.release()
+    assert names(tmp_path) == []
+
+
+def test_a_lock_is_waited_for_and_is_that_of_the_file_that_is_there(tmp_path: Path) -> None:
+    path, order = tmp_path / "lock", []
+    first = Lock.take(path)
+    assert first is not None
+
+    def wait() -> None:
+        lock = Lock.take(path, wait=True)
+        assert lock is not None
+        order.append("second")
+        lock.release()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    time.sleep(0.05)
+    order.append("first")
+    first.release()  # removes the file that the other one has open
+    thread.join(20)
+    assert order == ["first", "second"]
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: bool) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if needed:
+        with pytest.raises(OSError, match="No locks"):
+            Lock.take(tmp_path / "lock", needed=True)
+    else:
+        lock = Lock.take(tmp_path / "lock")
+        assert lock is not None
+        lock.release()
+        assert names(tmp_path) == []
 
 
 # Signals

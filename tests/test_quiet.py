@@ -36,22 +36,23 @@ def test_lines_are_left_out_by_their_words_and_all_others_stay() -> None:
 
 
 EXPORTED = """
-from lightning_edge.quiet import quiet_libraries
-quiet_libraries()
-import os, sys, torch, warnings
-warnings.simplefilter("ignore")
-from lightning_edge.exporters import export
-export(torch.nn.Linear(4, 2), "tflite", sys.argv[1], inputs=torch.rand(1, 4))
+import os, sys, torch
+from lightning_edge import export, quantize
+network = quantize(torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU()), [torch.rand(8, 4)])
+export(network, sys.argv[1], sys.argv[2], strict=False)
 assert "TF_ENABLE_ONEDNN_OPTS" not in os.environ
 """
 
 
 @pytest.mark.slow
-def test_a_converter_prints_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("litert_torch")
+@pytest.mark.parametrize(
+    ("target", "needs", "suffix"), [("tflite", "litert_torch", ".tflite"), ("onnx", "onnxruntime", ".onnx")]
+)
+def test_quantize_and_export_print_nothing(tmp_path: Path, target: str, needs: str, suffix: str) -> None:
+    pytest.importorskip(needs)
     ours = ("TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")  # other tests import JAX, which sets one
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-P", "-c", EXPORTED, str(tmp_path / "net.tflite")]
+    command = [sys.executable, "-P", "-c", EXPORTED, target, str(tmp_path / f"net{suffix}")]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert (run.stdout, run.stderr) == ("", "")

@@ -56,6 +56,7 @@ class Isolated(Runner):
         threads: Threads of the runtime, and of torch in its process.
         time_limit_s: Seconds that loading the file, or running one sample, may take.
         child: A process that serves as the worker does, such as the one that wrote the file; a new one if not given.
+        reference: Whether it runs with reference kernels.
 
     Attributes:
         runtime: As `Runner`.
@@ -68,7 +69,15 @@ class Isolated(Runner):
         RuntimeFault: If the runtime refuses the file.
     """
 
-    def __init__(self, module: str, path: Path, threads: int, time_limit_s: float, child: Child | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        path: Path,
+        threads: int,
+        time_limit_s: float,
+        child: Child | None = None,
+        reference: bool = False,
+    ) -> None:
         self._name = path.name
         self._time_limit_s = time_limit_s
         self._turn = threading.Lock()
@@ -86,7 +95,7 @@ class Isolated(Runner):
         self._finish = self._child.finish
         try:
             self._ask("while it started", {"do": "start", "module": module}, limit_s=_START_LIMIT_S)
-            asked = {"do": "load", "path": str(path.absolute()), "threads": threads}
+            asked = {"do": "load", "path": str(path.absolute()), "threads": threads, "reference": reference}
             reply, _ = self._ask("while it loaded the file", asked)
         except BaseException:
             self._finish()

@@ -101,7 +101,7 @@ class EdgeTrainer(Trainer):
                 try:
                     row, artifact = _exported(file, finished.precision, target, inputs, callback)
                 except EdgeError as error:
-                    if not file.told:  # now: the other targets may take long
+                    if not file.announced:  # now: the other targets may take long
                         _told(f"FAILED: {target}: {error}")
                     rows.append(Row(target, finished.precision, SOURCES[finished.precision], error=str(error)))
                 else:
@@ -215,6 +215,7 @@ class EdgeTrainer(Trainer):
         settings = callback.settings if targets is None else callback.settings.for_targets(targets)
         given = {name: value for name, value in others.items() if value is not None}
         callback.settings = replace(settings, **given)
+        callback.settings = replace(callback.settings, dirpath=callback.folder(self))
         if strict is not None:
             check_strict(strict)
             callback.strict = strict

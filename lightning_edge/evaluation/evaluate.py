@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import final
@@ -18,9 +17,13 @@ from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
 from lightning_edge.cores import cores
 from lightning_edge.errors import EdgeError, first_line
+from lightning_edge.evaluation.by_layer import layer_rows
+from lightning_edge.evaluation.counted import CountedValidation
 from lightning_edge.evaluation.file_rows import Candidate, FileRow, metric_change
 from lightning_edge.evaluation.hooks import call_hooks
-from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
+from lightning_edge.evaluation.notes import metrics_note
+from lightning_edge.evaluation.on_device import DeviceFile
+from lightning_edge.evaluation.on_devices import left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference, compared_with
 from lightning_edge.evaluation.settings import EvaluationSettings
@@ -32,7 +35,7 @@ from lightning_edge.exporters.jobs import Pending, Writers
 from lightning_edge.exporters.program import check_numbers
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.interrupts import unwinding
-from lightning_edge.measure import interleaved_latency, module_bytes, parameter_count, stopwatch
+from lightning_edge.measure import interleaved_latency, module_bytes, parameter_count, stopwatch, torch_threads
 from lightning_edge.network import Deployable, Inputs
 from lightning_edge.one_run import only_run
 from lightning_edge.pruning import Prune
@@ -50,6 +53,7 @@ from lightning_edge.reporting.rows import (
     write,
 )
 from lightning_edge.surgery import find_network
+from lightning_edge.user_warnings import warn
 
 # Share of values outside their range that a report speaks of: more than the outliers that calibration leaves out.
 _CLIPPED = 0.05
@@ -118,7 +122,7 @@ class _Evaluation:
         trained = find_network(self._validation.pl_module, self._validation.module)
         check_numbers(trained)
         float_network = (float_copy(trained) if baseline is None else baseline).cpu().float().eval()
-        self._note_metrics()
+        self._notes.append(metrics_note(self._validation))
         if baseline is not None:
             self._notes.append(
                 "fp32, and with it post-training quantization, is the network as it was when quantization-aware "
@@ -126,12 +130,16 @@ class _Evaluation:
             )
 
         float_reference = Reference(float_network)
+        self._counted = CountedValidation(self._validation, float_reference)
         metrics = self._torch_row("fp32", "float", float_reference, float_network)
         self._choose_monitor(watched)
         floats = Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics)
         calibration_batches, int8 = self._int8_candidates(trained, floats, calibration)
         self._compare_quantizations()
         candidates = [floats] * settings.fp32_files + int8[-1:]
+        to_ship = int8[-1].network if int8 else None
+        layers, unmeasured = layer_rows(trained, float_network, float_reference.calls, to_ship)
+        self._notes += [unmeasured] if unmeasured is not None else []
 
         self._file_rows([(target, candidate) for target in settings.targets for candidate in candidates])
         self._time()
@@ -142,7 +150,7 @@ class _Evaluation:
         return Report(
             model=type(self._validation.pl_module).__name__,
             split=self._validation.split,
-            rows=tuple(judged(self._rows, settings.budget, monitor)),
+            rows=tuple(judged(self._rows, settings.budget, monitor, on_devices)),
             parameters=parameter_count(float_network),
             monitor=monitor.metric if monitor else None,
             warmup=settings.timing.warmup,
@@ -155,18 +163,8 @@ class _Evaluation:
             channels=channels_of(change for change in changes_of(trained) if change["phase"] == Prune.name),
             versions=installed_versions(),
             devices=on_devices,
+            layers=tuple(layers),
         )
-
-    def _note_metrics(self) -> None:
-        if self._validation.own_step:
-            self._notes.append(f"The metrics are what {self._validation.step} logs with each candidate in its place.")
-        elif self._validation.metrics:
-            self._notes.append("The metrics were given with metrics=... and updated with (outputs, target).")
-        else:
-            self._notes.append(
-                f"There are no task metrics: the LightningModule has no {self._validation.step}, and metrics=... "
-                "was not given."
-            )
 
     def _int8_candidates(
         self, trained: nn.Module, floats: Candidate, calibration: Callable[[], Sequence[Inputs]] | None
@@ -201,8 +199,8 @@ class _Evaluation:
         metrics = self._torch_row("int8", source, reference, network.graph, floats.reference, comparison)
         change = metric_change(self._monitor, floats.metrics, metrics)
         label, float_network, calls = self._rows[-1].label, floats.reference.network, floats.reference.calls
-        if told := noise_warning(label, comparison.result(), change, float_network, calls):
-            self._warn(told)
+        if message := noise_warning(label, comparison.result(), change, float_network, calls):
+            self._warn(message)
         return Candidate(network, source, reference, metrics)
 
     def _torch_row(
@@ -220,9 +218,9 @@ class _Evaluation:
         answer = reference.answers()
         if floats is not None and comparison is not None:
             answer = compared_with(floats.answers(), answer, comparison)
-        metrics = self._validation.run(answer)
+        metrics, classes = self._counted.run(answer)
         # A converted graph in torch computes on float numbers in int8 steps, at a speed that means nothing.
-        self._rows.append(replace(row, metrics=metrics, is_reference=precision == "int8"))
+        self._rows.append(replace(row, metrics=metrics, classes=classes, is_reference=precision == "int8"))
         if precision == "fp32":
             call = reference.call
             self._timed[len(self._rows) - 1] = stopwatch(lambda: reference.network(*call.args, **call.kwargs))
@@ -231,7 +229,7 @@ class _Evaluation:
     def _file_rows(self, wanted: Sequence[tuple[str, Candidate]]) -> None:
         """Add a row for each file. They are written and run side by side, where there are cores for it."""
         settings = self._settings
-        shared = self._validation, settings, self._monitor, self._tell
+        shared = self._counted, settings, self._monitor, self._tell
         files = [FileRow(target, candidate, *shared) for target, candidate in wanted]
         with ExitStack() as stack:
             writers = stack.enter_context(Writers(settings.writing_jobs, self._tell))
@@ -257,8 +255,7 @@ class _Evaluation:
             target,
             Path(settings.dirpath) / f"{settings.name}-{precision}{target_module(target).suffix}",
             label=Row(target, precision, candidate.source).label,
-            threads=settings.timing.threads,
-            time_limit_s=settings.timing.time_limit_s,
+            running=settings.running(target, precision),
             max_fallback=settings.max_fallback,
             interface=settings.interface,
             **options_of(target, precision, settings.options),
@@ -297,22 +294,11 @@ class _Evaluation:
                 "Trained and post-training quantization were not compared: no metric's name tells whether higher is "
                 "better; give metric=... and mode=..."
             )
-        elif told := training_warning(
+        elif message := training_warning(
             self._monitor, rows["trained"].metrics, rows["post-training"].metrics, self._validation.split
         ):
-            self._warn(told)
+            self._warn(message)
 
     def _warn(self, message: str) -> None:
         self._warnings.append(message)
-        warnings.warn(message, stacklevel=2)
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Within this context, torch computes with this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        warn(message)

@@ -10,11 +10,11 @@ from typing import final
 
 from lightning_edge.comparison import Comparison
 from lightning_edge.errors import AgreementError, EdgeError
-from lightning_edge.evaluation.on_devices import DeviceFile
+from lightning_edge.evaluation.counted import CountedValidation
+from lightning_edge.evaluation.on_device import DeviceFile
 from lightning_edge.evaluation.reference import Reference
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.side_by_side import SideBySide
-from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import Artifact, Staged, options_of
 from lightning_edge.exporters.jobs import Pending
 from lightning_edge.exporters.verify.agreement import judge_file
@@ -62,7 +62,7 @@ class FileRow:
         self,
         target: str,
         candidate: Candidate,
-        validation: Validation,
+        validation: CountedValidation,
         settings: EvaluationSettings,
         monitor: Monitor | None,
         tell: Callable[[str], None],
@@ -94,7 +94,7 @@ class FileRow:
             if self._staged.artifact.not_run is None:
                 self.artifact = self._staged.artifact
 
-        self._guarded(staged, lambda: file.told)
+        self._guarded(staged, lambda: file.announced)
 
     def finish(self, files: SideBySide) -> None:
         """Validate the file, judge it, and put it in its place."""
@@ -142,16 +142,16 @@ class FileRow:
         comparison = Comparison(scales, class_scores=not reference.reconstructs)
         try:
             answers = reference.answers(files.answers(artifact), comparison, artifact.sees)
-            metrics = self._validation.run(answers)
+            metrics, classes = self._validation.run(answers)
         except AgreementError as error:
             self.row = given_verdict(self.row, Judgement("broken", (str(error),)))
             return
         agreement = comparison.result()
         memory = artifact.runner.peak_memory_bytes()
-        self.row = compared(replace(self.row, metrics=metrics, peak_memory_bytes=memory), agreement)
+        self.row = compared(replace(self.row, metrics=metrics, classes=classes, peak_memory_bytes=memory), agreement)
 
         def rounding() -> Agreement:
-            return reference.rounding(network, self._validation.run, artifact.sees)
+            return reference.rounding(network, self._validation.loop.run, artifact.sees)
 
         change = metric_change(self._monitor, self._candidate.metrics, metrics)
         judgement = judge_file(network, artifact, agreement, self._tolerance, rounding, change)

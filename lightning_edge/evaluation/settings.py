@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_edge.contents import Precision
 from lightning_edge.devices.device import Device
 from lightning_edge.devices.named import check_names
-from lightning_edge.devices.runner import RUNTIMES
 from lightning_edge.devices.settings import DeviceSettings
 from lightning_edge.evaluation.hooks import EvaluationHook
-from lightning_edge.exporters import TARGETS, check_options
+from lightning_edge.exporters import TARGETS, check_options, options_of
 from lightning_edge.exporters.jobs import check_jobs, default_jobs
+from lightning_edge.exporters.run.running import Running
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.contents import check_share
 from lightning_edge.interface import Interface
@@ -48,7 +49,7 @@ class EvaluationSettings:
 
     Raises:
         ValueError: If a target or one of its options is unknown, ``max_fallback``, ``name`` or ``jobs`` is out of its
-            range, or there are devices, or a budget's device, and no target's files run there.
+            range, or there is a budget's device, and no target's files run there.
     """
 
     targets: Sequence[str]
@@ -75,11 +76,6 @@ class EvaluationSettings:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
         check_names(self.devices)
         check_board(self.budget, self.targets, self.options)
-        if self.devices and not {*self.targets} & {*RUNTIMES}:
-            raise ValueError(
-                f"devices={[str(device) for device in self.devices]} run the files of {' and '.join(RUNTIMES)}, and "
-                f"targets={list(self.targets)} has none of them; add one, or leave devices out"
-            )
 
     def for_targets(self, targets: Sequence[str]) -> EvaluationSettings:
         """Copy these settings for other targets, without the options of targets that are left out.
@@ -89,6 +85,15 @@ class EvaluationSettings:
         """
         options = {name: chosen for name, chosen in self.options.items() if name in targets}
         return replace(self, targets=targets, options=options)
+
+    def running(self, target: str, precision: Precision) -> Running:
+        """Say how a file is run here: with reference kernels where the budget's device is a microcontroller."""
+        board = None if self.budget is None else self.budget.board()
+        form = options_of(target, precision, self.options).get("scheme") or precision
+        micro = board is not None and board.is_microcontroller and board.runs(target, form)
+        return Running(
+            self.timing.threads, time_limit_s=self.timing.time_limit_s, kernels="reference" if micro else "delegate"
+        )
 
     @property
     def writing_jobs(self) -> int:

@@ -16,6 +16,7 @@ from lightning_edge.network import Deployable
 from lightning_edge.quantization.calibration_check import open_empty_ranges
 from lightning_edge.quantization.network import quantized_forward, quiet_torchao
 from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
+from lightning_edge.quiet import quiet_libraries
 from lightning_edge.tracing import TRACING
 
 aten = torch.ops.aten
@@ -34,6 +35,8 @@ def convert(module: nn.Module) -> Deployable:
         CompressionError: If nothing in ``module`` is quantized, its ranges were never observed, or a weight is NaN or
             infinite.
     """
+    quiet_libraries()
+
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
     _, child = quantized_forward(module)

@@ -22,8 +22,10 @@ from lightning_edge.quantization.capture.calls import CallShape
 from lightning_edge.quantization.capture.graph import FoldedBatchNorm, TakenOut, capture
 from lightning_edge.quantization.plan import LinearWeights, Plan
 from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
+from lightning_edge.quiet import quiet_libraries
 from lightning_edge.surgery import copy_of
 from lightning_edge.tracing import TRACING
+from lightning_edge.user_warnings import warn
 
 CHILD = "edge_quantizers"
 
@@ -216,6 +218,8 @@ def attach(
     Raises:
         CompressionError: If the network is quantized already, cannot be captured, or has nothing to quantize.
     """
+    quiet_libraries()  # before torchao is imported
+
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     from lightning_edge.quantization.train.quantizer import EdgeQuantizer
@@ -303,10 +307,9 @@ def _tell_of_hooks(network: nn.Module) -> None:
     ]
     if hooked:
         names = ", ".join(sorted(set(hooked)))
-        warnings.warn(
+        warn(
             f"Forward hooks inside {type(network).__name__} ({names}) do not run from here on: a quantized network is "
-            "called as one graph. Return what they collect from forward() instead.",
-            stacklevel=2,
+            "called as one graph. Return what they collect from forward() instead."
         )
 
 

@@ -14,7 +14,7 @@ from lightning_edge.errors import SweepError
 from lightning_edge.sweeps.base import in_folder
 from lightning_edge.sweeps.definition import Sweep
 from lightning_edge.sweeps.fit import Fit, Runner, run_fit
-from lightning_edge.sweeps.locks import Lock
+from lightning_edge.sweeps.locks import take
 from lightning_edge.sweeps.objectives import measure
 from lightning_edge.sweeps.tracking import as_trial, with_logger
 from lightning_edge.sweeps.warm_start import beginning_from, common_start
@@ -49,10 +49,10 @@ def run_settings(
     if sweep.definition.warm_start is not None:
         start = common_start(sweep.definition.warm_start, sweep.base.config, folder, stop)
         config = beginning_from(config, start)
-    lock = Lock(place / "lock")
-    lock.acquire()
+    lock = take(place / "lock")
+    assert lock is not None  # the folder was made here
     try:
-        report = runner(Fit(config, place.resolve(), lock.descriptor, stop, {}))
+        report = runner(Fit(config, place.resolve(), lock.fileno(), stop, {}))
     finally:
-        lock.release()
+        lock.close()
     return measure(report, sweep.figures)

@@ -124,7 +124,7 @@ class Engine:
                 try:
                     self._train(claim)
                 finally:
-                    claim.lock.release()
+                    claim.lock.close()
                     with self._lock:
                         self._running.pop(claim.number, None)
                 continue
@@ -178,7 +178,7 @@ class Engine:
             if self.decorate is not None:
                 name = folder_name(claim.number) + ("" if seeds == 1 else f"-seed-{seed}")
                 placed = self.decorate(placed, claim.settings, name)
-            fit = Fit(placed, folder.resolve(), claim.lock.descriptor, self.stop, self._environment())
+            fit = Fit(placed, folder.resolve(), claim.lock.fileno(), self.stop, self._environment())
             if claim.resumed and fit.report_path.exists():
                 # Its worker was gone, the training itself was not.
                 report: Mapping[str, Any] = read_report(fit.report_path)

@@ -1,80 +1,40 @@
-"""Locks that end with the process that holds them, however it ends: the system's own, on a file."""
+"""Locks of a sweep's folder, whose errors say what to do."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_edge.errors import SweepError
+from lightning_edge.locks import Lock
 
 
-class Lock:
-    """A file that one process at a time can hold, with the children that are given its descriptor.
+def take(path: Path, wait: bool = False) -> Lock | None:
+    """Take a lock, to be let go by `Lock.close`: a training that was given it goes on holding it.
 
     Args:
-        path: The file; it is made if it is not there, and stays.
+        path: The file; it is made if it is not there.
+        wait: Whether to wait for the process that has it.
+
+    Returns:
+        The lock; ``None`` if another holds it.
+
+    Raises:
+        SweepError: If the file system has no locks, or the folder cannot be written to.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
-
-    @property
-    def descriptor(self) -> int:
-        """The open file, for a child process that shall hold it, too.
-
-        Raises:
-            SweepError: If it is not held.
-        """
-        if self._descriptor is None:
-            raise SweepError(f"{self.path} is not held")
-        return self._descriptor
-
-    def acquire(self, wait: bool = False) -> bool:
-        """Take it; whether it is held now.
-
-        Args:
-            wait: Whether to wait for the process that has it.
-
-        Raises:
-            SweepError: If the file system has no locks, or the folder cannot be written to.
-        """
-        try:
-            import fcntl
-        except ImportError as error:
-            raise SweepError("sweeps need a system with file locks, such as Linux or macOS") from error
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise SweepError(f"{self.path} cannot be written: {error.strerror}. Give another --folder") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        except OSError as error:
-            os.close(descriptor)
-            raise SweepError(
-                f"{self.path} cannot be locked: {error.strerror}. Give a --folder on another disk"
-            ) from error
-        self._descriptor = descriptor
-        return True
-
-    def release(self) -> None:
-        """Give it up; safe to call twice."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+    try:
+        return Lock.take(path, wait=wait, needed=True)
+    except OSError as error:
+        raise SweepError(f"{path} cannot be locked: {error.strerror}. Give another --folder") from error
 
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
     """Wait for a lock, and hold it within the context."""
-    lock = Lock(path)
-    lock.acquire(wait=True)
+    lock = take(path, wait=True)
+    assert lock is not None  # it was waited for
     try:
         yield
     finally:
-        lock.release()
+        lock.close()

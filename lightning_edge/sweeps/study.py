@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from lightning_edge.errors import SweepError, require
+from lightning_edge.locks import Lock
 from lightning_edge.sweeps.definition import Sweep
 from lightning_edge.sweeps.front import Status, TrialRecord, with_front
-from lightning_edge.sweeps.locks import Lock, held
+from lightning_edge.sweeps.locks import held, take
 from lightning_edge.sweeps.samplers import EXTRA, distributions, to_settings, to_stored
 from lightning_edge.sweeps.space import combinations, count
 from lightning_edge.sweeps.storage import FOLDER_ID, LOCK, give_back, open_study
@@ -300,8 +301,8 @@ class Study:
     def _locked(self, number: int, settings: dict[str, Any], resumed: bool) -> Claim | None:
         folder = self.folder / folder_name(number)
         folder.mkdir(exist_ok=True)
-        lock = Lock(folder / "lock")
-        return Claim(number, settings, folder, lock, resumed) if lock.acquire() else None
+        lock = take(folder / "lock")
+        return None if lock is None else Claim(number, settings, folder, lock, resumed)
 
     def _give_back_silent(self) -> None:
         """Give back what machines have begun that say nothing any more."""

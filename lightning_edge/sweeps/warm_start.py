@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_edge.sweeps.base import in_folder, without_edge_callbacks
 from lightning_edge.sweeps.fit import LOG, Fit, InterruptedFitError, tail, train, why_it_failed
-from lightning_edge.sweeps.locks import Lock
+from lightning_edge.sweeps.locks import take
 from lightning_edge.sweeps.objectives import TrialFailedError
 
 FOLDER, CHECKPOINT = "warm-start", "float.ckpt"
@@ -56,21 +56,20 @@ def common_start(
     place = (folder / FOLDER).resolve()
     place.mkdir(parents=True, exist_ok=True)
     found = place / CHECKPOINT
-    lock = Lock(place / "lock")
-    while not lock.acquire():
+    while (lock := take(place / "lock")) is None:
         if stop.wait(_POLL_S):
             raise InterruptedFitError("it was stopped")
     try:
         if not found.exists():
             tell(f"the float network is trained once, for {warm_start} epoch(s), for all trials to begin from")
-            status = training(Fit(_configuration(config, warm_start, place), place, lock.descriptor, stop, {}))
+            status = training(Fit(_configuration(config, warm_start, place), place, lock.fileno(), stop, {}))
             written = place / _WRITTEN
             if status != 0 or not written.exists():
                 reason = why_it_failed(status, tail(place / LOG)) if status else "it wrote no checkpoint"
                 raise TrialFailedError(f"the float network could not be trained: {reason} ({place / LOG})")
             os.replace(written, found)
     finally:
-        lock.release()
+        lock.close()
     return found
 
 
@@ -86,7 +85,8 @@ def beginning_from(config: Mapping[str, Any], checkpoint: Path) -> dict[str, Any
 def _configuration(config: Mapping[str, Any], epochs: int, folder: Path) -> dict[str, Any]:
     alone = without_edge_callbacks(in_folder(config, folder))
     trainer = alone["trainer"]
-    trainer |= {"max_epochs": epochs, "max_steps": -1}
+    # A base may keep no checkpoints of its own; this one is wanted.
+    trainer |= {"max_epochs": epochs, "max_steps": -1, "enable_checkpointing": True}
     saver = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {

@@ -39,7 +39,7 @@ def test_files_are_those_of_this_process_and_another_targets_failure_stops_nothi
         begun = [
             writers.begin(small("fp32"), "faulty", tmp_path / "a" / "net.faulty", label="faulty", writing="segfault"),
             writers.begin(small("int8"), "onnx", tmp_path / "a" / "net.onnx", label="onnx"),
-            writers.begin(small("int8"), "tflite", tmp_path / "a" / "net.tflite", label="no", io="half"),
+            writers.begin(small("int8"), "onnx", tmp_path / "a" / "half.onnx", label="no", weights="half"),
         ]
         with pytest.raises(ExportError, match=r"faulty: the process that writes net\.faulty was ended by SIGSEGV"):
             begun[0].staged()
@@ -51,7 +51,7 @@ def test_files_are_those_of_this_process_and_another_targets_failure_stops_nothi
         f"onnx: {step}" for step in ("loading the network", "converting", "reading the file back", "written")
     ]
     assert [line for line in told if line.startswith("FAILED: faulty, there is no such file: ")]
-    assert begun[0].told
+    assert begun[0].announced
     here = tmp_path / "net.onnx"
     with stage(small("int8"), "onnx", here) as staged:
         staged.accept()

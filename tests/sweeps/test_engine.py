@@ -57,7 +57,11 @@ def test_a_grid_is_trained_once_each_and_every_point_has_its_files_values(tmp_pa
     assert [trial.number for trial in trials if trial.front] == [trial.number for trial in trials if trial.feasible]
 
 
-@pytest.mark.parametrize(("text", "url"), [(RANGE, None), (GRID, "sqlite")], ids=["tpe-journal", "grid-database"])
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [pytest.param(RANGE, None, marks=pytest.mark.slow), (GRID, "sqlite")],
+    ids=["tpe-journal", "grid-database"],
+)
 def test_three_workers_of_which_one_is_killed_lose_nothing(tmp_path: Path, text: str, url: str | None) -> None:
     folder, log, file = tmp_path / "sweep", tmp_path / "log", tmp_path / "study.yaml"
     file.write_text(text)
@@ -267,7 +271,7 @@ def test_another_machine_takes_over_what_nobody_speaks_of(tmp_path: Path, monkey
     assert [trial.number for trial in front.trials] == [1, 2, 3, 4, 5, 6]
     assert front.trials[-1].settings == lost.settings
     # It comes back too late: what it gives is not wanted any more, and nothing of its folder is taken up.
-    lost.lock.release()
+    lost.lock.close()
     late = engine(tmp_path / "lost", url=url)
     assert not late.study.complete(
         lost, Result({"val_acc": 1.0, "tflite.size_bytes": 1, "tflite.p95_ms": 1}, None, 1.0)

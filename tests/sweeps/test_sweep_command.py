@@ -19,7 +19,7 @@ from lightning_edge.cli.main import main
 from lightning_edge.cli.sweep_base import CommandLineChecker
 from lightning_edge.errors import SweepError
 from lightning_edge.sweeps.fit import Fit, InterruptedFitError, run_address, run_fit, why_it_failed
-from lightning_edge.sweeps.locks import Lock
+from lightning_edge.sweeps.locks import take
 from lightning_edge.sweeps.objectives import TrialFailedError
 
 pytest.importorskip("optuna")
@@ -89,6 +89,11 @@ def status(*arguments: str) -> int:
         ("[1e-2]", "[fast]", "learning_rate: 'fast' is not allowed"),
         ("init_args.learning_rate", "init_args.rate", "lightning_edge.zoo.task.Classifier has no such setting"),
         ("model.init_args.learning_rate", "trainer.max_epoch", "max_epoch: there is no such key"),
+        (
+            "prune.macs: [1.0, 0.5]",
+            "quantize.precisions: [int8, mixde]",
+            "'mixde' is not allowed: .*precisions: given 'mixde'.*'mixed'",
+        ),
         ("base.yaml", "recipe:nothing", "base: there is no recipe 'nothing'. Recipes: anomaly"),
         ("base.yaml", "nothing.yaml", "base: there is no file 'nothing.yaml'"),
         ("base.yaml", "sweep.yaml", "base: sweep.yaml: space: there is no such key"),
@@ -112,7 +117,7 @@ def test_arguments_that_are_wrong(folder: Path, capsys: pytest.CaptureFixture[st
     assert status("sweep", "sweep.yaml", "--workers", "0") == 2
     assert "given '0'; allowed: a whole number from 1 on" in capsys.readouterr().err
     assert status("sweep", "none.yaml") == 2
-    assert "none.yaml: there is no such file" in capsys.readouterr().err
+    assert "there is no file none.yaml; give a sweep file" in capsys.readouterr().err
     assert status("sweep", "sweep.yaml", "--storage", "sqlite:////nowhere/at/all.db") == 2
     assert "--storage sqlite:////nowhere/at/all.db: it cannot be used" in capsys.readouterr().err
     assert status("sweep", "sweep.yaml", "--settings", "{}") == 2
@@ -125,6 +130,11 @@ def test_a_dry_run_prints_the_trials_and_writes_nothing(folder: Path, capsys: py
     told = capsys.readouterr().out
     assert "0: prune.macs=1.0, model.init_args.learning_rate=0.01\n" in told
     assert "2 trials x 1 seed(s) = 2 fits" in told
+    Path("sweep.yaml").write_text(
+        SWEEP.replace("prune.macs: [1.0, 0.5]", "quantize.precisions: {choices: [int8, mixed]}")
+    )
+    assert status("sweep", "sweep.yaml", "--dry-run") == 0
+    assert "1: quantize.precisions=mixed, model.init_args.learning_rate=0.01\n" in capsys.readouterr().out
     Path("sweep.yaml").write_text(f"{SWEEP.replace('[1e-2]', '{low: 1e-3, high: 1e-2}')}\ntrials: 20\nseeds: 2\n")
     assert status("sweep", "sweep.yaml", "--dry-run") == 0
     told = capsys.readouterr().out
@@ -152,25 +162,26 @@ def test_the_checker_completes_what_it_checks(folder: Path) -> None:
     assert checker.resolve("recipe:quickstart")["trainer"]["max_epochs"] == 20
 
 
+@pytest.mark.slow
 def test_a_training_that_cannot_begin_fails_with_what_it_says(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / "lock")
-    assert lock.acquire()
+    lock = take(tmp_path / "lock")
+    assert lock is not None
     with pytest.raises(TrialFailedError, match=r"model: given 'no.such.Model', which cannot be imported"):
-        run_fit(Fit({"model": {"class_path": "no.such.Model"}}, tmp_path, lock.descriptor, Event(), {}))
+        run_fit(Fit({"model": {"class_path": "no.such.Model"}}, tmp_path, lock.fileno(), Event(), {}))
     assert "no.such.Model" in (tmp_path / "log.txt").read_text()
     # It is ended, and with it the lock that it had, too.
-    lock.release()
-    assert lock.acquire()
+    lock.close()
+    assert take(tmp_path / "lock") is not None
 
 
 def test_a_training_that_is_stopped_is_ended_with_all_of_its_group(tmp_path: Path) -> None:
-    lock, stop = Lock(tmp_path / "lock"), Event()
-    assert lock.acquire()
+    lock, stop = take(tmp_path / "lock"), Event()
+    assert lock is not None
     stop.set()
     with pytest.raises(InterruptedFitError):
-        run_fit(Fit(BASE, tmp_path, lock.descriptor, stop, {}))
-    lock.release()
-    assert lock.acquire()
+        run_fit(Fit(BASE, tmp_path, lock.fileno(), stop, {}))
+    lock.close()
+    assert take(tmp_path / "lock") is not None
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def is_running(number: int) -> bool:
 @pytest.mark.filterwarnings("ignore::lightning_edge.exporters.ExportWarning")
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("tflite", "ai_edge_litert"), pytest.param("executorch", "executorch", marks=pytest.mark.slow)],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in (("tflite", "ai_edge_litert"), ("executorch",) * 2)],
 )
 def test_outputs_are_those_of_the_same_file_in_this_process(name: str, package: str, tmp_path: Path) -> None:
     pytest.importorskip(package)
@@ -130,14 +130,20 @@ def test_a_file_just_written_is_not_to_be_exported_again(tmp_path: Path) -> None
     ("loading", "says"),
     [
         ("segfault", r"net\.faulty: the process of faulty_target was ended by SIGSEGV while it loaded the file"),
-        (
+        pytest.param(
             "hang",
             r"net\.faulty: faulty_target did not answer within time_limit_s=0\.5 while it loaded .* a larger time_",
+            marks=pytest.mark.slow,
         ),
-        ("refuse", r"net\.faulty does not load: version 7 is not known\. Export it again"),
-        (
+        pytest.param(
+            "refuse",
+            r"net\.faulty does not load: version 7 is not known\. Export it again",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "lacking",
             r"0x:14 \(operation aten::sort\.values\)\. The runtime has no kernel for aten::sort\.values: replace",
+            marks=pytest.mark.slow,
         ),
     ],
 )
