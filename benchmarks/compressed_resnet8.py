@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 
 from lightning_edge import Distill, EdgeCompressionCallback, Prune, Quantize, exporters, quantize
-from lightning_edge.evaluation.evaluate import evaluate_module, torch_threads
+from lightning_edge.evaluation.evaluate import evaluate_module
 from lightning_edge.evaluation.refusals import raise_failures
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation, calibration_inputs
-from lightning_edge.measure import Timing, interleaved_latency
+from lightning_edge.measure import Timing, interleaved_latency, torch_threads
 from lightning_edge.zoo.cifar10 import CIFAR10DataModule
 from lightning_edge.zoo.networks import ResNet8, load_reference_weights
 from lightning_edge.zoo.task import Classifier

@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 
 from lightning_edge import EdgeCompressionCallback, Quantize, exporters
-from lightning_edge.evaluation.evaluate import evaluate_module, torch_threads
+from lightning_edge.evaluation.evaluate import evaluate_module
 from lightning_edge.evaluation.refusals import raise_failures
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation, calibration_inputs
-from lightning_edge.measure import Timing, interleaved_latency
+from lightning_edge.measure import Timing, interleaved_latency, torch_threads
 from lightning_edge.network import Inputs
 from lightning_edge.zoo.cifar10 import CIFAR10DataModule
 from lightning_edge.zoo.networks import ResNet8, load_reference_weights

@@ -23,12 +23,13 @@ from lightning_edge.exporters.input_adapter import (
     network_dtype,
     network_shape,
 )
-from lightning_edge.exporters.run.calls import TensorSpec, conform, stack
+from lightning_edge.exporters.run.calls import Samples, TensorSpec, conform, converted, stack
 from lightning_edge.exporters.run.child import Child
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S, Isolated
 from lightning_edge.exporters.run.missing import missing_operation
 from lightning_edge.exporters.run.not_run import NotRun
 from lightning_edge.exporters.run.runner import Runner
+from lightning_edge.exporters.run.running import Kernels, Running
 from lightning_edge.exporters.run.time_limit import within
 from lightning_edge.exporters.target import TARGETS, Target, target
 from lightning_edge.measure import Agreement
@@ -104,7 +105,12 @@ class Artifact:
         if inputs.batch_size == 0:
             raise RunnerError(f"{self.path.name} was given a batch of 0 samples; give at least one")
         most = self.contents.interface.max_batch
-        return stack([self.run(inputs.sample(start, most).tensors) for start in range(0, inputs.batch_size, most)])
+        if inputs.batch_size <= most:
+            return stack([self.run(inputs.tensors)])
+        self.ready(inputs.sample(0, most).tensors)  # all others are of the same shapes and types
+        values = [as_network_takes(tensor, self.contents.interface) for tensor in inputs.tensors]
+        samples = replace(Samples.of(inputs.tensors), tensors=self._as_file_takes(converted(values, self.inputs)))
+        return self.guarded(lambda: self.runner.run_all(samples, most))
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one call, after checking them against the file.
@@ -126,9 +132,11 @@ class Artifact:
         """
         interface = self.contents.interface
         values = [as_network_takes(tensor, interface) for tensor in tensors]
-        given = conform(values, self.inputs, self.path.name, interface.max_batch)
+        return self._as_file_takes(conform(values, self.inputs, self.path.name, interface.max_batch))
+
+    def _as_file_takes(self, given: list[Tensor]) -> list[Tensor]:
         try:
-            return [as_file_takes(tensor, interface) for tensor in given]
+            return [as_file_takes(tensor, self.contents.interface) for tensor in given]
         except ValueError as error:
             raise RunnerError(f"{self.path.name}: {error}") from error
 
@@ -175,7 +183,12 @@ class Artifact:
 
 
 def load(
-    path: str | Path, *, threads: int = 1, isolated: bool = True, time_limit_s: float = DEFAULT_TIME_LIMIT_S
+    path: str | Path,
+    *,
+    threads: int = 1,
+    isolated: bool = True,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    kernels: Kernels = "delegate",
 ) -> Artifact:
     """Load an exported file; its suffix says the target.
 
@@ -187,15 +200,17 @@ def load(
             process. Core ML's reference interpreter has no process of its own either way.
         time_limit_s: Seconds that reading what the file holds, loading it, or running one sample may take, each. A
             process is ended then; without one only reading is limited.
+        kernels: ``"reference"`` computes a ``.tflite`` file as a microcontroller does, without LiteRT's delegate: slow.
 
     Raises:
         RunnerError: If it is missing, no regular file, too large, cut short, or not what its suffix says.
         ValueError: If the suffix belongs to no target, or an argument is not allowed.
     """
-    check_running(threads, time_limit_s)
+    running = Running(threads, isolated, time_limit_s, kernels)
     name, path = _existing(path)
+    check_kernels(name, kernels)
     contents = _inspected(target(name), path, time_limit_s)
-    return open_file(name, path, contents, threads, isolated, time_limit_s)
+    return open_file(name, path, contents, running)
 
 
 def contents_of(path: str | Path, *, time_limit_s: float = DEFAULT_TIME_LIMIT_S) -> Contents:
@@ -209,7 +224,7 @@ def contents_of(path: str | Path, *, time_limit_s: float = DEFAULT_TIME_LIMIT_S)
         RunnerError: If it is missing, no regular file, too large, cut short, or not what its suffix says.
         ValueError: If the suffix belongs to no target, or the time is not above 0.
     """
-    check_running(1, time_limit_s)
+    Running(time_limit_s=time_limit_s)
     name, path = _existing(path)
     return _inspected(target(name), path, time_limit_s)
 
@@ -280,17 +295,15 @@ def inspect_file(module: Target, path: Path, name: str, advice: str = EXPORT_AGA
 
 def placed(module: Target, path: Path, contents: Contents) -> Contents:
     """Put what the runtime itself tells of where operations run in the place of what the file alone tells."""
-    told = module.placements(path)
-    return contents if told is None else replace(contents, placements=told)
+    placements = module.placements(path)
+    return contents if placements is None else replace(contents, placements=placements)
 
 
 def open_file(
     name: str,
     path: Path,
     contents: Contents,
-    threads: int,
-    isolated: bool,
-    time_limit_s: float,
+    running: Running,
     advice: str = EXPORT_AGAIN,
     child: Child | None = None,
 ) -> Artifact:
@@ -300,9 +313,7 @@ def open_file(
         name: A key of `TARGETS`.
         path: The file.
         contents: What it holds.
-        threads: As for `load`.
-        isolated: As for `load`.
-        time_limit_s: As for `load`.
+        running: How it is run.
         advice: What to do about one that does not load, unless an operation without a kernel is why.
         child: A process to load it in, such as the one that wrote it.
 
@@ -317,13 +328,14 @@ def open_file(
         )
     runner: Runner
     try:
-        if child is not None or (isolated and not module.in_process):
-            runner = Isolated(TARGETS[name], path, threads, time_limit_s, child)
+        reference = running.kernels == "reference"
+        if child is not None or (running.isolated and not module.in_process):
+            runner = Isolated(TARGETS[name], path, running.threads, running.time_limit_s, child, reference)
             load_ms = runner.load_ms
         else:
             module.import_runtime()
             start = time.perf_counter()
-            runner = module.open(path, threads)
+            runner = (module.open_reference if reference else module.open)(path, running.threads)
             load_ms = (time.perf_counter() - start) * 1000
     except EdgeError:
         raise
@@ -336,16 +348,14 @@ def open_file(
     return Artifact(name, path, size_bytes(path), compressed_bytes(path), contents, runner, load_ms)
 
 
-def check_running(threads: int, time_limit_s: float) -> None:
-    """Refuse numbers of threads and seconds that nothing can run with.
+def check_kernels(name: str, kernels: Kernels) -> None:
+    """Refuse reference kernels of a target whose runtime has none.
 
     Raises:
-        ValueError: Naming what was given and what is allowed.
+        ValueError: Naming the targets that have them.
     """
-    if threads < 1:
-        raise ValueError(f"threads={threads!r} is not allowed; give 1 or more")
-    if not time_limit_s > 0:
-        raise ValueError(f"time_limit_s={time_limit_s!r} is not allowed; give more than 0 seconds")
+    if kernels == "reference" and not target(name).has_reference_kernels:
+        raise ValueError(f"kernels='reference' is for files of tflite, and this is one of {name}; leave it out")
 
 
 def size_bytes(path: Path) -> int:

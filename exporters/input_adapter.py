@@ -1,11 +1,10 @@
-"""How a file is called, put into the graph that is written: what stands between the file's inputs and the network's.
+"""Adapt a file's inputs to the network's: names, layout and pixels.
 
-`Front` goes into the graph; the functions are for who has what the network takes, and calls the file.
+`Front` does it inside the exported graph. The functions do the reverse for a caller who has the network's inputs.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import final
 
@@ -16,6 +15,7 @@ from torch.nn import functional
 from lightning_edge.exporters.passes.graph import operation
 from lightning_edge.interface import IMAGE_DIMENSIONS, Interface, Pixels
 from lightning_edge.network import Deployable, flatten_outputs
+from lightning_edge.user_warnings import warn
 
 _WHITE = 255
 # How far beyond black and white a value may lie, in pixels: by as much resizing overshoots.
@@ -139,11 +139,10 @@ def as_file_sees(tensor: Tensor, interface: Interface) -> Tensor:
     if not off.numel() or off.max() <= _WHOLE:
         return tensor
     if (off > _WHOLE).float().mean() > _SHARE_OFF:
-        warnings.warn(
+        warn(
             f"images of the data are no whole pixels under {interface.pixels}; they were rounded, for the file and for "
             "the network it is compared with. That is right where images are resized as floats, but the same is seen "
-            "where mean, std or white are not those of the data: compare them with its Normalize",
-            stacklevel=2,
+            "where mean, std or white are not those of the data: compare them with its Normalize"
         )
     return _values(pixels.round().clamp(0, _WHITE), interface.pixels)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import builtins
-import os
 import tempfile
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +19,13 @@ from torch import nn
 
 from lightning_edge import errors
 from lightning_edge.contents import Contents
+from lightning_edge.cores import cores
 from lightning_edge.errors import ExportError
-from lightning_edge.exporters.artifact import check_running
+from lightning_edge.exporters.artifact import check_kernels
 from lightning_edge.exporters.order import Forms, Order, ordered
 from lightning_edge.exporters.pipeline import opened, stage_order
 from lightning_edge.exporters.run.child import Child
-from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S
+from lightning_edge.exporters.run.running import Running
 from lightning_edge.exporters.staged import Staged
 from lightning_edge.exporters.target import TARGETS
 from lightning_edge.exporters.verify.contents import ExportWarning
@@ -35,6 +34,7 @@ from lightning_edge.files import StagedPath
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
 from lightning_edge.reporting.typed import built
+from lightning_edge.user_warnings import warn
 
 _WRITER = "lightning_edge.exporters.writer_process"
 # The largest networks that were tried took ten minutes.
@@ -49,8 +49,7 @@ def default_jobs(targets: int) -> int:
     Args:
         targets: How many there are.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, targets) if cores > 1 else 0
+    return min(cores(), targets) if cores() > 1 else 0
 
 
 def check_jobs(jobs: int | None) -> None:
@@ -80,11 +79,11 @@ class Pending:
     """A file that is being written, or will be.
 
     Attributes:
-        told: Whether its failure was told when it happened.
+        announced: Whether its failure was announced when it happened.
     """
 
     def __init__(self, finish: Callable[[Pending], Staged]) -> None:
-        self.told = False
+        self.announced = False
         self._finish = finish
 
     def staged(self) -> Staged:
@@ -156,8 +155,7 @@ class Writers:
         *,
         label: str,
         inputs: Any = None,
-        threads: int = 1,
-        time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+        running: Running | None = None,
         max_fallback: float | None = None,
         interface: Interface | None = None,
         **options: Any,
@@ -170,24 +168,24 @@ class Writers:
             path: As for `stage`.
             label: What lines call the file.
             inputs: As for `stage`.
-            threads: As for `stage`.
-            time_limit_s: As for `stage`.
+            running: How it is run; as `stage` does if not given.
             max_fallback: As for `stage`.
             interface: As for `stage`.
             options: The target's own options.
         """
+        running = running or Running()
         shape: dict[str, Any] = {"inputs": inputs, "max_fallback": max_fallback, "interface": interface, **options}
         if not self._jobs:
 
             def here(_: Pending) -> Staged:
                 asked = ordered(model, target, path, forms=self._forms, **shape)
-                return stage_order(asked, threads, True, time_limit_s)
+                return stage_order(asked, running)
 
             return Pending(here)
         try:
-            check_running(threads, time_limit_s)
+            check_kernels(target, running.kernels)
             asked = ordered(model, target, path, forms=self._forms, **shape)
-            with export_warnings() as told:
+            with export_warnings() as messages:
                 prepared = asked.prepared()
             program = self._program(prepared)
             place = StagedPath(asked.path)
@@ -195,7 +193,7 @@ class Writers:
             return Pending(_raising(error))
         self._places.append(place)
         future: Future[_Written] = Future()
-        pending = Pending(lambda _: self._finished(asked, prepared, place, told, future, threads, time_limit_s))
+        pending = Pending(lambda _: self._finished(asked, prepared, place, messages, future, running))
         if program is None:
             future.set_result(_Written(None))
         else:
@@ -254,19 +252,18 @@ class Writers:
         asked: Order,
         prepared: Deployable,
         place: StagedPath,
-        told: list[str],
+        messages: list[str],
         future: Future[_Written],
-        threads: int,
-        time_limit_s: float,
+        running: Running,
     ) -> Staged:
         try:
             found = future.result()
-            for message in (*told, *found.warnings):
-                warnings.warn(message, ExportWarning, stacklevel=3)
+            for message in (*messages, *found.warnings):
+                warn(message, ExportWarning)
             contents = found.contents
             if contents is None:  # it cannot be saved, or names operations of the user's own that are not known there
                 contents = written(asked.module, prepared, asked.path, place.staged, asked.options)
-            staged = opened(asked, place, contents, threads, True, time_limit_s, found.child)
+            staged = opened(asked, place, contents, running, found.child)
         except BaseException:
             place.discard()
             raise
@@ -295,7 +292,7 @@ class Writers:
             self._end(child)
             found, child = error, None
         if isinstance(found, Exception):
-            task.pending.told = not self._closed
+            task.pending.announced = not self._closed
             if not self._closed:
                 self._tell(f"FAILED: {task.label}, there is no such file: {found}")
         elif found.contents is not None:

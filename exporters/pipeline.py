@@ -11,10 +11,11 @@ from torch import nn
 
 from lightning_edge.contents import Contents
 from lightning_edge.errors import AgreementError
-from lightning_edge.exporters.artifact import Artifact, check_running, open_file
+from lightning_edge.exporters.artifact import Artifact, check_kernels, open_file
 from lightning_edge.exporters.order import Order, ordered
 from lightning_edge.exporters.run.child import Child
 from lightning_edge.exporters.run.isolated import DEFAULT_TIME_LIMIT_S
+from lightning_edge.exporters.run.running import Kernels, Running
 from lightning_edge.exporters.staged import Staged
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.agreement import advice, agreement_of, check_batches, judge_file, rounding_of
@@ -42,6 +43,7 @@ def stage(
     threads: int = 1,
     isolated: bool = True,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    kernels: Kernels = "delegate",
     max_fallback: float | None = None,
     interface: Interface | None = None,
     **options: Any,
@@ -56,6 +58,7 @@ def stage(
         threads: Threads to run it with.
         isolated: As for `load`.
         time_limit_s: As for `load`.
+        kernels: As for `load`.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run outside the target's delegate.
         interface: How the file is called; as the converters do it if not given.
         options: The target's own options.
@@ -70,17 +73,18 @@ def stage(
         ValueError: If an argument is not allowed.
     """
     quiet_libraries()
+    running = Running(threads, isolated, time_limit_s, kernels)
     asked = ordered(model, target, path, inputs=inputs, max_fallback=max_fallback, interface=interface, **options)
-    return stage_order(asked, threads, isolated, time_limit_s)
+    return stage_order(asked, running)
 
 
-def stage_order(asked: Order, threads: int, isolated: bool, time_limit_s: float) -> Staged:
-    """Write, read back and load what was ordered; arguments and errors as for `stage`."""
-    check_running(threads, time_limit_s)
+def stage_order(asked: Order, running: Running) -> Staged:
+    """Write, read back and load what was ordered; errors as for `stage`."""
+    check_kernels(asked.target, running.kernels)
     place = StagedPath(asked.path)
     try:
         contents = written(asked.module, asked.prepared(), asked.path, place.staged, asked.options)
-        return opened(asked, place, contents, threads, isolated, time_limit_s)
+        return opened(asked, place, contents, running)
     except BaseException:
         place.discard()
         raise
@@ -90,9 +94,7 @@ def opened(
     asked: Order,
     place: StagedPath,
     contents: Contents,
-    threads: int,
-    isolated: bool,
-    time_limit_s: float,
+    running: Running,
     child: Child | None = None,
 ) -> Staged:
     """Make sure that a file is what was asked for, and load it.
@@ -101,9 +103,7 @@ def opened(
         asked: What was asked for.
         place: Where the file waits.
         contents: What it holds.
-        threads: As for `stage`.
-        isolated: As for `stage`.
-        time_limit_s: As for `stage`.
+        running: How it is run.
         child: As for `open_file`.
 
     Raises:
@@ -116,7 +116,7 @@ def opened(
     if options.get("scheme") is not None:
         warn_if(target, schemes.check_scheme(contents, options["scheme"], target))
     check_fallback(contents.placements, asked.max_fallback, target)
-    artifact = open_file(target, place.staged, contents, threads, isolated, time_limit_s, JUST_WRITTEN, child)
+    artifact = open_file(target, place.staged, contents, running, JUST_WRITTEN, child)
     warn_not_run(artifact)
     check_batches(asked.network, artifact)
     return Staged(asked.network, artifact, place)
@@ -133,6 +133,7 @@ def export(
     threads: int = 1,
     isolated: bool = True,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    kernels: Kernels = "delegate",
     max_fallback: float | None = None,
     interface: Interface | None = None,
     strict: Strict = True,
@@ -158,6 +159,7 @@ def export(
         threads: Threads to run it with.
         isolated: As for `load`.
         time_limit_s: As for `load`.
+        kernels: As for `load`.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that may run on the runtime's own CPU kernels
             and not in the target's delegate; any if not given.
         interface: How the file is called: names, layout, pixels, labels. As the converters do it if not given;
@@ -178,26 +180,44 @@ def export(
     """
     check_strict(strict)
     running: dict[str, Any] = {"threads": threads, "isolated": isolated, "time_limit_s": time_limit_s}
-    running |= {"max_fallback": max_fallback, "interface": interface}
+    running |= {"kernels": kernels, "max_fallback": max_fallback, "interface": interface}
     with unwinding(), stage(model, target, path, inputs=inputs, **running, **options) as staged:
-        if staged.artifact.not_run is not None:
-            return staged.accept()
-        compared = staged.network, staged.artifact
-        kept = staged.network.calibration
-        calls = list(batches) if batches is not None else None if kept is None else [kept]
-        scheme = options.get("scheme")
-        allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
-        agreement = None
-        try:
-            agreement = agreement_of(*compared, calls)
-            judgement = judge_file(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
-        except AgreementError as error:
-            judgement = Judgement("broken", (str(error),))
-        _tell(staged, agreement, judgement, strict)
-        return replace(staged.accept(), agreement=agreement, judgement=judgement)
+        return proved(staged, batches, tolerance, strict, options.get("scheme"))
 
 
-def _tell(staged: Staged, agreement: Agreement | None, judgement: Judgement, strict: Strict) -> None:
+def proved(
+    staged: Staged,
+    batches: Iterable[Any] | None = None,
+    tolerance: Tolerance | None = None,
+    strict: Strict = True,
+    scheme: schemes.Scheme | None = None,
+) -> Artifact:
+    """Compare a file with its network, judge it, and put it in place; arguments and errors as for `export`.
+
+    Args:
+        staged: The file.
+        batches: As for `export`.
+        tolerance: As for `export`.
+        strict: As for `export`.
+        scheme: The scheme that it was written in, if any.
+    """
+    if staged.artifact.not_run is not None:
+        return staged.accept()
+    compared = staged.network, staged.artifact
+    kept = staged.network.calibration
+    calls = list(batches) if batches is not None else None if kept is None else [kept]
+    allowed = tolerance or (Tolerance() if scheme is None else schemes.tolerance(scheme))
+    agreement = None
+    try:
+        agreement = agreement_of(*compared, calls)
+        judgement = judge_file(*compared, agreement, allowed, lambda: rounding_of(*compared, calls))
+    except AgreementError as error:
+        judgement = Judgement("broken", (str(error),))
+    _raise_or_warn(staged, agreement, judgement, strict)
+    return replace(staged.accept(), agreement=agreement, judgement=judgement)
+
+
+def _raise_or_warn(staged: Staged, agreement: Agreement | None, judgement: Judgement, strict: Strict) -> None:
     """Raise or warn of a file that is not close.
 
     Raises:
@@ -205,11 +225,11 @@ def _tell(staged: Staged, agreement: Agreement | None, judgement: Judgement, str
     """
     file = f"{staged.artifact.target}: {staged.artifact.path.name}"
     samples = 0 if agreement is None else agreement.samples
-    told = f"{judgement} (over {samples} sample{'s' * (samples != 1)})"
+    verdict = f"{judgement} (over {samples} sample{'s' * (samples != 1)})"
     if not judgement.allowed(strict):
         raise AgreementError(
-            f"{file} computes something else than the network it came from: {told}. Nothing was written. "
+            f"{file} computes something else than the network it came from: {verdict}. Nothing was written. "
             f"{advice(staged.network)}."
         )
     if judgement.grade in ("differs", "broken"):
-        warn_if(staged.artifact.target, f"{staged.artifact.path.name} {told}. {advice(staged.network)}")
+        warn_if(staged.artifact.target, f"{staged.artifact.path.name} {verdict}. {advice(staged.network)}")

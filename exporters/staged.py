@@ -1,4 +1,4 @@
-"""A file between being written and being put in its place."""
+"""A file that is written and checked, but not yet in its place."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from lightning_edge.contents import Contents, Placements, Precision
-from lightning_edge.errors import ExportError, check_installed, first_line, require
+from lightning_edge.errors import ExportError, RunnerError, check_installed, first_line, require
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.interface import Interface
 from lightning_edge.network import Deployable
@@ -43,6 +43,7 @@ class Target(ABC):
         takes_images: Whether its files take pixels as images: as float32 in NCHW, whatever the layout.
         writes_folder: Whether its file is a folder.
         in_process: Whether its files run in this process, because their runtime is this package's own code.
+        has_reference_kernels: Whether `open_reference` runs its files as a microcontroller does.
         mark: Bytes that each of its files has at a place near its beginning, by which another is told before it is
             read; nothing where there are none.
     """
@@ -59,6 +60,7 @@ class Target(ABC):
     takes_images: ClassVar[bool] = False
     writes_folder: ClassVar[bool] = False
     in_process: ClassVar[bool] = False
+    has_reference_kernels: ClassVar[bool] = False
     mark: ClassVar[tuple[int, bytes]] = (0, b"")
 
     def prepare(self, network: Deployable, **options: Any) -> Deployable:
@@ -95,6 +97,14 @@ class Target(ABC):
     @abstractmethod
     def open(self, path: Path, threads: int) -> Runner:
         """Load the file into its runtime."""
+
+    def open_reference(self, path: Path, threads: int) -> Runner:
+        """Load the file into its runtime with the kernels that a microcontroller computes as.
+
+        Raises:
+            RunnerError: If the runtime has none.
+        """
+        raise RunnerError(f"the runtime of {self.suffix} files has no reference kernels")
 
     def image_input(self, interface: Interface) -> tuple[Interface, torch.dtype]:
         """Say how a file takes images that are pixels: as uint8, or as float32 in NCHW if the target takes images."""

@@ -55,7 +55,7 @@ def _serve(connection: socket.socket) -> None:
 def _answer(message: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     torch.set_num_threads(message["threads"])
     tell("loading the network")
-    with export_warnings() as told:
+    with export_warnings() as messages:
         try:
             network = _loaded(message)
         except Exception as error:
@@ -68,7 +68,7 @@ def _answer(message: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str
             return {"error": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
     # Not a Counter: asdict would count its pairs.
     plain = replace(contents, ops=dict(contents.ops))
-    return {"contents": asdict(plain), "warnings": told}
+    return {"contents": asdict(plain), "warnings": messages}
 
 
 def _loaded(message: Mapping[str, Any]) -> Deployable:

@@ -74,22 +74,10 @@ class Comparison:
         for output, (before, after) in zip(self._outputs, pairs, strict=True):
             output.update(before, after)
         self._samples += next((shape[0] for shape in shapes if shape), 1)
-        if self._class_scores:
-            self._update_classes(
-                next(
-                    (
-                        pair
-                        for pair, tensor in zip(pairs, reference, strict=True)
-                        if tensor.is_floating_point() and tensor.dim() == 2 and tensor.shape[1] > 1
-                    ),
-                    None,
-                )
-            )
+        if self._class_scores and (scores := class_scores(reference, candidate)) is not None:
+            self._update_classes(*(tensor.detach().cpu().double() for tensor in scores))
 
-    def _update_classes(self, scores: tuple[Tensor, Tensor] | None) -> None:
-        if scores is None:
-            return
-        before, after = scores
+    def _update_classes(self, before: Tensor, after: Tensor) -> None:
         chosen = before.gather(1, after.argmax(dim=1, keepdim=True)).squeeze(1)
         same = (chosen == before.amax(dim=1)) & after.isfinite().all(dim=1)
         self._same_class += int(same.sum())
@@ -110,6 +98,14 @@ class Comparison:
                 output.result(self._scales[position : position + 1]) for position, output in enumerate(self._outputs)
             ),
         )
+
+
+def class_scores(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Find the class scores among flattened outputs of two networks, (batch, classes) each; ``None`` without any."""
+    for before, after in zip(reference, candidate, strict=True):
+        if before.is_floating_point() and before.dim() == 2 and before.shape[1] > 1:
+            return before, after
+    return None
 
 
 class _OutputDifference:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ _MAX_STEPS = 3.0
 _OVER_OWN = 1.5
 # How long calls are made in a row before one counts.
 _WARM_AFTER_NS = 1_000_000
+# Of the times of all calls so many are kept: the shortest, the longest, and between them in steps of 5 %.
+_QUANTILES = 21
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,7 @@ class Latency:
         throughput: Calls per second, one after the other, at the median.
         warmup: Calls made before timing.
         repeats: Calls timed.
+        quantiles_ms: Quantiles from 0 (the shortest call) to 1 (the longest) in steps of 0.05, milliseconds.
     """
 
     p50_ms: float
@@ -224,6 +228,7 @@ class Latency:
     throughput: float
     warmup: int
     repeats: int
+    quantiles_ms: tuple[float, ...] = ()
 
 
 def stopwatch(run: Callable[[], object]) -> Callable[[], int]:
@@ -298,7 +303,19 @@ def latency_of(times_ns: Sequence[int], warmup: int = 0) -> Latency:
     """
     milliseconds = torch.tensor(times_ns, dtype=torch.float64) / 1e6
     p50, p95, p99 = torch.quantile(milliseconds, torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64)).tolist()
-    return Latency(p50, p95, p99, 1000 / max(p50, 1e-9), warmup, len(times_ns))
+    quantiles = torch.quantile(milliseconds, torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)).tolist()
+    return Latency(p50, p95, p99, 1000 / max(p50, 1e-9), warmup, len(times_ns), tuple(quantiles))
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Within this context, torch computes with this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def parameter_count(module: nn.Module) -> int:

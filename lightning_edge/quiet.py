@@ -1,4 +1,4 @@
-"""What other libraries say of their own parts, and a user can do nothing about: left out, each line by its words.
+"""Silence lines of other libraries that a user can do nothing about, each by its words.
 
 Everything else that they say stays. Knows no torch.
 """

@@ -19,6 +19,12 @@ from lightning_edge.exporters.default_names import RESERVED, with_names
 from lightning_edge.exporters.verify.agreement import reference_outputs
 from lightning_edge.network import Deployable, Inputs, Precision
 
+
+def without(*names: str) -> list[Any]:
+    """All targets, some of them slow ones."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in names else name for name in TARGETS]
+
+
 NAMED = Interface(inputs=("picture", "extra"), outputs=("logits", "hidden"), layout="nhwc")
 
 
@@ -86,8 +92,8 @@ def test_one_channel_has_the_strides_of_its_shape() -> None:
 # The files
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize("name", without("coreml"))
 def test_images_may_have_their_channels_last(folder: Path, name: str, precision: Precision) -> None:
     artifact = written(folder, "two_inputs", name, precision, Interface(layout="nhwc"))
     assert [end.shape for end in artifact.contents.inputs] == [(1, 8, 8, 3), (1, 4)]
@@ -102,7 +108,7 @@ def test_images_may_have_their_channels_last(folder: Path, name: str, precision:
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", without("executorch", "coreml", "onnx"))
 @pytest.mark.parametrize("model", ["two_inputs", pytest.param("residual", marks=pytest.mark.slow)])
 def test_channels_last_leaves_nothing_more_outside_the_delegate(
     folder: Path, model: str, name: str, precision: Precision
@@ -118,7 +124,7 @@ def test_channels_last_leaves_nothing_more_outside_the_delegate(
         assert last.ops.get("TRANSPOSE", 0) < first.ops["TRANSPOSE"]
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", without("coreml"))
 def test_inputs_and_outputs_are_named(tmp_path: Path, name: str) -> None:
     inputs = (torch.rand(2, 3, 6, 5), torch.rand(2, 4))
     path = tmp_path / f"net{target(name).suffix}"
@@ -172,7 +178,7 @@ def test_the_words_that_are_no_names_are_core_mls() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::lightning_edge.exporters.ExportWarning")
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", without("executorch"))
 def test_default_names_are_the_same_for_all_targets(tmp_path: Path, name: str) -> None:
     pytest.importorskip(target(name).needs[0])
     contents = export(Odd(), name, tmp_path / f"net{target(name).suffix}", inputs=ODD, isolated=False).contents

@@ -26,8 +26,10 @@ ROWS = [
         "locks",
         "tracing",
         "quiet",
+        "user_warnings",
+        "cores",
     },
-    {"reporting.devices", "plain_calls"},
+    {"reporting.devices", "reporting.classes", "reporting.layers", "plain_calls"},
     {
         "yaml_files",
         "reporting.rendering",
@@ -46,7 +48,7 @@ ROWS = [
     {"network", "one_run", "record_check", "succession", "reporting.report", "cli.config_errors"},
     {"surgery", "measure", "reporting.manifest"},
     {"reporting.read", "comparison", "quantization", "pruning", "factorization", "sparsity"},
-    {"distillation", "evaluation.reference"},
+    {"distillation", "evaluation.reference", "evaluation.class_changes"},
     {"record"},
     {"exporters.passes"},
     {"exporters.input_adapter", "exporters.default_names"},
@@ -68,9 +70,10 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"quiet", "boards"}
+WITHOUT_TORCH |= {"quiet", "user_warnings", "boards", "cores"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
-WITHOUT_TORCH |= {"devices.runner", "reporting.devices"}
+WITHOUT_TORCH |= {"devices.runner", "devices.runtimes", "devices.sensors"}
+WITHOUT_TORCH |= {"reporting.devices", "reporting.classes", "reporting.layers"}
 WITHOUT_TORCH |= {
     f"reporting.{name}"
     for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")
@@ -87,9 +90,9 @@ ROOMS = {
     "wandb": ("callbacks.tracking", "sweeps.tracking"),
     "optuna": ("sweeps",),
     "executorch": ("exporters.executorch",),
-    "coremltools": ("exporters.coreml",),
+    "coremltools": ("exporters.coreml", "devices.runtimes"),
     "litert_torch": ("exporters.tflite",),
-    "ai_edge_litert": ("exporters.tflite", "devices.runner"),
+    "ai_edge_litert": ("exporters.tflite", "devices.runtimes"),
     "asyncssh": ("devices.ssh",),
     "ai_edge_quantizer": ("exporters.tflite",),
     "flatbuffers": ("exporters.tflite",),
@@ -97,9 +100,9 @@ ROOMS = {
     "onnx": ("exporters.onnx",),
     "onnx_ir": ("exporters.onnx",),
     "onnxscript": ("exporters.onnx",),
-    "onnxruntime": ("exporters.onnx", "devices.runner"),
+    "onnxruntime": ("exporters.onnx", "devices.runtimes"),
     "openvino": ("exporters.onnx",),
-    "PIL": ("exporters.coreml.runners", "zoo.image_folder"),
+    "PIL": ("exporters.coreml.runners", "devices.runtimes", "zoo.image_folder"),
     "timm": ("zoo.backbones",),
     "torchvision": ("zoo.backbones",),
     "transformers": ("zoo.backbones",),

@@ -94,8 +94,15 @@ def test_captured_patches_take_any_batch() -> None:
         torch.testing.assert_close(graph(images), network(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["coreml", "executorch", "onnx", "tflite"])
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [
+        ("onnx", "int8"),
+        ("tflite", "int8"),
+        *(pytest.param(name, "int8", marks=pytest.mark.slow) for name in ("coreml", "executorch")),
+        *(pytest.param(name, "fp32", marks=pytest.mark.slow) for name in ("coreml", "executorch", "onnx", "tflite")),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::lightning_edge.exporters.ExportWarning")
 def test_patches_on_every_target(target: str, precision: str, tmp_path: Path) -> None:
     pytest.importorskip({"coreml": "coremltools", "tflite": "litert_torch"}.get(target, target))

@@ -6,6 +6,7 @@ On macOS Core ML itself runs a package. Elsewhere the reference interpreter in `
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -165,6 +166,10 @@ class CoreML(Target):
     def placements(self, path: Path) -> Placements | None:
         """Ask Core ML's compute plan where it would run the operations of a package; ``None`` away from macOS."""
         return by_plan(path, package.read(path))
+
+    def sessions(self, threads: int, machine: str, features: Collection[str]) -> list[dict[str, Any]]:
+        """Say how Core ML opens a package on a device: it chooses its threads itself."""
+        return [{"compute_units": "ALL"}]
 
     def open(self, path: Path, threads: int) -> Runner:
         """Load the package: into Core ML on macOS, into the reference interpreter elsewhere.

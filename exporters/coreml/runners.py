@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from lightning_edge.cores import cores
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.coreml.mil.intermediates import intermediates as intermediates_of
 from lightning_edge.exporters.coreml.mil.interpreter import Interpreter, Program, Variable
 from lightning_edge.exporters.coreml.mil.values import DTYPES
 from lightning_edge.exporters.coreml.package import coremltools, quiet, read
-from lightning_edge.exporters.run.calls import TensorSpec, of_one_sample
+from lightning_edge.exporters.run.calls import Samples, TensorSpec, of_one_sample, stack
 from lightning_edge.exporters.run.runner import Intermediate, Runner
 
 
@@ -50,6 +52,20 @@ class ReferenceRunner(Runner):
             return self._interpreter(tensors)
         finally:
             torch.set_num_threads(before)
+
+    def run_all(self, samples: Samples, most: int) -> list[Tensor]:
+        """Run on several samples, as many at the same time as there are cores: nobody asks how long it takes.
+
+        Each is computed as by itself, to the last bit.
+        """
+        first = self(samples.part(0, most).tensors)  # alone: it checks the program's operations
+        before = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(cores(), "lightning-edge interpreting") as pool:
+                starts = range(most, samples.count, most)
+                return stack([first, *pool.map(lambda start: self(samples.part(start, most).tensors), starts)])
+        finally:
+            torch.set_num_threads(before)  # those of threads that torch starts later, which all of them have set
 
     def intermediates(self, tensors: list[Tensor]) -> list[Intermediate]:
         """Run on one sample and give the quantized values inside the program."""

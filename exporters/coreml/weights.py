@@ -1,4 +1,4 @@
-"""How the weights of a Core ML package are stored: in fewer bits, in blocks, from a table, or without their zeros."""
+"""Compress the weights of a Core ML package: fewer bits, blocks, palettes, or zeros left out."""
 
 from __future__ import annotations
 

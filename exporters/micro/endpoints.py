@@ -1,4 +1,4 @@
-"""What a C++ header says of a file's inputs and outputs: shapes, scales, zero points, and names of the classes."""
+"""Inputs and outputs of a file for a C++ header: shapes, scales, zero points, and names of the classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scratch memory that kernels of TensorFlow Lite Micro ask for while they run: reference kernels, and CMSIS-NN's."""
+"""Scratch memory that kernels of TensorFlow Lite Micro request while they run: reference kernels and CMSIS-NN."""
 
 from __future__ import annotations
 

@@ -84,11 +84,25 @@ def int8_weight_count(graph: torch.nn.Module, *, without_zeros: bool) -> int:
 
 
 def float_layers(graph: torch.nn.Module) -> list[fx.Node]:
-    """Find the convolution and linear operations of a converted graph whose weights are float constants."""
+    """Find the convolution and linear operations of a converted graph whose weights are float constants.
+
+    Layers of constants alone are left out, such as those of encoded positions: converters compute what they give.
+    """
     if not isinstance(graph, fx.GraphModule):
         return []
-    layers = [node for node in graph.graph.nodes if operation(node) in _LAYERS]
+    fed = _fed_nodes(graph)
+    layers = [node for node in graph.graph.nodes if operation(node) in _LAYERS and node in fed]
     return [node for node in layers if _is_constant(node.args[1]) and not _is_dequantized(node.args[1])]
+
+
+def _fed_nodes(graph: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that depend on what the network is fed, beyond how many samples that are."""
+    found: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        is_size = node.target is torch.ops.aten.sym_size.int
+        if node.op == "placeholder" or (not is_size and any(parent in found for parent in node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def activation_bits(graph: torch.nn.Module) -> set[int]:

@@ -35,6 +35,41 @@ class TensorSpec:
         return tuple(tensor.shape) == shape and tensor.dtype.is_floating_point == self.dtype.is_floating_point
 
 
+@dataclass(frozen=True)
+class Samples:
+    """The flattened inputs of several samples, joined as a batch.
+
+    Attributes:
+        tensors: The inputs, batch first.
+        carries: Of each, whether its first dimension is the batch; any other is the same for all samples.
+        count: How many samples there are.
+    """
+
+    tensors: list[Tensor]
+    carries: list[bool]
+    count: int
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Samples:
+        """Take a call's tensors, of which the first with a dimension carries the batch, and those of the same size."""
+        count = next(tensor.shape[0] for tensor in tensors if tensor.dim())
+        return cls(tensors, [tensor.dim() > 0 and tensor.shape[0] == count for tensor in tensors], count)
+
+    def part(self, start: int, size: int) -> Samples:
+        """Take up to ``size`` samples from position ``start`` on."""
+        tensors = [
+            tensor[start : start + size] if carries else tensor
+            for tensor, carries in zip(self.tensors, self.carries, strict=True)
+        ]
+        return Samples(tensors, self.carries, min(size, self.count - start))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one sample."""
+        whole = sum(tensor.nbytes for tensor, carries in zip(self.tensors, self.carries, strict=True) if carries)
+        return whole // max(1, self.count)
+
+
 def conform(tensors: list[Tensor], specs: tuple[TensorSpec, ...], name: str, max_batch: int = 1) -> list[Tensor]:
     """Check one call's tensors against what a file takes, and convert float to float and integer to integer.
 
@@ -59,6 +94,11 @@ def conform(tensors: list[Tensor], specs: tuple[TensorSpec, ...], name: str, max
             f"{name} was given {given} {per} but takes {expected}{most}. "
             "Call it as the network it came from: same arguments, batch first, keyword arguments by name"
         )
+    return converted(tensors, specs)
+
+
+def converted(tensors: list[Tensor], specs: tuple[TensorSpec, ...]) -> list[Tensor]:
+    """Convert the tensors of a call to the types that a file takes."""
     return [tensor.to(spec.dtype).contiguous() for tensor, spec in zip(tensors, specs, strict=True)]
 
 

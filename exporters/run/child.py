@@ -1,4 +1,4 @@
-"""A Python process of our own that answers messages; what it prints is kept, and how it ended is told in words."""
+"""A Python process of our own that answers messages. What it prints is kept, and how it ended is put in words."""
 
 from __future__ import annotations
 

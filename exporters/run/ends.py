@@ -1,4 +1,4 @@
-"""The values at a file's ends: real numbers become the integers that it takes, and what it gives becomes real again."""
+"""Quantize a file's inputs and dequantize its outputs, where the file itself takes integers."""
 
 from __future__ import annotations
 

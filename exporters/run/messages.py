@@ -1,4 +1,4 @@
-"""What a process that runs a file and the one that asks it say to each other: JSON, then tensors as their raw bytes.
+"""Messages between the process that runs a file and the one that asks it: JSON, then tensors as raw bytes.
 
 Nothing is pickled. A message is the length of its JSON text (8 bytes, little-endian), the text, and behind it the bytes
 of the tensors that the text tells the types and shapes of, in their plain order.

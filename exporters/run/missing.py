@@ -1,4 +1,4 @@
-"""Which operation of a file its runtime has no kernel for, by what the runtime says when it refuses the file."""
+"""Find which operation a runtime has no kernel for, in its message when it refuses a file."""
 
 from __future__ import annotations
 

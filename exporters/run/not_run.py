@@ -1,4 +1,4 @@
-"""A file that is whole and was looked into, but that nothing on this machine can run."""
+"""The runner of a file that was inspected, but that nothing on this machine can run."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_edge.exporters.run.calls import TensorSpec
+from lightning_edge.exporters.run.calls import Samples, TensorSpec, stack
 from lightning_edge.measure import stopwatch
 
 
@@ -56,6 +56,10 @@ class Runner(ABC):
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one sample; float inputs and outputs are real values."""
 
+    def run_all(self, samples: Samples, most: int) -> list[Tensor]:
+        """Run on several samples, ``most`` in a call, one call after the other; returns the outputs, batch first."""
+        return stack([self(samples.part(start, most).tensors) for start in range(0, samples.count, most)])
+
     def prepare(self, tensors: list[Tensor]) -> Callable[[], object]:
         """Return a call on one sample that is ready to be timed.
 
@@ -74,4 +78,8 @@ class Runner(ABC):
 
     def peak_memory_bytes(self) -> int | None:
         """Return what the file took of memory at its peak; ``None`` if it does not run in a process of its own."""
+        return None
+
+    def close(self) -> None:
+        """End what runs in another process, at once; safe to call twice. Afterwards a call is an error there."""
         return None

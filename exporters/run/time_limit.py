@@ -1,4 +1,4 @@
-"""A limit on the time of work in this process: reading a file that somebody made to be read without end."""
+"""A time limit on work in this process, such as reading a file that was made to be read without end."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_edge.errors import EdgeError, first_line
 from lightning_edge.exporters.run import messages
+from lightning_edge.exporters.run.calls import Samples
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.measure import stopwatch
 
@@ -50,15 +51,23 @@ class _Worker:
         torch.set_num_threads(threads)
         self._memory = _Memory()
         start = time.perf_counter()
-        self._runner = self._target.open(Path(message["path"]), threads)
+        open_file = self._target.open_reference if message["reference"] else self._target.open
+        self._runner = open_file(Path(message["path"]), threads)
         load_ms = (time.perf_counter() - start) * 1000
         inputs = [[list(spec.shape), str(spec.dtype).removeprefix("torch.")] for spec in self._runner.inputs]
-        told = {"runtime": self._runner.runtime, "is_reference": self._runner.is_reference}
-        return {**told, "inputs": inputs, "load_ms": load_ms}, []
+        reply = {"runtime": self._runner.runtime, "is_reference": self._runner.is_reference}
+        return {**reply, "inputs": inputs, "load_ms": load_ms}, []
 
     def run(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Run on one sample."""
         return {}, self._run(tensors)
+
+    def run_all(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
+        """Run on several samples, one call after the other."""
+        assert self._runner is not None
+        samples = Samples(tensors, message["carries"], message["count"])
+        with torch.no_grad():
+            return {}, self._runner.run_all(samples, message["most"])
 
     def keep(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Keep a sample for `time`."""
@@ -77,8 +86,8 @@ class _Worker:
         found = self._runner.intermediates(tensors)
         if found is None:
             return {"found": None}, []
-        told = [[entry.operation, entry.scale, entry.zero_point] for entry in found]
-        return {"found": told}, [entry.values for entry in found]
+        layers = [[entry.operation, entry.scale, entry.zero_point] for entry in found]
+        return {"found": layers}, [entry.values for entry in found]
 
     def memory(self, message: dict[str, Any], tensors: list[Tensor]) -> _Reply:
         """Say by how much the file made the memory of this process grow at its peak."""

@@ -31,6 +31,7 @@ class TFLite(Target):
     int8_options = frozenset({"io", "integer_only"})
     activation_bits = frozenset({8, 16})
     schemes = get_args(Scheme)
+    has_reference_kernels = True
 
     def prepare(self, network: Deployable, **options: Any) -> Deployable:
         """Run `CAPTURED_PASSES` on the captured graph."""
@@ -93,6 +94,10 @@ class TFLite(Target):
             threads: Threads of the interpreter.
         """
         return LiteRTRunner(path, threads)
+
+    def open_reference(self, path: Path, threads: int) -> Runner:
+        """Load the file with LiteRT's reference kernels, as TensorFlow Lite Micro computes."""
+        return LiteRTRunner(path, threads, reference=True)
 
     def sessions(self, threads: int, machine: str, features: Collection[str]) -> list[dict[str, Any]]:
         """Say how LiteRT opens a file on a device."""

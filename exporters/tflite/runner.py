@@ -21,18 +21,26 @@ EXTRA = "tflite"
 
 @final
 class LiteRTRunner(Runner):
-    """Runs one loaded file; quantizes and dequantizes at its ends by the file's own scales."""
+    """Runs one loaded file; quantizes and dequantizes at its ends by the file's own scales.
 
-    def __init__(self, path: Path, threads: int) -> None:
-        interpreter = require("ai_edge_litert.interpreter", EXTRA)
+    Args:
+        path: The file.
+        threads: Threads of the interpreter.
+        reference: Whether it runs with LiteRT's reference kernels. Those of TensorFlow Lite Micro round as they do;
+            XNNPACK and LiteRT's own optimized kernels round otherwise. How fast they are says nothing.
+    """
+
+    def __init__(self, path: Path, threads: int, reference: bool = False) -> None:
         self._data = path.read_bytes()
-        self._interpreter = interpreter.Interpreter(model_content=self._data, num_threads=threads)
-        self._interpreter.allocate_tensors()
+        self._reference = reference
+        kinds = require("ai_edge_litert.interpreter", EXTRA).OpResolverType
+        self._interpreter = self._opened(kinds.BUILTIN_REF if reference else kinds.AUTO, num_threads=threads)
         self._ins = [(details["index"], _end(details)) for details in self._interpreter.get_input_details()]
         self._outs = [(details["index"], _end(details)) for details in self._interpreter.get_output_details()]
         self.inputs = tuple(ends.spec(end) for _, end in self._ins)
         count = "1 thread" if threads == 1 else f"{threads} threads"
-        self.runtime = f"LiteRT {version('ai-edge-litert')}, XNNPACK, {count}"
+        kernels = "reference kernels" if reference else "XNNPACK"
+        self.runtime, self.is_reference = f"LiteRT {version('ai-edge-litert')}, {kernels}, {count}", reference
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one call."""
@@ -59,13 +67,9 @@ class LiteRTRunner(Runner):
 
         The delegate does not keep them: they come from LiteRT's own kernels, which round a little otherwise.
         """
-        interpreter = require("ai_edge_litert.interpreter", EXTRA)
-        kept = interpreter.Interpreter(
-            model_content=self._data,
-            experimental_op_resolver_type=interpreter.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-            experimental_preserve_all_tensors=True,
-        )
-        kept.allocate_tensors()
+        kinds = require("ai_edge_litert.interpreter", EXTRA).OpResolverType
+        kernels = kinds.BUILTIN_REF if self._reference else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        kept = self._opened(kernels, experimental_preserve_all_tensors=True)
         self._feed(kept, tensors)
         kept.invoke()
         names = maker_names(parse(self._data))
@@ -75,6 +79,13 @@ class LiteRTRunner(Runner):
             if (index := details["index"]) in names and _scale(details)
             for values in [kept.get_tensor(index).copy()]
         ]
+
+    def _opened(self, kernels: Any, **settings: Any) -> Any:
+        """Make an interpreter of the file that is ready to run."""
+        interpreter = require("ai_edge_litert.interpreter", EXTRA)
+        opened = interpreter.Interpreter(model_content=self._data, experimental_op_resolver_type=kernels, **settings)
+        opened.allocate_tensors()
+        return opened
 
     def _feed(self, interpreter: Any, tensors: list[Tensor]) -> None:
         for tensor, (index, end) in zip(tensors, self._ins, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 
@@ -21,13 +20,14 @@ from lightning_edge.exporters.passes.precision import (
 )
 from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.network import Deployable
+from lightning_edge.user_warnings import EdgeWarning, warn
 
 
-class ExportWarning(UserWarning):
+class ExportWarning(EdgeWarning):
     """A file runs, but not all of it the way an int8 file for this target should."""
 
 
-_TOLD = {
+_SOURCES = {
     "the file": "the file says",
     "the runtime": "the runtime says",
     "compute plan": "the compute plan says",
@@ -111,7 +111,7 @@ def check_fallback(placements: Placements | None, limit: float | None, target: s
     """Make sure that no more of a file's work than allowed falls back to the runtime's own CPU kernels.
 
     Args:
-        placements: Where its operations run; ``None`` where nothing tells.
+        placements: Where its operations run; ``None`` where nothing says.
         limit: Largest share of the multiply-accumulates, 0 to 1; ``None`` for any.
         target: Name of the target, for the message.
 
@@ -129,14 +129,14 @@ def check_fallback(placements: Placements | None, limit: float | None, target: s
     if not placements.fallback:
         return
     ops = ", ".join(f"{entry.count} x {entry.op} ({entry.macs:,} MACs)" for entry in placements.fallback)
-    told = f"{share:.1%} of the multiply-accumulates run outside the delegate, as {_TOLD[placements.told_by]}"
+    summary = f"{share:.1%} of the multiply-accumulates run outside the delegate, as {_SOURCES[placements.told_by]}"
     if limit is not None and share > limit:
         raise ExportError(
-            f"{target}: {told}, and max_fallback={limit} allows {limit:.1%}: {ops}. Replace these operations by ones "
-            "that the delegate has, leave the target out, or allow more."
+            f"{target}: {summary}, and max_fallback={limit} allows {limit:.1%}: {ops}. Replace these operations by "
+            "ones that the delegate has, leave the target out, or allow more."
         )
     if placements.told_by != "the file":  # check_contents has told of these
-        _warn(target, f"{told}: {ops}")
+        _warn(target, f"{summary}: {ops}")
 
 
 def check_share(max_fallback: float | None) -> None:
@@ -194,4 +194,4 @@ def warn_if(target: str, message: str | None) -> None:
 
 
 def _warn(target: str, message: str) -> None:
-    warnings.warn(f"{target}: {message}", ExportWarning, stacklevel=4)
+    warn(f"{target}: {message}", ExportWarning)

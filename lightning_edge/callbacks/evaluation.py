@@ -48,6 +48,9 @@ from lightning_edge.reporting.rows import over_budget
 from lightning_edge.surgery import find_network
 from lightning_edge.verdict import Strict, check_strict
 
+# Stands for the Trainer's default_root_dir in a folder's name.
+_ROOT = "{root}"
+
 
 @final
 class DeviceEvaluationCallback(Callback):
@@ -62,7 +65,7 @@ class DeviceEvaluationCallback(Callback):
 
     Args:
         targets: Targets to export to: ``"executorch"``, ``"coreml"``, ``"tflite"``, ``"onnx"``.
-        dirpath: Folder for the files and the report.
+        dirpath: Folder for the files and the report. ``{root}`` in it stands for the Trainer's ``default_root_dir``.
         module: Name of the network, as for `EdgeCompressionCallback`; found by itself, or taken from there.
         split: ``"validate"`` or ``"test"``: which of the user's loops gives the metrics.
         tolerance: How far a file may lie from the network it came from and be close.
@@ -87,8 +90,7 @@ class DeviceEvaluationCallback(Callback):
         every_n_epochs: Evaluate during training as well, after every so many epochs, into ``<dirpath>/epoch-<n>``. The
             float file is left out there, and failures are warnings. The training goes on as it would without.
         jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one;
-            ``None``: one a core.
-            If not given one a core, and in this process where there is one core only.
+            ``None``: one a core, and in this process where there is one core only.
 
     Attributes:
         settings: The arguments that say which files are made, and how they are tested, timed and judged.
@@ -185,14 +187,20 @@ class DeviceEvaluationCallback(Callback):
         if trainer.is_global_zero:
             self._check_devices()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            dirpath = self.settings.dirpath
+            folder = self.folder(trainer)
             try:
-                Path(dirpath).mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=dirpath):
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=folder):
                     pass
             except OSError as error:
-                cause = "it is a file" if Path(dirpath).is_file() else error
-                raise EdgeError(f"dirpath={dirpath!r} cannot be written to: {cause}. Give another folder") from error
+                cause = "it is a file" if folder.is_file() else error
+                raise EdgeError(
+                    f"dirpath={str(folder)!r} cannot be written to: {cause}. Give another folder"
+                ) from error
+
+    def folder(self, trainer: Trainer) -> Path:
+        """Where the files go in runs of a Trainer."""
+        return Path(str(self.settings.dirpath).replace(_ROOT, str(trainer.default_root_dir)))
 
     def _check_installed(self) -> None:
         for name in self.settings.targets:
@@ -218,7 +226,7 @@ class DeviceEvaluationCallback(Callback):
             return
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        folder = Path(self.settings.dirpath) / f"epoch-{ended:04d}"
+        folder = self.folder(trainer) / f"epoch-{ended:04d}"
         begun = time.monotonic()
         try:
             with isolate_rng(), generators_kept(trainer.train_dataloader, trainer.val_dataloaders):
@@ -242,7 +250,7 @@ class DeviceEvaluationCallback(Callback):
         if not trainer.is_global_zero:
             return
         with ExitStack() as stack:
-            folder = Path(self.settings.dirpath)
+            folder = self.folder(trainer)
             if trainer.fast_dev_run:  # type: ignore[attr-defined]
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 rank_zero_info("fast_dev_run: the evaluation keeps no file")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_edge.user_warnings import warn
 
 KEY = "edge"
 
@@ -45,9 +46,7 @@ def log_settings(trainer: Trainer, pl_module: LightningModule, callback: Logged)
         try:
             logger.log_hyperparams(settings)
         except Exception as error:
-            warnings.warn(
-                f"{type(logger).__name__} did not take the settings ({type(error).__name__}: {error})", stacklevel=2
-            )
+            warn(f"{type(logger).__name__} did not take the settings ({type(error).__name__}: {error})")
 
 
 def plain(value: Any) -> Any:

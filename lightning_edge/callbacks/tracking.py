@@ -10,7 +10,6 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from lightning_edge.reporting.report import Report, digest
+from lightning_edge.user_warnings import warn
 
 
 def log_report(loggers: Iterable[Logger], report: Report, folder: Path, step: int | None = None) -> None:
@@ -62,10 +62,7 @@ def _forgiven(logger: Logger, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warnings.warn(
-            f"{type(logger).__name__} did not take the report ({type(error).__name__}: {error}); it is in {folder}",
-            stacklevel=3,
-        )
+        warn(f"{type(logger).__name__} did not take the report ({type(error).__name__}: {error}); it is in {folder}")
 
 
 def is_wandb(logger: Logger) -> bool:
@@ -186,7 +183,7 @@ class OfflineFallbackWandbLogger(WandbLogger):
             return super().experiment
 
     def _go_offline(self, why: str) -> None:
-        warnings.warn(f"wandb logs offline, into {self.save_dir}: {why}. Send it later with `wandb sync`", stacklevel=2)
+        warn(f"wandb logs offline, into {self.save_dir}: {why}. Send it later with `wandb sync`")
         self._offline = True
         self._wandb_init["mode"] = "offline"
 

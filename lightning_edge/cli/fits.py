@@ -49,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from lightning_edge.quiet import quiet_libraries
     from lightning_edge.reporting.needs import needs_of
+    from lightning_edge.user_warnings import print_messages_only
 
     quiet_libraries()
+    print_messages_only()
     board = read_board(given.device)
     try:
         with tempfile.TemporaryDirectory(prefix="fits-") as folder:

@@ -26,6 +26,7 @@ from lightning_edge.evaluation.refusals import raise_over_budget
 from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.quantization.network import CHILD
 from lightning_edge.quiet import quiet_libraries
+from lightning_edge.user_warnings import print_messages_only
 
 _OF_FILES = (
     "Before a training: fits CONFIG --device NAME. "
@@ -178,6 +179,7 @@ def main(args: list[str] | None = None) -> None:
             for a failure of our own making.
     """
     quiet_libraries()
+    print_messages_only()
     try:
         commands.run(sys.argv[1:] if args is None else args)
         with strict_values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,7 +93,12 @@ class CommandLineChecker:
                 self._parser.parse_object(dict(config))
                 self._allowed.add(rest)
             # Their constructors know more than their types, and do nothing else.
-            parsed: Namespace = self._callbacks.parse_object({"callbacks": ours})
+            try:
+                parsed: Namespace = self._callbacks.parse_object({"callbacks": ours})
+            except ArgumentError:
+                # The parser of `fit` refuses it, too, and in words for a user.
+                self._parser.parse_object(dict(config))
+                raise
             self._callbacks.instantiate(parsed)
 
 
@@ -106,5 +112,5 @@ def _refusals(prefix: str) -> Iterator[None]:
     except SystemExit as error:
         told = said.getvalue().partition("\n\nin full:")[0].strip().removeprefix("error: ")
         raise SweepError(prefix + told) from error
-    except (EdgeError, ValueError, TypeError) as error:
+    except (EdgeError, ValueError, TypeError, ArgumentError) as error:
         raise SweepError(prefix + cause(error)) from error

@@ -18,12 +18,16 @@ from torch import nn
 from lightning_edge import exporters, record
 from lightning_edge.callbacks.compression import EdgeCompressionCallback
 from lightning_edge.callbacks.evaluation import DeviceEvaluationCallback, recipe_of
+from lightning_edge.contents import Precision
 from lightning_edge.errors import EdgeError, ExportError
 from lightning_edge.evaluation.evaluate import evaluate_module
 from lightning_edge.evaluation.on_devices import raise_device_failures, require_devices
 from lightning_edge.evaluation.refusals import raise_failures, raise_over_budget
+from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Split, Validation, calibration_inputs
 from lightning_edge.exporters import Artifact, deployable
+from lightning_edge.exporters.jobs import Pending, Writers
+from lightning_edge.exporters.pipeline import proved
 from lightning_edge.interface import Interface
 from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Tolerance
@@ -58,6 +62,7 @@ class EdgeTrainer(Trainer):
         tolerance: Tolerance | None = None,
         options: dict[str, dict[str, Any]] | None = None,
         strict: Strict | None = None,
+        jobs: int | None = None,
     ) -> list[Artifact]:
         """Write the network of a checkpoint for each target, int8 if it was trained so, and prove each file.
 
@@ -73,13 +78,15 @@ class EdgeTrainer(Trainer):
             tolerance: How far a file may lie from the network and be close.
             options: A target's own options, by target.
             strict: The worst verdict that is no error, see `lightning_edge.export`; broken files are, if not given.
+            jobs: How many targets are written at once, each in a process of its own: as the DeviceEvaluationCallback
+                says, or 0, which is in this process.
 
         Raises:
             EdgeError: If the checkpoint does not load or a file cannot be made; the others are made.
             ValueError: If a target is unknown.
         """
         given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
-        callback = self._callback(targets, strict, dirpath=dirpath, **given)
+        callback = self._callback(targets, strict, dirpath=dirpath, jobs=jobs, **given)
         settings = callback.settings
         if batches < 1:
             raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
@@ -89,13 +96,13 @@ class EdgeTrainer(Trainer):
         finished = deployable(network, None if is_quantized(network) else inputs[0])
         artifacts: list[Artifact] = []
         rows: list[Row] = []
-        with unwinding(), only_run(Path(settings.dirpath)):
-            for target in settings.targets:
+        with unwinding(), only_run(Path(settings.dirpath)), Writers(settings.writing_jobs, _told) as writers:
+            for target, file in [(target, _begun(writers, finished, target, settings)) for target in settings.targets]:
                 try:
-                    row, artifact = _exported(finished, target, inputs, callback)
+                    row, artifact = _exported(file, finished.precision, target, inputs, callback)
                 except EdgeError as error:
-                    # Told now: the other targets may take long.
-                    sys.stderr.write(f"FAILED: {target}: {error}\n")
+                    if not file.announced:  # now: the other targets may take long
+                        _told(f"FAILED: {target}: {error}")
                     rows.append(Row(target, finished.precision, SOURCES[finished.precision], error=str(error)))
                 else:
                     artifacts.append(artifact)
@@ -122,6 +129,7 @@ class EdgeTrainer(Trainer):
         budget: Budget | None = None,
         strict: Strict | None = None,
         devices: list[str] | None = None,
+        jobs: int | None = None,
     ) -> Report:
         """Export the network of a checkpoint, validate and time every file, and write the report.
 
@@ -141,6 +149,8 @@ class EdgeTrainer(Trainer):
             budget: What a file may cost.
             strict: What is an error beside a file over its budget, see `DeviceEvaluationCallback`.
             devices: Devices to run the files on as well, by name: those of the DeviceEvaluationCallback, if any.
+            jobs: How many targets are written at once, each in a process of its own; 0 is in this process, as without a
+                callback.
 
         Raises:
             EdgeError: If the checkpoint does not load, a device cannot be reached, a file cannot be made, has a worse
@@ -148,7 +158,8 @@ class EdgeTrainer(Trainer):
             ValueError: If a target is unknown.
         """
         given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
-        callback = self._callback(targets, strict, dirpath=dirpath, budget=budget, devices=devices, **given)
+        ours = {"budget": budget, "devices": devices, "jobs": jobs}
+        callback = self._callback(targets, strict, dirpath=dirpath, **given, **ours)
         settings = callback.settings
         require_devices(settings)
         split = split or callback.split
@@ -204,6 +215,7 @@ class EdgeTrainer(Trainer):
         settings = callback.settings if targets is None else callback.settings.for_targets(targets)
         given = {name: value for name, value in others.items() if value is not None}
         callback.settings = replace(settings, **given)
+        callback.settings = replace(callback.settings, dirpath=callback.folder(self))
         if strict is not None:
             check_strict(strict)
             callback.strict = strict
@@ -213,27 +225,29 @@ class EdgeTrainer(Trainer):
         return callback
 
 
-def _exported(
-    network: Deployable, target: str, inputs: list[Inputs], callback: DeviceEvaluationCallback
-) -> tuple[Row, Artifact]:
-    """Write and prove one file, and say what it is."""
-    settings = callback.settings
+def _begun(writers: Writers, network: Deployable, target: str, settings: EvaluationSettings) -> Pending:
+    """Begin to write one file."""
     path = Path(settings.dirpath) / f"model-{network.precision}{exporters.target(target).suffix}"
     options = exporters.options_of(target, network.precision, settings.options)
-    artifact = exporters.export(
-        network,
-        target,
-        path,
-        batches=inputs,
-        tolerance=settings.tolerance_for(options.get("scheme")),
-        max_fallback=settings.max_fallback,
-        interface=settings.interface,
-        strict=callback.strict,
-        **options,
-    )
+    shape: dict[str, Any] = {"max_fallback": settings.max_fallback, "interface": settings.interface}
+    return writers.begin(network, target, path, label=target, **shape, **options)
+
+
+def _exported(
+    file: Pending, precision: Precision, target: str, inputs: list[Inputs], callback: DeviceEvaluationCallback
+) -> tuple[Row, Artifact]:
+    """Wait for one file, prove it, and say what it is."""
+    settings = callback.settings
+    scheme = exporters.options_of(target, precision, settings.options).get("scheme")
+    with file.staged() as staged:
+        artifact = proved(staged, inputs, settings.tolerance_for(scheme), callback.strict, scheme)
     verdict = "" if artifact.judgement is None else f", {artifact.judgement}"
-    print(f"{path}: {artifact.precision}, {artifact.size_bytes:,} bytes{verdict}")
-    return of_artifact(artifact, options.get("scheme")), artifact
+    print(f"{artifact.path}: {artifact.precision}, {artifact.size_bytes:,} bytes{verdict}")
+    return of_artifact(artifact, scheme), artifact
+
+
+def _told(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def loader_of(source: LightningModule | LightningDataModule, name: str) -> Any:

@@ -6,11 +6,13 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 from lightning_edge.devices.device import Channel, Device
+from lightning_edge.devices.meter import Reading, check_meter
 from lightning_edge.devices.pipes import Pipes
+from lightning_edge.devices.programs import programs_of
 from lightning_edge.errors import DeviceError
 
 # Termux's own Python, as the app's user: Android lets no other process into the folder of an app.
@@ -21,6 +23,9 @@ _ANSWER_BYTES = 2**20
 # Of `dumpsys thermalservice`: a temperature of the CPU (type 0), in degrees Celsius.
 _CPU = re.compile(r"mValue=(-?\d{1,3}(?:\.\d{1,6})?), mType=0\b")
 # Of `dumpsys battery`: tenths of a degree.
+_CHARGE = re.compile(r"^\s*Charge counter: (\d{1,9})$", re.MULTILINE)
+_VOLTAGE = re.compile(r"^\s*voltage: (\d{1,5})$", re.MULTILINE)
+_POWERED = re.compile(r"^\s*\w+ powered: true$", re.MULTILINE)
 _BATTERY = re.compile(r"^\s*temperature: (-?\d{1,4})$", re.MULTILINE)
 
 
@@ -36,6 +41,8 @@ class Adb(Device):
         python: The phone's Python, and what stands before its own arguments; Termux's if not given.
         folder: Folder on the phone for what is written there; that of temporary files if not given.
         adb: The program.
+        meter: As for `Local`; the phone's battery if not given.
+        programs: As for `Local`. They need no Termux.
 
     Raises:
         ValueError: If a setting is not allowed.
@@ -47,6 +54,8 @@ class Adb(Device):
         python: Sequence[str] | str | None = None,
         folder: str | None = None,
         adb: str = "adb",
+        meter: Sequence[str] | None = None,
+        programs: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         if serial is not None and not _SERIAL.fullmatch(serial):
             raise ValueError(f"Adb(serial={serial!r}): give the name of a phone as `adb devices` lists it")
@@ -56,6 +65,10 @@ class Adb(Device):
         if not adb:
             raise ValueError(f"Adb(adb={adb!r}): give the path of the program")
         self.serial, self.python, self.folder, self.adb = serial, given, folder, adb
+        self.meter = check_meter(meter)
+        self.programs = programs_of(programs)
+
+    native_folder = "/data/local/tmp"
 
     @property
     def label(self) -> str:
@@ -98,6 +111,24 @@ class Adb(Device):
         except DeviceError:
             return None
         return max(told, default=None)
+
+    def energy(self) -> Reading:
+        """Read the user's meter, or what the battery has given so far: its counter of charge times its voltage.
+
+        Raises:
+            DeviceError: If the meter does not tell.
+        """
+        if (told := super().energy()) is not None:
+            return told
+        said = self._dumpsys("battery")
+        if _POWERED.search(said):
+            return Reading(None, "the phone is on power. Use `adb connect` without a cable, or give meter=...")
+        charge, voltage = _CHARGE.search(said), _VOLTAGE.search(said)
+        if charge is None or voltage is None:
+            return Reading(None, "the phone's battery does not tell its charge")
+        # Microampere-hours and millivolts; what is left falls, and what was given rises.
+        joules = int(charge[1]) * 3600e-6 * int(voltage[1]) / 1000
+        return Reading(-joules, "the phone's battery, charge times voltage")
 
     @property
     def _adb(self) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, final
 
 from lightning_edge.devices import runner
 from lightning_edge.devices.device import Channel, Device, Farewell
+from lightning_edge.devices.words import plain
 from lightning_edge.errors import DeviceError, EdgeError, RunnerError
 from lightning_edge.reporting.devices import About, State
 
@@ -22,15 +23,25 @@ _PART_LIMIT_S = 120.0
 WAY_S = 30.0
 # What a shell may say before a program begins.
 _NOISE_BYTES = 2**13
+# What is sent to a device, in the order of what each needs.
+_SENT = ("sensors", "runtimes", "runner")
 _PACKAGES = {"ai_edge_litert": "ai-edge-litert", "onnxruntime": "onnxruntime", "numpy": "numpy"}
 _NOT_FOUND = re.compile(r"not found|no such file|cannot execute|permission denied", re.IGNORECASE)
 _PART_BYTES = 2**22
 _STRANGE = "Nothing of it was used. Look whether something else answers in the place of the runner"
 
 
-def boot(source: bytes) -> str:
-    """A line of Python that reads so much from standard input and runs it."""
-    return f"import sys;exec(compile(sys.stdin.buffer.read({len(source)}),'runner.py','exec'))"
+def boot() -> tuple[str, bytes]:
+    """A line of Python that makes modules of what comes by standard input and runs the last one, and what comes."""
+    folder = resources.files("lightning_edge.devices")
+    sources = {f"{__package__}.{name}": (folder / f"{name}.py").read_bytes() for name in _SENT}
+    sizes = ",".join(f"({name!r},{len(source)})" for name, source in sources.items())
+    line = (
+        "import sys,types;read,made=sys.stdin.buffer.read,sys.modules;"
+        "[exec(compile(read(size),name,'exec'),made.setdefault(name,types.ModuleType(name)).__dict__)"
+        f"for name,size in({sizes})];made[{[*sources][-1]!r}].main(*sys.argv[1:])"
+    )
+    return line, b"".join(sources.values())
 
 
 @final
@@ -52,11 +63,11 @@ class Conversation:
         self.name = name
         self._device = device
         self._limit_s = _START_LIMIT_S
-        source = (resources.files("lightning_edge.devices") / "runner.py").read_bytes()
+        line, source = boot()
         folder = [device.folder] if device.folder else []
         self._pids: list[int] = []
         try:
-            self._channel: Channel = device.start([*device.python, "-c", boot(source), *folder])
+            self._channel: Channel = device.start([*device.python, "-c", line, *folder])
         except DeviceError as error:
             raise DeviceError(f"{name}: {error}") from error
         try:
@@ -229,11 +240,6 @@ class Conversation:
 def _list(reply: dict[str, Any], name: str) -> list[Any]:
     found = reply.get(name)
     return found if isinstance(found, list) else []
-
-
-def plain(text: Any, most: int) -> str:
-    """What a device says, as one line that a terminal may show."""
-    return "".join(filter(str.isprintable, " ".join(text.split())))[:most] if isinstance(text, str) else ""
 
 
 def figure(value: Any) -> float | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
+
+from lightning_edge.devices.meter import Reading, read_meter
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,27 @@ class Device(ABC):
     Attributes:
         python: The device's Python: the program, and what stands before its own arguments.
         folder: Folder on the device for what is written there; that of its temporary files if ``None``.
+        times: Whether how long a call takes there says something: not on an emulated CPU.
+        runtimes: Targets whose files its Python runs.
+        session: Settings of its runtime, by name.
+        programs: By target a runtime's own benchmark program on the device, and its arguments, see `native`.
+        native_folder: Folder for files of these programs where ``folder`` is not given; that of temporary files if
+            ``None``.
+        meter: Program of this machine that prints the joules that the device has taken so far, and its arguments.
     """
 
     python: Sequence[str] = ("python3",)
     folder: str | None = None
+    times: bool = True
+    runtimes: Collection[str] = ("tflite", "onnx")
+    session: Mapping[str, str] = MappingProxyType({})
+    programs: Mapping[str, Sequence[str]] = MappingProxyType({})
+    native_folder: str | None = None
+    meter: Sequence[str] | None = None
+
+    def runs(self, target: str) -> bool:
+        """Whether files of a target are run there, by its Python or by a program."""
+        return target in self.runtimes or target in self.programs
 
     @abstractmethod
     def start(self, command: Sequence[str]) -> Channel:
@@ -104,3 +123,11 @@ class Device(ABC):
     def temperature_c(self) -> float | None:
         """Tell the device's temperature in degrees Celsius, where the runner there cannot read it; ``None`` else."""
         return None
+
+    def energy(self) -> Reading | None:
+        """Read a counter of energy that is not read by the runner there; ``None`` where the runner is to look.
+
+        Raises:
+            DeviceError: If the user's meter does not tell.
+        """
+        return None if self.meter is None else read_meter(self.meter)

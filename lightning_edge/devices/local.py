@@ -1,4 +1,4 @@
-"""`Local`: this machine as a device, or another that this machine emulates."""
+"""`Local`: this machine as a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import final
 
 from lightning_edge.devices.device import Channel, Device
+from lightning_edge.devices.meter import check_meter
 from lightning_edge.devices.pipes import Pipes
+from lightning_edge.devices.programs import programs_of
 from lightning_edge.errors import DeviceError
 
 
@@ -17,12 +19,17 @@ class Local(Device):
 
     Args:
         python: The Python to run files with, and what stands before its own arguments; the one that runs this if not
-            given. An emulator may stand first: ``["qemu-aarch64-static", "-L", "root", "root/usr/bin/python3"]``.
+            given.
         environment: Variables of its environment beside those of this process.
         folder: Folder for what is written; that of temporary files if not given.
+        meter: A program of this machine that prints how many joules the device has taken so far, as one number, and its
+            arguments, for ``measure: [energy]``.
+        programs: By target a runtime's own benchmark program on the device, and arguments for it: ``benchmark_model``
+            for ``tflite``, ``executor_runner`` for ``executorch``, ``trtexec`` for ``onnx``. It runs the files of that
+            target in place of Python, and gives times only.
 
     Raises:
-        ValueError: If ``python`` names nothing.
+        ValueError: If ``python`` or ``meter`` names nothing.
     """
 
     def __init__(
@@ -30,6 +37,8 @@ class Local(Device):
         python: Sequence[str] | str | None = None,
         environment: Mapping[str, str] | None = None,
         folder: str | None = None,
+        meter: Sequence[str] | None = None,
+        programs: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         given = [python] if isinstance(python, str) else list(python or [sys.executable])
         if not all(given):
@@ -39,6 +48,8 @@ class Local(Device):
         self.python = given
         self.environment = dict(environment or {})
         self.folder = folder
+        self.meter = check_meter(meter)
+        self.programs = programs_of(programs)
 
     @property
     def label(self) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, final
 
 from lightning_edge.devices.device import Channel, Farewell
+from lightning_edge.devices.words import last_line
 
 # How long a runner may take to put its things away, once nobody asks any more.
 _LAST_BREATH_S = 5.0
@@ -101,9 +102,3 @@ def _finish(process: subprocess.Popen[bytes], words: IO[bytes]) -> None:
     for opened in (process.stdin, process.stdout, words):
         if opened is not None:
             opened.close()
-
-
-def last_line(found: bytes) -> str:
-    """The last line of what a program printed that says something, 200 characters of it at most."""
-    lines = ["".join(filter(str.isprintable, line)).strip() for line in found.decode(errors="replace").splitlines()]
-    return next((line[:200] for line in reversed(lines) if line), "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lightning_edge.contents import Contents, Endpoint
-from lightning_edge.devices.conversation import WAY_S, Conversation, figure, plain, state_of
+from lightning_edge.devices.conversation import WAY_S, Conversation, figure, state_of
 from lightning_edge.devices.device import Device
-from lightning_edge.devices.runner import MAX_CALLS, RUNTIMES
+from lightning_edge.devices.runner import MAX_CALLS
+from lightning_edge.devices.words import plain
 from lightning_edge.errors import RunnerError
 from lightning_edge.exporters.run import ends
 from lightning_edge.exporters.run.runner import Runner
@@ -43,6 +46,23 @@ class Times:
     calls: int
     before: State
     after: State
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a device took in a stretch of calls, or of waiting.
+
+    Attributes:
+        calls: Calls that were made.
+        seconds: How long it was.
+        joules: What it took, by the counter of the device; ``None`` where that does not tell.
+        source: What tells it, or why nothing does.
+    """
+
+    calls: int
+    seconds: float
+    joules: float | None
+    source: str
 
 
 @final
@@ -79,8 +99,11 @@ class RemoteRunner(Runner):
         self.inputs = tuple(ends.spec(end) for end in contents.inputs)
         try:
             # The name on the device is ours: the file's own may be anything.
-            self._asked.put(f"model{path.suffix}", path.read_bytes())
-            self._load(target, f"model{path.suffix}", threads)
+            name, data = f"model{path.suffix}", path.read_bytes() if path.is_file() else b""
+            if path.is_dir():
+                name, data = f"{name}.zip", _zipped(path, name)
+            self._asked.put(name, data)
+            self._load(target, name, threads)
         except BaseException:
             self.close()
             raise
@@ -127,6 +150,31 @@ class RemoteRunner(Runner):
         before = _warm(state_of(reply.get("before")), temperature_c)
         return Times(ns, int(made), before, _warm(state_of(reply.get("after")), self._device.temperature_c()))
 
+    def spent(self, seconds: float, tensors: list[Tensor] | None = None) -> Spent:
+        """Have the device make calls for so long, or wait, and tell what energy that took.
+
+        Args:
+            seconds: How long.
+            tensors: The flattened inputs of one sample; ``None`` to wait.
+
+        Raises:
+            RunnerError: If the file fails to run, or the device says what cannot be.
+        """
+        message = {"do": "energy", "seconds": seconds}
+        arrays = [] if tensors is None else self._arrays(tensors)
+        reply, _ = self._asked.ask("while energy was measured", message, arrays, seconds + self._limit_s)
+        calls, took = figure(reply.get("calls")), figure(reply.get("seconds"))
+        if calls is None or calls < 1 or took is None or not seconds <= took < seconds + self._limit_s + WAY_S:
+            self._asked.strange(f"calls={reply.get('calls')!r} in {reply.get('seconds')!r} s"[:80])
+        joules = figure(reply.get("joules"))
+        source = plain(reply.get("source"), 200) or "the device did not say"
+        return Spent(int(calls), took, None if joules is None or joules < 0 else joules, source)
+
+    def state(self) -> State:
+        """Ask for its temperature and frequency now."""
+        reply, _ = self._asked.ask("between two samples", {"do": "state"})
+        return _warm(state_of(reply), self._device.temperature_c())
+
     def peak_memory_bytes(self) -> int | None:
         """Ask for the peak of the resident memory of the whole process on the device; ``None`` if it does not tell."""
         reply, _ = self._asked.ask("between two samples", {"do": "state"})
@@ -147,7 +195,14 @@ class RemoteRunner(Runner):
 
     def _load(self, target: str, name: str, threads: int) -> None:
         """Open the file with the first of the target's settings that its runtime takes."""
-        sessions = target_of(target).sessions(threads, self.about.machine or "", self.about.features)
+        known = target_of(target).sessions(threads, self.about.machine or "", self.about.features)
+        sessions = [{**session, **self._device.session} for session in known]
+        if target == "coreml":  # it goes by names
+            contents = self._contents
+            sessions = [
+                {**session, "inputs": _names(contents.inputs), "outputs": _names(contents.outputs)}
+                for session in sessions
+            ]
         message = {"do": "load", "target": target, "name": name, "limit_s": self._limit_s}
         self._asked.limit(self._limit_s)
         for session in sessions:
@@ -166,7 +221,9 @@ class RemoteRunner(Runner):
             self._asked.strange(f"load_ms={reply.get('load_ms')!r}"[:80])
         self.load_ms, self.session = load_ms, session
         count = "1 thread" if threads == 1 else f"{threads} threads"
-        self.runtime = f"{plain(reply.get('runtime'), 80) or target}, {count}"
+        self.runtime = plain(reply.get("runtime"), 200) or target
+        if "threads" in session or "options" in session:  # Core ML chooses
+            self.runtime += f", {count}"
 
     def _arrays(self, tensors: list[Tensor]) -> list[Any]:
         """The inputs in the file's own types."""
@@ -189,14 +246,23 @@ class RemoteRunner(Runner):
         self._asked.strange(what)
 
 
-def runs_on_devices(target: str) -> bool:
-    """Whether there is a runtime for files of a target on devices."""
-    return target in RUNTIMES
-
-
 def _warm(state: State, temperature_c: float | None) -> State:
     """Add the temperature that the way to a device tells, where the runner there cannot read it."""
     return state if state.temperature_c is not None else replace(state, temperature_c=temperature_c)
+
+
+def _names(found: Sequence[Endpoint]) -> list[list[Any]]:
+    """What an input or output is called, its type and its shape."""
+    return [[end.name, end.dtype, list(end.shape)] for end in found]
+
+
+def _zipped(folder: Path, name: str) -> bytes:
+    """Pack a folder under another name."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            archive.write(file, Path(name, file.relative_to(folder)))
+    return packed.getvalue()
 
 
 def _most_bytes(end: Endpoint, samples: int) -> int:

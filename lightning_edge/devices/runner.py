@@ -1,9 +1,9 @@
-"""What runs on a device: this one file, in the device's own Python with NumPy and one runtime, and no torch.
+"""What runs on a device: this file, `runtimes` and `sensors`, in its own Python with NumPy, a runtime and no torch.
 
-It is sent over as it is and started by Python 3.9 or later. It says `GREETING` and what the machine is, and then
-answers frames on its standard input with frames on its standard output. A frame is the length of a JSON text (8 bytes,
-little-endian), the text, and behind it the bytes of the arrays that the text tells the types and shapes of. Nothing is
-pickled. Values go in and out in the file's own types: quantizing them stays where the frames come from.
+They are sent over as they are and started by Python 3.9 or later. This one says `GREETING` and what the machine is, and
+then answers frames on its standard input with frames on its standard output. A frame is the length of a JSON text (8
+bytes, little-endian), the text, and behind it the bytes of the arrays that the text tells the types and shapes of.
+Nothing is pickled. Values go in and out in the file's own types: quantizing them stays where the frames come from.
 
 Two processes: one runs the file, and may crash or hang. The other waits for it, ends it when nobody asks any more, and
 then removes the folder that both were given.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import select
 import shutil
 import signal
@@ -22,14 +21,12 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
+from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy
+from lightning_edge.devices.runtimes import RUNTIMES, Arrays
+from lightning_edge.devices.sensors import Meter, about, kilobytes, sensors
 
 GREETING = b"\nlightning-edge runner 1\n"
 MAX_TEXT_BYTES = 2**20
@@ -44,11 +41,9 @@ _MAX_REQUEST_BYTES = 2**30
 # How long a runner waits for a request, and how long it may take to end after the last.
 _IDLE_LIMIT_S = 1800.0
 _LAST_BREATH_MS = 2000
-# Features of x86 CPUs that decide which kernels a runtime takes.
-_FEATURES = ("avx_vnni", "avx512_vnni")
-_NEEDED = ("numpy", "ai_edge_litert", "onnxruntime")
+# How long this sleeps at once where it only waits.
+_NAP_S = 0.05
 
-Arrays = Sequence["numpy.ndarray[Any, Any]"]
 _Reply = tuple[dict[str, Any], list[Any]]
 
 
@@ -113,126 +108,6 @@ def _array(read: Callable[[int], bytes], name: str, shape: list[int]) -> Any:
     return numpy.frombuffer(bytearray(read(length)), name).reshape(shape)  # in memory that may be written to
 
 
-def about(root: str = "/") -> dict[str, Any]:
-    """Say what this machine is, by what lies in ``proc`` and ``sys`` of ``root``; ``None`` for what is not told."""
-    cpu = _fields(_text(root, "proc/cpuinfo"))
-    model = _text(root, "proc/device-tree/model").strip("\0\n ") or cpu.get("model name") or cpu.get("Hardware")
-    memory = _kilobytes(root, "proc/meminfo", "MemTotal")
-    flags = cpu.get("flags", "").split()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "machine": platform.machine(),
-        "system": f"{platform.system()} {platform.release()}",
-        "model": model,
-        "cores": cores,
-        "governor": _text(root, "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
-        "memory_bytes": memory,
-        "python": platform.python_version(),
-        "features": [name for name in _FEATURES if name in flags],
-        "missing": [name for name in _NEEDED if find_spec(name) is None],
-        **sensors(root),
-    }
-
-
-def sensors(root: str = "/") -> dict[str, Any]:
-    """Read the hottest temperature and the fastest core's frequency; ``None`` for what is not told."""
-    heat = [value / 1000 for value in _numbers(root, "sys/class/thermal", "thermal_zone", "temp")]
-    heat = [value for value in heat if -50 < value < 200]  # a zone that is off tells something else
-    clocks = _numbers(root, "sys/devices/system/cpu", "cpu", "cpufreq/scaling_cur_freq")
-    return {
-        "temperature_c": max(heat, default=None),
-        "frequency_mhz": max((value / 1000 for value in clocks), default=None),
-    }
-
-
-def _numbers(root: str, folder: str, prefix: str, name: str) -> list[int]:
-    """The whole numbers in the files of this name, in all folders that begin and go on with a number."""
-    try:
-        places = os.listdir(os.path.join(root, folder))
-    except OSError:
-        return []
-    numbered = [place for place in places if place.startswith(prefix) and place[len(prefix) :].isdigit()]
-    texts = [_text(root, os.path.join(folder, place, name)).strip() for place in sorted(numbered)]
-    return [int(text) for text in texts if text.lstrip("-").isdigit()]
-
-
-def _text(root: str, name: str) -> str:
-    try:
-        with open(os.path.join(root, name), encoding="utf-8", errors="replace") as opened:
-            return opened.read(2**16)
-    except OSError:
-        return ""
-
-
-def _fields(text: str) -> dict[str, str]:
-    """The lines ``name: value``, the first of each name."""
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        name, colon, value = line.partition(":")
-        if colon:
-            found.setdefault(name.strip(), value.strip())
-    return found
-
-
-def _kilobytes(root: str, path: str, name: str) -> int | None:
-    """A number of kilobytes in a file of `_fields`, as bytes."""
-    words = _fields(_text(root, path)).get(name, "").split()
-    return int(words[0]) * 1024 if words and words[0].isdigit() else None
-
-
-class _LiteRT:
-    """A ``.tflite`` file in LiteRT's interpreter."""
-
-    def __init__(self, path: str, session: dict[str, Any]) -> None:
-        from ai_edge_litert.interpreter import Interpreter
-
-        start = time.perf_counter()
-        self._interpreter = Interpreter(model_path=path, num_threads=session["threads"])
-        self._interpreter.allocate_tensors()
-        self.load_ms = (time.perf_counter() - start) * 1000
-        self.name = "LiteRT " + version("ai-edge-litert")
-        self._ins = [entry["index"] for entry in self._interpreter.get_input_details()]
-        self._outs = [entry["index"] for entry in self._interpreter.get_output_details()]
-
-    def prepared(self, arrays: Arrays) -> Callable[[], list[Any]]:
-        fed = list(zip(self._ins, arrays))  # noqa: B905 (`strict` is of Python 3.10)
-
-        def call() -> list[Any]:
-            for index, array in fed:
-                self._interpreter.set_tensor(index, array)
-            self._interpreter.invoke()
-            return [self._interpreter.get_tensor(index) for index in self._outs]
-
-        return call
-
-
-class _OnnxRuntime:
-    """An ``.onnx`` file in ONNX Runtime, on the CPU."""
-
-    def __init__(self, path: str, session: dict[str, Any]) -> None:
-        import onnxruntime
-
-        start = time.perf_counter()
-        options = onnxruntime.SessionOptions()
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        for name, value in session["options"].items():
-            setattr(options, name, value)
-        for name, value in session["entries"].items():
-            options.add_session_config_entry(name, value)
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.load_ms = (time.perf_counter() - start) * 1000
-        self.name = "ONNX Runtime " + onnxruntime.__version__
-        self._names = [value.name for value in self._session.get_inputs()]
-
-    def prepared(self, arrays: Arrays) -> Callable[[], list[Any]]:
-        feed = dict(zip(self._names, arrays))  # noqa: B905 (`strict` is of Python 3.10)
-        return lambda: list(self._session.run(None, feed))
-
-
-# By the name of the target; the module that each needs beside NumPy. `prepared` gives a call that is ready to be timed.
-RUNTIMES: dict[str, tuple[str, Any]] = {"tflite": ("ai_edge_litert", _LiteRT), "onnx": ("onnxruntime", _OnnxRuntime)}
-
-
 class _Server:
     """Does what is asked; each method that `actions` names answers one kind of request."""
 
@@ -245,6 +120,7 @@ class _Server:
             "load": self._load,
             "run": self._run,
             "time": self._time,
+            "energy": self._energy,
             "state": self._state,
         }
 
@@ -262,6 +138,9 @@ class _Server:
         path = self._path(message)
         self._limit_s = message["limit_s"]
         limited(self._limit_s)
+        if path.endswith(".zip"):  # a package is a folder
+            shutil.unpack_archive(path, self._folder)
+            path = path[: -len(".zip")]
         self._runtime = kind(path, message["session"])
         return {"runtime": self._runtime.name, "load_ms": self._runtime.load_ms}, []
 
@@ -289,9 +168,24 @@ class _Server:
         step = -(-len(times) // message["keep"])
         return {"calls": len(times), "before": before, "after": sensors()}, [numpy.array(times[::step], "int64")]
 
+    def _energy(self, message: dict[str, Any], arrays: list[Any]) -> _Reply:
+        """Run on one sample for so many seconds, or only wait where there is none, and say what energy that took."""
+        call = self._runtime.prepared(arrays) if arrays else lambda: time.sleep(_NAP_S)
+        calls, meter = 0, Meter()
+        try:
+            start = time.perf_counter()
+            while time.perf_counter() - start < message["seconds"]:
+                limited(self._limit_s)
+                call()
+                calls += 1
+            joules, seconds = meter.joules(), time.perf_counter() - start
+        finally:
+            meter.close()
+        return {"calls": calls, "seconds": seconds, "joules": joules, "source": meter.source}, []
+
     def _state(self, message: dict[str, Any], arrays: list[Any]) -> _Reply:
-        """Tell the peak of this process's resident memory."""
-        return {"peak_memory_bytes": _kilobytes("/", "proc/self/status", "VmHWM")}, []
+        """Tell temperature, frequency, and the peak of this process's resident memory."""
+        return {**sensors(), "peak_memory_bytes": kilobytes("/", "proc/self/status", "VmHWM")}, []
 
 
 def limited(seconds: float) -> None:
@@ -390,7 +284,3 @@ def main(place: str | None = None) -> None:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
     sys.stderr.flush()
     os._exit(status)  # without the clean-up of libraries, which free some things twice
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

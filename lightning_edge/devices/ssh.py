@@ -9,12 +9,14 @@ import shlex
 import signal
 import socket
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 from lightning_edge.devices.device import Channel, Device, Farewell
-from lightning_edge.devices.pipes import last_line
+from lightning_edge.devices.meter import check_meter
+from lightning_edge.devices.programs import programs_of
+from lightning_edge.devices.words import last_line
 from lightning_edge.errors import DeviceError, check_installed, first_line, require
 
 EXTRA = "ssh"
@@ -46,6 +48,8 @@ class Ssh(Device):
         python: The device's Python, such as that of a virtual environment.
         folder: Folder on the device for what is written there; that of its temporary files if not given.
         connect_limit_s: Seconds that it may take to log in.
+        meter: As for `Local`.
+        programs: As for `Local`.
 
     Raises:
         ValueError: If a setting is not allowed.
@@ -62,6 +66,8 @@ class Ssh(Device):
         python: str = "python3",
         folder: str | None = None,
         connect_limit_s: float = 15.0,
+        meter: Sequence[str] | None = None,
+        programs: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         if not isinstance(host, str) or not _HOST.fullmatch(host) or host.startswith("-"):
             raise ValueError(
@@ -87,6 +93,8 @@ class Ssh(Device):
         self.python = (python,)
         self.folder = folder
         self.connect_limit_s = connect_limit_s
+        self.meter = check_meter(meter)
+        self.programs = programs_of(programs)
 
     @property
     def label(self) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import final
 
@@ -16,22 +15,28 @@ from torch import nn
 
 from lightning_edge.comparison import Comparison
 from lightning_edge.contents import Precision
-from lightning_edge.errors import AgreementError, EdgeError, first_line
+from lightning_edge.cores import cores
+from lightning_edge.errors import EdgeError, first_line
+from lightning_edge.evaluation.by_layer import layer_rows
+from lightning_edge.evaluation.counted import CountedValidation
+from lightning_edge.evaluation.file_rows import Candidate, FileRow, metric_change
 from lightning_edge.evaluation.hooks import call_hooks
-from lightning_edge.evaluation.on_devices import DeviceFile, left_out, run_on_devices
+from lightning_edge.evaluation.notes import metrics_note
+from lightning_edge.evaluation.on_device import DeviceFile
+from lightning_edge.evaluation.on_devices import left_out, run_on_devices
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference, compared_with
 from lightning_edge.evaluation.settings import EvaluationSettings
+from lightning_edge.evaluation.side_by_side import SideBySide
 from lightning_edge.evaluation.validation import Validation
-from lightning_edge.exporters import Artifact, deployable, options_of
+from lightning_edge.exporters import deployable, options_of
 from lightning_edge.exporters import target as target_module
-from lightning_edge.exporters.jobs import Pending, Writers, default_jobs
+from lightning_edge.exporters.jobs import Pending, Writers
 from lightning_edge.exporters.program import check_numbers
-from lightning_edge.exporters.verify.agreement import judge_file
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.interrupts import unwinding
-from lightning_edge.measure import Agreement, Tolerance, interleaved_latency, module_bytes, parameter_count, stopwatch
-from lightning_edge.network import Deployable, Inputs, sort_keywords
+from lightning_edge.measure import interleaved_latency, module_bytes, parameter_count, stopwatch, torch_threads
+from lightning_edge.network import Deployable, Inputs
 from lightning_edge.one_run import only_run
 from lightning_edge.pruning import Prune
 from lightning_edge.pruning.cutting import channels_of
@@ -40,19 +45,15 @@ from lightning_edge.quantization.calibration_check import in_words
 from lightning_edge.quantization.phase import as_trained
 from lightning_edge.record import changes_of
 from lightning_edge.reporting.monitor import Monitor, choose
-from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
+from lightning_edge.reporting.report import Report, Row, Source, installed_versions
 from lightning_edge.reporting.rows import (
-    compared,
-    described,
-    given_verdict,
     judged,
-    recorded,
     timed,
     without_gain,
     write,
 )
 from lightning_edge.surgery import find_network
-from lightning_edge.verdict import Judgement, MetricChange
+from lightning_edge.user_warnings import warn
 
 # Share of values outside their range that a report speaks of: more than the outliers that calibration leaves out.
 _CLIPPED = 0.05
@@ -96,16 +97,6 @@ def evaluate_module(
     return written
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A network that files are made of, where its weights come from, and its outputs and metrics over the split."""
-
-    network: Deployable
-    source: Source
-    reference: Reference
-    metrics: Mapping[str, float]
-
-
 @final
 class _Evaluation:
     """One evaluation: the rows so far, and the call by which each of them is timed."""
@@ -131,7 +122,7 @@ class _Evaluation:
         trained = find_network(self._validation.pl_module, self._validation.module)
         check_numbers(trained)
         float_network = (float_copy(trained) if baseline is None else baseline).cpu().float().eval()
-        self._note_metrics()
+        self._notes.append(metrics_note(self._validation))
         if baseline is not None:
             self._notes.append(
                 "fp32, and with it post-training quantization, is the network as it was when quantization-aware "
@@ -139,12 +130,16 @@ class _Evaluation:
             )
 
         float_reference = Reference(float_network)
+        self._counted = CountedValidation(self._validation, float_reference)
         metrics = self._torch_row("fp32", "float", float_reference, float_network)
         self._choose_monitor(watched)
-        floats = _Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics)
+        floats = Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics)
         calibration_batches, int8 = self._int8_candidates(trained, floats, calibration)
         self._compare_quantizations()
         candidates = [floats] * settings.fp32_files + int8[-1:]
+        to_ship = int8[-1].network if int8 else None
+        layers, unmeasured = layer_rows(trained, float_network, float_reference.calls, to_ship)
+        self._notes += [unmeasured] if unmeasured is not None else []
 
         self._file_rows([(target, candidate) for target in settings.targets for candidate in candidates])
         self._time()
@@ -155,7 +150,7 @@ class _Evaluation:
         return Report(
             model=type(self._validation.pl_module).__name__,
             split=self._validation.split,
-            rows=tuple(judged(self._rows, settings.budget, monitor)),
+            rows=tuple(judged(self._rows, settings.budget, monitor, on_devices)),
             parameters=parameter_count(float_network),
             monitor=monitor.metric if monitor else None,
             warmup=settings.timing.warmup,
@@ -168,24 +163,14 @@ class _Evaluation:
             channels=channels_of(change for change in changes_of(trained) if change["phase"] == Prune.name),
             versions=installed_versions(),
             devices=on_devices,
+            layers=tuple(layers),
         )
 
-    def _note_metrics(self) -> None:
-        if self._validation.own_step:
-            self._notes.append(f"The metrics are what {self._validation.step} logs with each candidate in its place.")
-        elif self._validation.metrics:
-            self._notes.append("The metrics were given with metrics=... and updated with (outputs, target).")
-        else:
-            self._notes.append(
-                f"There are no task metrics: the LightningModule has no {self._validation.step}, and metrics=... "
-                "was not given."
-            )
-
     def _int8_candidates(
-        self, trained: nn.Module, floats: _Candidate, calibration: Callable[[], Sequence[Inputs]] | None
-    ) -> tuple[int, list[_Candidate]]:
+        self, trained: nn.Module, floats: Candidate, calibration: Callable[[], Sequence[Inputs]] | None
+    ) -> tuple[int, list[Candidate]]:
         """Give the number of calibration batches, and the int8 networks there are, the one to ship last."""
-        found: list[_Candidate] = []
+        found: list[Candidate] = []
         batches = 0
         if calibration is not None:
             self._tell("Quantizing after training")
@@ -208,15 +193,15 @@ class _Evaluation:
             found.append(self._int8_candidate(convert(trained), "trained", floats))
         return batches, found
 
-    def _int8_candidate(self, network: Deployable, source: Source, floats: _Candidate) -> _Candidate:
+    def _int8_candidate(self, network: Deployable, source: Source, floats: Candidate) -> Candidate:
         reference = Reference(exact(network))
         comparison = Comparison(class_scores=not floats.reference.reconstructs)
         metrics = self._torch_row("int8", source, reference, network.graph, floats.reference, comparison)
-        change = self._change(floats.metrics, metrics)
+        change = metric_change(self._monitor, floats.metrics, metrics)
         label, float_network, calls = self._rows[-1].label, floats.reference.network, floats.reference.calls
-        if told := noise_warning(label, comparison.result(), change, float_network, calls):
-            self._warn(told)
-        return _Candidate(network, source, reference, metrics)
+        if message := noise_warning(label, comparison.result(), change, float_network, calls):
+            self._warn(message)
+        return Candidate(network, source, reference, metrics)
 
     def _torch_row(
         self,
@@ -233,109 +218,48 @@ class _Evaluation:
         answer = reference.answers()
         if floats is not None and comparison is not None:
             answer = compared_with(floats.answers(), answer, comparison)
-        metrics = self._validation.run(answer)
+        metrics, classes = self._counted.run(answer)
         # A converted graph in torch computes on float numbers in int8 steps, at a speed that means nothing.
-        self._rows.append(replace(row, metrics=metrics, is_reference=precision == "int8"))
+        self._rows.append(replace(row, metrics=metrics, classes=classes, is_reference=precision == "int8"))
         if precision == "fp32":
             call = reference.call
             self._timed[len(self._rows) - 1] = stopwatch(lambda: reference.network(*call.args, **call.kwargs))
         return metrics
 
-    def _file_rows(self, wanted: Sequence[tuple[str, _Candidate]]) -> None:
-        """Add a row for each file; they are written side by side, and validated one after the other."""
-        jobs, targets = self._settings.jobs, self._settings.targets
-        with Writers(default_jobs(len(targets)) if jobs is None else jobs, self._tell) as writers:
-            for each, file in [(each, self._begin(writers, *each)) for each in wanted]:
-                self._file_row(*each, file)
+    def _file_rows(self, wanted: Sequence[tuple[str, Candidate]]) -> None:
+        """Add a row for each file. They are written and run side by side, where there are cores for it."""
+        settings = self._settings
+        shared = self._counted, settings, self._monitor, self._tell
+        files = [FileRow(target, candidate, *shared) for target, candidate in wanted]
+        with ExitStack() as stack:
+            writers = stack.enter_context(Writers(settings.writing_jobs, self._tell))
+            begun = [self._begin(writers, target, candidate) for target, candidate in wanted]
+            for file, pending in zip(files, begun, strict=True):
+                file.stage(pending, stack)
+            running = [file.artifact for file in files if file.artifact is not None]
+            together = stack.enter_context(SideBySide(running, cores() // settings.timing.threads))
+            for file in files:
+                file.finish(together)
+        for file in files:
+            self._warnings += file.warnings
+            if file.timed is not None:
+                self._timed[len(self._rows)] = file.timed
+            if file.on_devices is not None:
+                self._accepted.append(file.on_devices)
+            self._rows.append(file.row)
 
-    def _begin(self, writers: Writers, target: str, candidate: _Candidate) -> Pending:
+    def _begin(self, writers: Writers, target: str, candidate: Candidate) -> Pending:
         settings, precision = self._settings, candidate.network.precision
         return writers.begin(
             candidate.network,
             target,
             Path(settings.dirpath) / f"{settings.name}-{precision}{target_module(target).suffix}",
             label=Row(target, precision, candidate.source).label,
-            threads=settings.timing.threads,
-            time_limit_s=settings.timing.time_limit_s,
+            running=settings.running(target, precision),
             max_fallback=settings.max_fallback,
             interface=settings.interface,
             **options_of(target, precision, settings.options),
         )
-
-    def _file_row(self, target: str, candidate: _Candidate, file: Pending) -> None:
-        """Add the row of one file; whatever goes wrong with the file is the row's error, told at once."""
-        row = Row(target, candidate.network.precision, candidate.source)
-        self._tell(f"Exporting and validating {row.label}")
-        self._rows.append(row)
-        try:
-            self._fill_last_row(target, candidate, file)
-        except EdgeError as error:
-            self._rows[-1] = replace(self._rows[-1], error=str(error))
-        except Exception as error:
-            # Not one of ours: still no reason to lose the other targets after a long training.
-            _log.error("%s failed", self._rows[-1].label, exc_info=True)
-            self._rows[-1] = replace(self._rows[-1], error=f"{type(error).__name__}: {error}")
-        row = self._rows[-1]
-        if row.error is not None and not file.told:
-            self._tell(f"FAILED: {row.label}, there is no such file: {row.error}")
-        elif row.verdict is not None:
-            self._tell(f"{row.label} {row.judgement}")
-
-    def _fill_last_row(self, target: str, candidate: _Candidate, file: Pending) -> None:
-        """Wait for one file, validate and accept it; the last row keeps what was found, should a later step fail."""
-        settings, network, reference = self._settings, candidate.network, candidate.reference
-        options = options_of(target, network.precision, settings.options)
-        self._rows[-1] = replace(self._rows[-1], scheme=options.get("scheme"))
-        with ExitStack() as stack:
-            with self._recorded():
-                staged = stack.enter_context(file.staged())
-            self._rows[-1] = described(self._rows[-1], staged.artifact)
-            # Where a file cannot run here, its contents are all that can be told; the warnings say so.
-            runs = staged.artifact.not_run is None
-            if runs:
-                tolerance = settings.tolerance_for(options.get("scheme"))
-                self._validate_last_row(staged.artifact, candidate, tolerance)
-            artifact = staged.accept()
-        self._rows[-1] = replace(self._rows[-1], path=artifact.path.name, sha256=digest(artifact.path))
-        if runs and not artifact.runner.is_reference:
-            self._timed[len(self._rows) - 1] = artifact.timed_call(sort_keywords(reference.call).tensors)
-        if runs and settings.devices:
-            self._accepted.append(DeviceFile.of(self._rows[-1], artifact, network, reference, tolerance))
-
-    def _validate_last_row(self, artifact: Artifact, candidate: _Candidate, tolerance: Tolerance) -> None:
-        """Validate a file in its network's place, and judge it."""
-        network, reference = candidate.network, candidate.reference
-        scales = network.output_scales if network.precision == "int8" else ()
-        comparison = Comparison(scales, class_scores=not reference.reconstructs)
-        try:
-            metrics = self._validation.run(reference.answers(artifact, comparison, artifact.sees))
-        except AgreementError as error:
-            self._rows[-1] = given_verdict(self._rows[-1], Judgement("broken", (str(error),)))
-            return
-        agreement = comparison.result()
-        memory = artifact.runner.peak_memory_bytes()
-        self._rows[-1] = compared(replace(self._rows[-1], metrics=metrics, peak_memory_bytes=memory), agreement)
-
-        def rounding() -> Agreement:
-            return reference.rounding(network, self._validation.run, artifact.sees)
-
-        change = self._change(candidate.metrics, metrics)
-        judgement = judge_file(network, artifact, agreement, tolerance, rounding, change)
-        self._rows[-1] = given_verdict(self._rows[-1], judgement)
-
-    def _change(self, before: Mapping[str, float], after: Mapping[str, float]) -> MetricChange | None:
-        """The metric that decides, before and after; ``None`` where there is none."""
-        monitor = self._monitor
-        if monitor is None or (name := monitor.metric) not in before or name not in after:
-            return None
-        return MetricChange(name, before[name], after[name], monitor.mode == "max")
-
-    @contextmanager
-    def _recorded(self) -> Iterator[None]:
-        """Within this context, warnings of an export are also the report's, with the label of the last row."""
-        with recorded() as caught:
-            yield
-        self._warnings += [f"{self._rows[-1].label}: {warning}" for warning in caught]
 
     def _time(self) -> None:
         self._tell(f"Measuring latency of {len(self._timed)} candidates")
@@ -370,22 +294,11 @@ class _Evaluation:
                 "Trained and post-training quantization were not compared: no metric's name tells whether higher is "
                 "better; give metric=... and mode=..."
             )
-        elif told := training_warning(
+        elif message := training_warning(
             self._monitor, rows["trained"].metrics, rows["post-training"].metrics, self._validation.split
         ):
-            self._warn(told)
+            self._warn(message)
 
     def _warn(self, message: str) -> None:
         self._warnings.append(message)
-        warnings.warn(message, stacklevel=2)
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Within this context, torch computes with this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        warn(message)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_edge.reporting.report import Report, Row
+from lightning_edge.user_warnings import warn
 
 
 class EvaluationHook(ABC):  # noqa: B024 (each method may be left as it is)
@@ -43,8 +43,7 @@ def call_hooks(hooks: Sequence[EvaluationHook], report: Report, folder: Path) ->
                     hook.on_artifact(row, folder / row.path)
             hook.on_report(report, folder)
         except Exception as error:  # the user's own code
-            warnings.warn(
+            warn(
                 f"{type(hook).__name__} failed ({type(error).__name__}: {error}); the report and the files are in "
-                f"{folder}",
-                stacklevel=2,
+                f"{folder}"
             )

@@ -39,11 +39,11 @@ def noise_warning(
         noisy = change.lost or (noisy and not change.kept)
     if not noisy:
         return None
-    told = f"signal to noise is {min(ratios):.3g} dB" if ratios else "the float outputs do not vary"
+    loss = f"signal to noise is {min(ratios):.3g} dB" if ratios else "the float outputs do not vary"
     if change is not None:
-        told += f" and {change.name} {change.file:.4g}, against {change.network:.4g} in float"
+        loss += f" and {change.name} {change.file:.4g}, against {change.network:.4g} in float"
     return (
-        f"{label}: int8 leaves little of the float network's outputs: {told}. {_most_sensitive(network, calls)} "
+        f"{label}: int8 leaves little of the float network's outputs: {loss}. {_most_sensitive(network, calls)} "
         "Train with Quantize for longer or at a lower learning rate, or keep those layers float (skip=[...])."
     )
 

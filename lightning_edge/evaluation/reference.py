@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_edge.comparison import Comparison
+from lightning_edge.comparison import Comparison, class_scores
 from lightning_edge.measure import Agreement
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 
@@ -31,6 +31,7 @@ class Reference:
         sample: The first sample it was ever fed, ``None`` before the first pass.
         calls: The first few calls it answered, whole batches.
         reconstructs: Whether an output has the shape of an input, as an autoencoder's: no class scores then.
+        classifies: Whether there are class scores among its outputs.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -38,6 +39,7 @@ class Reference:
         self.sample: Inputs | None = None
         self.calls: list[Inputs] = []
         self.reconstructs = False
+        self.classifies = False
         self._kept: dict[int, tuple[int, Any]] = {}
         self._kept_bytes = 0
 
@@ -115,7 +117,9 @@ class Reference:
         if self.sample is None:
             self.sample = inputs.sample()
             shapes = {tensor.shape for tensor in inputs.tensors}
-            self.reconstructs = any(tensor.shape in shapes for tensor in flatten_outputs(outputs))
+            flat = flatten_outputs(outputs)
+            self.reconstructs = any(tensor.shape in shapes for tensor in flat)
+            self.classifies = not self.reconstructs and class_scores(flat, flat) is not None
         size = sum(tensor.numel() * tensor.element_size() for tensor in flatten_outputs(outputs))
         if kept is None and self._kept_bytes + size <= _KEPT_OUTPUT_BYTES:
             self._kept[index] = key, outputs
@@ -123,7 +127,14 @@ class Reference:
         return outputs
 
 
-def compared_with(floats: Callable[..., Any], answer: Callable[..., Any], comparison: Comparison) -> Callable[..., Any]:
+class Collector(Protocol):
+    """What takes the flattened outputs of two networks, batch by batch."""
+
+    def update(self, reference: Sequence[Tensor], candidate: Sequence[Tensor], /) -> None:
+        """Add a batch."""
+
+
+def compared_with(floats: Callable[..., Any], answer: Callable[..., Any], comparison: Collector) -> Callable[..., Any]:
     """Answer calls, and collect how far each answer lies from the float network's."""
 
     def both(*args: Any, **kwargs: Any) -> Any:

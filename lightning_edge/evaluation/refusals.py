@@ -38,5 +38,5 @@ def raise_over_budget(report: Report) -> None:
     Raises:
         BudgetError: If there is one.
     """
-    if told := over_budget(report):
-        raise BudgetError("\n".join([*told, "Make the network smaller, or state another budget"]))
+    if misses := over_budget(report):
+        raise BudgetError("\n".join([*misses, "Make the network smaller, or state another budget"]))

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_edge.contents import Precision
 from lightning_edge.devices.device import Device
 from lightning_edge.devices.named import check_names
-from lightning_edge.devices.runner import RUNTIMES
 from lightning_edge.devices.settings import DeviceSettings
 from lightning_edge.evaluation.hooks import EvaluationHook
-from lightning_edge.exporters import TARGETS, check_options
-from lightning_edge.exporters.jobs import check_jobs
+from lightning_edge.exporters import TARGETS, check_options, options_of
+from lightning_edge.exporters.jobs import check_jobs, default_jobs
+from lightning_edge.exporters.run.running import Running
 from lightning_edge.exporters.verify import schemes
 from lightning_edge.exporters.verify.contents import check_share
 from lightning_edge.interface import Interface
@@ -44,12 +45,11 @@ class EvaluationSettings:
         on_devices: What is measured there.
         hooks: What is called with each file and with the report when it is written.
         jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one;
-            ``None``: one a core.
             ``None``: one a core, and in this process where there is one core only.
 
     Raises:
         ValueError: If a target or one of its options is unknown, ``max_fallback``, ``name`` or ``jobs`` is out of its
-            range, or there are devices, or a budget's device, and no target's files run there.
+            range, or there is a budget's device, and no target's files run there.
     """
 
     targets: Sequence[str]
@@ -76,11 +76,6 @@ class EvaluationSettings:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
         check_names(self.devices)
         check_board(self.budget, self.targets, self.options)
-        if self.devices and not {*self.targets} & {*RUNTIMES}:
-            raise ValueError(
-                f"devices={[str(device) for device in self.devices]} run the files of {' and '.join(RUNTIMES)}, and "
-                f"targets={list(self.targets)} has none of them; add one, or leave devices out"
-            )
 
     def for_targets(self, targets: Sequence[str]) -> EvaluationSettings:
         """Copy these settings for other targets, without the options of targets that are left out.
@@ -90,6 +85,20 @@ class EvaluationSettings:
         """
         options = {name: chosen for name, chosen in self.options.items() if name in targets}
         return replace(self, targets=targets, options=options)
+
+    def running(self, target: str, precision: Precision) -> Running:
+        """Say how a file is run here: with reference kernels where the budget's device is a microcontroller."""
+        board = None if self.budget is None else self.budget.board()
+        form = options_of(target, precision, self.options).get("scheme") or precision
+        micro = board is not None and board.is_microcontroller and board.runs(target, form)
+        return Running(
+            self.timing.threads, time_limit_s=self.timing.time_limit_s, kernels="reference" if micro else "delegate"
+        )
+
+    @property
+    def writing_jobs(self) -> int:
+        """How many processes write files at once on this machine; 0 for none but this one."""
+        return default_jobs(len(self.targets)) if self.jobs is None else self.jobs
 
     def tolerance_for(self, scheme: schemes.Scheme | None) -> Tolerance:
         """Give the tolerance for files of a scheme: the scheme's own, unless the user gave another."""

@@ -21,8 +21,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
 
 from lightning_edge.errors import EdgeError
+from lightning_edge.evaluation.class_changes import Labels
 from lightning_edge.network import Inputs
 from lightning_edge.surgery import capture_inputs, find_network, redirected
+from lightning_edge.user_warnings import warn
 
 Split = Literal["validate", "test"]
 
@@ -120,17 +122,20 @@ class Validation:
         """Whether the metrics are those of the module's own step."""
         return self.metrics is None and is_overridden(self.step, self.pl_module)
 
-    def run(self, answer: Callable[..., Any]) -> dict[str, float]:
+    def run(self, answer: Callable[..., Any], labels: Labels | None = None) -> dict[str, float]:
         """Run the loop once and return what it logged.
 
         Args:
             answer: Called in the network's place, with its arguments on the CPU; returns what the network would.
+            labels: Takes each batch before ``answer`` is called for it.
 
         Raises:
             EdgeError: If the loop did not call the network, so that its metrics say nothing about it.
         """
         with quiet():
             module, trainer = self._copy(), self._trainer()
+        if labels is not None:
+            _note_batches(module, labels)
         calls = 0
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -245,10 +250,9 @@ def _scalars(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         elif torch.as_tensor(value).numel() == 1:
             yield prefix + name, float(value)
         else:
-            warnings.warn(
+            warn(
                 f"metrics={prefix + name!r} gives {torch.as_tensor(value).numel()} values, and a report holds one "
-                "number for each metric; it is left out. Average it, for example by average='macro'",
-                stacklevel=2,
+                "number for each metric; it is left out. Average it, for example by average='macro'"
             )
 
 
@@ -353,6 +357,17 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _note_batches(module: LightningModule, labels: Labels) -> None:
+    moved = module.on_after_batch_transfer
+
+    def on_after_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
+        batch = moved(batch, dataloader_idx)
+        labels.note(batch)
+        return batch
+
+    module.on_after_batch_transfer = on_after_batch_transfer  # type: ignore[method-assign]
 
 
 def _call(step: Callable[..., Any], batch: Any, index: int) -> Any:

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -176,8 +177,9 @@ class Reading:
             kind = type(node.module).__name__
             if kind == "_OutputOp":
                 group.reason = group.reason or "its channels reach the network's output"
-            elif kind == "_SplitOp":
-                sizes = node.module.split_sizes
+            elif kind in ("_SplitOp", "_UnbindOp"):
+                offsets = node.module.offsets or []
+                sizes = [end - begin for begin, end in pairwise(offsets)]
                 if sizes and len(set(sizes)) == 1 and sum(sizes) == len(indices):
                     union.lockstep(indices, origin, len(sizes))
             elif isinstance(node.module, nn.Parameter):

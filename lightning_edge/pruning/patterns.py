@@ -1,4 +1,4 @@
-"""Which groups of channels the user's patterns of layer names and types mean."""
+"""Match the user's patterns of layer names and types with groups of channels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""From a network, a target and a batch to the record of a cut, leaving the network as it is."""
+"""Plan a cut from a network, a goal and a batch, and leave the network as it is."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +22,7 @@ from lightning_edge.pruning.selection import TOLERANCE, Choices, Scope, allowed_
 from lightning_edge.pruning.traced import Structure, trace
 from lightning_edge.pruning.verification import find_fault
 from lightning_edge.schedule import Batch, Change
+from lightning_edge.user_warnings import warn
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,11 @@ def plan_cut(network: nn.Module, goal: Goal, changes: Sequence[Change], batch: B
 
     Returns:
         The record: ``kept`` indices of tensors, ``attributes`` of layers, and the costs of each measure in the base
-        network, before and after. Without ``kept`` where rounding leaves nothing to cut this time.
+        network, before and after. Without ``kept`` where rounding leaves nothing to cut this time, or nothing stood
+        its trial.
 
     Raises:
-        CompressionError: If the network cannot be traced, nothing can be cut, or the goal would empty layers.
+        CompressionError: If the network cannot be traced, nothing may be cut, or the goal would empty layers.
     """
     cuts = cuts_of(changes)
     draft, change = _settled(network, goal, changes, batch)
@@ -150,6 +151,11 @@ def plan_trial(network: nn.Module, goal: Goal, batch: Batch) -> Change:
     """
     goal = replace(goal, removed=1.0, criterion="l2", scope="local")
     draft, _ = _settled(network, goal, [], batch, trial=True)
+    if not draft.groups:
+        warn(
+            f"Prune will cut nothing of {type(network).__name__}, which trains on as it is. "
+            f"{left_alone(draft.structure.groups)}"
+        )
     record = {"kind": "trial", "kept": {}, "attributes": {}, "left_alone": left_alone(draft.structure.groups)}
     return {**record, "stood": sorted(draft.stood), "faulty": draft.faulty}
 
@@ -214,10 +220,14 @@ def _settle(draft: _Draft, goal: Goal, cuts: Sequence[Change]) -> Change:
     # One sample is enough to compare, but not every network takes a batch of one.
     calls = [draft.structure.inputs.sample(), draft.structure.inputs]
     while True:
-        if not draft.groups:
+        if not draft.groups and not draft.faulty:
             raise CompressionError(
                 f"No channels of {type(draft.network).__name__} can be cut. {left_alone(draft.structure.groups)}"
             )
+        if not draft.groups:
+            # The network's own code has fixed sizes: it stays whole, and what else is to be done with it goes on.
+            unchanged: dict[str, list[int]] = {measure: [round(base[measure])] * 3 for measure in MEASURES}
+            return {"kind": "cut", "kept": {}, "attributes": {}, **unchanged}
         units = np.array([group.units for group in draft.groups], dtype=np.int64)
         costs = _price(draft, price, units)
         if goal.layers is None:
@@ -350,19 +360,15 @@ def _fault_alone(draft: _Draft, calls: Sequence[Inputs], group: Group, units: In
 def _warn_if_missed(draft: _Draft, goal: Goal, change: Change, changes: Sequence[Change]) -> None:
     if goal.layers is not None:
         if not any(cut["kept"] for cut in (*changes, change)):
-            warnings.warn(
+            warn(
                 f"Prune(layers={dict(goal.layers)!r}) cuts nothing: rounded to multiples of round_to={goal.round_to}, "
-                "these layers keep all of their channels. Keep less of them, or give a smaller round_to.",
-                stacklevel=2,
+                "these layers keep all of their channels. Keep less of them, or give a smaller round_to."
             )
         return
     base, _, after = change[goal.measure]
     target = float(goal.amount) if isinstance(goal.amount, int) else goal.amount * base
     if target >= base:
-        warnings.warn(
-            f"Prune cuts nothing: {goal.measure}={goal.amount!r} allows more than the {base:,} that the network has.",
-            stacklevel=2,
-        )
+        warn(f"Prune cuts nothing: {goal.measure}={goal.amount!r} allows more than the {base:,} that the network has.")
         return
     if abs(after - target) <= TOLERANCE * target:
         return
@@ -374,8 +380,7 @@ def _warn_if_missed(draft: _Draft, goal: Goal, change: Change, changes: Sequence
         if goal.round_to > 1
         else ""
     )
-    warnings.warn(
+    warn(
         f"Prune asked for {goal.measure}={goal.amount!r}, {target:,.0f} of {base:,}, and reached {after:,} "
-        f"({after / target - 1:+.1%}).{rounding} {left_alone(draft.structure.groups)}",
-        stacklevel=2,
+        f"({after / target - 1:+.1%}).{rounding} {left_alone(draft.structure.groups)}"
     )

@@ -5,7 +5,9 @@ Tried with random weights: with the trained ones, a channel that matters little 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from lightning_edge.surgery import in_mode
 
 # Largest difference between the two, relative to the largest output: rounding of float32 over deep networks.
 _TOLERANCE = 1e-3
+# Folders whose code is not the network's.
+_NOT_THE_NETWORKS = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
 
 
 @torch.no_grad()
@@ -64,7 +68,14 @@ def _outputs(network: nn.Module, inputs: Inputs) -> list[Tensor] | str:
     try:
         return flatten_outputs(network(*inputs.args, **inputs.kwargs))
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
+        return f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}{_place(error)}"
+
+
+def _place(error: Exception) -> str:
+    """Say which line of the network's own code failed, if one did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_NETWORKS)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> str:

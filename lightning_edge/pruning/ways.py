@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,9 @@ from torch import nn
 from lightning_edge.pruning.channels import Integers
 
 Shape = tuple[int, ...]
+
+# How a module names what it counts of its heads: num_heads, head_dim, all_head_size, attn_dim, inner_dim.
+_OF_HEADS = ("head", "attn", "inner")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Way:
 def of_heads(
     network: nn.Module, makers: Sequence[str], before: Shape, after: Shape, indices: Integers, roots: Integers
 ) -> Iterator[Way]:
-    """Give the ways to cut channels that a view splits into heads.
+    """Give the ways to cut channels that a view splits into heads, or into query, key and value and those into heads.
 
     Args:
         network: The network, whose modules may count heads.
@@ -53,14 +57,14 @@ def of_heads(
     counts = {
         name: value
         for name, value in vars(network.get_submodule(owner)).items()
-        if type(value) is int and "head" in name
+        if type(value) is int and any(word in name for word in _OF_HEADS)
     }
     widths = {name for name in counts if "dim" in name or "size" in name}
     whole = {name: 1 for name, value in counts.items() if value == heads and name not in widths}
     every = {name: 1 for name, value in counts.items() if value == width and name in widths}
     both = {name for name, value in counts.items() if value == heads * width and name in widths}
     for label, keys, units, own, held in (
-        ("whole heads", indices // width, heads, whole, width),
+        ("whole heads", indices // width % heads, heads, whole, width),
         ("equal heads", indices % width, width, every, heads),
     ):
         yield Way(label, units, keys, roots)
@@ -88,11 +92,13 @@ def of_parts(network: nn.Module, maker: str, sizes: Sequence[int], indices: Inte
 
 
 def _split(before: Shape, after: Shape, channels: int) -> tuple[int, int] | None:
-    """How many heads of which width a view makes of the last dimension, or of the second."""
+    """How many heads of which width a view makes of the last dimension, or of the second; of each of three, if so."""
     for axis in (len(before) - 1, 1):
-        heads, width = after[axis : axis + 2] if len(after) > axis + 1 else (1, 1)
-        if before[axis] == heads * width == channels and min(heads, width) > 1 and before[:axis] == after[:axis]:
-            return heads, width
+        if before[axis] != channels or before[:axis] != after[:axis]:
+            continue
+        for parts in (after[axis : axis + 2], after[axis : axis + 3]):
+            if math.prod(parts) == channels and len(parts) > 1 and min(parts[-2:]) > 1:
+                return parts[-2], parts[-1]
     return None
 
 

@@ -6,7 +6,6 @@ range is clipped; a range that is hardly used leaves few of the 256 steps to wha
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +18,12 @@ from lightning_edge.network import Inputs
 from lightning_edge.quantization.network import quantized_forward
 from lightning_edge.quantization.plan import node_names
 from lightning_edge.surgery import in_mode
+from lightning_edge.user_warnings import EdgeWarning, warn
 
 _TOLD = 8
 
 
-class CalibrationWarning(UserWarning):
+class CalibrationWarning(EdgeWarning):
     """Calibration batches and validation data differ."""
 
 
@@ -178,7 +178,7 @@ def in_words(findings: list[CalibrationFinding]) -> str:
 def warn_of(findings: list[CalibrationFinding]) -> None:
     """Tell of findings in one warning; of none, nothing."""
     if findings:
-        warnings.warn(in_words(findings), CalibrationWarning, stacklevel=3)
+        warn(in_words(findings), CalibrationWarning)
 
 
 def open_empty_ranges(graph: GraphModule) -> None:
@@ -198,10 +198,9 @@ def open_empty_ranges(graph: GraphModule) -> None:
     names = list(dict.fromkeys(layer for _, layer in empty))
     if names:
         more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-        warnings.warn(
+        warn(
             f"{', '.join(names[:_TOLD])}{more} gave nothing but 0 on all data of calibration or training: the int8 "
             "range there is 0 to 1, which nothing was seen of. Give data that reaches it, look for a dead ReLU, or "
             "keep it in float with skip=[...].",
             CalibrationWarning,
-            stacklevel=3,
         )

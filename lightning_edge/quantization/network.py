@@ -25,6 +25,7 @@ from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm
 from lightning_edge.quiet import quiet_libraries
 from lightning_edge.surgery import copy_of
 from lightning_edge.tracing import TRACING
+from lightning_edge.user_warnings import warn
 
 CHILD = "edge_quantizers"
 
@@ -306,10 +307,9 @@ def _tell_of_hooks(network: nn.Module) -> None:
     ]
     if hooked:
         names = ", ".join(sorted(set(hooked)))
-        warnings.warn(
+        warn(
             f"Forward hooks inside {type(network).__name__} ({names}) do not run from here on: a quantized network is "
-            "called as one graph. Return what they collect from forward() instead.",
-            stacklevel=2,
+            "called as one graph. Return what they collect from forward() instead."
         )
 
 

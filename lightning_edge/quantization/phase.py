@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,9 +10,18 @@ import torch
 from torch import nn
 
 from lightning_edge.network import Inputs
+from lightning_edge.quantization.choose.mixed import least_lossy
 from lightning_edge.quantization.network import attach, detach, is_quantized, quantized_forward
-from lightning_edge.quantization.plan import LinearWeights, check_linear_weights, check_patterns, check_plan
+from lightning_edge.quantization.plan import (
+    LinearWeights,
+    PlanWord,
+    check_linear_weights,
+    check_patterns,
+    check_plan,
+    check_word,
+)
 from lightning_edge.quantization.post_training import calibrate
+from lightning_edge.quantization.trial import try_out
 from lightning_edge.schedule import Batch, Change, Clock, Moment, Phase, check_moment, check_order
 from lightning_edge.succession import Succession
 
@@ -23,7 +33,8 @@ class Quantize(Phase):
     affine with one scale per tensor: the scheme that ExecuTorch (XNNPACK), Core ML and LiteRT all accept (Jacob et al.
     2018, arXiv:1712.05877).
 
-    Moments are epochs (whole numbers from 0) or fractions of training (0.0 to 1.0).
+    Moments are epochs (whole numbers from 0) or fractions of training (0.0 to 1.0). What comes later is tried on a copy
+    with the first batch, so that a network that cannot be quantized ends the training there.
 
     Args:
         start: When fake-quantizers go in.
@@ -35,7 +46,8 @@ class Quantize(Phase):
         skip: Patterns of module names (fnmatch) that stay float: a layer, or a module with everything inside it.
         precisions: Pattern of module names -> ``"int8"``, ``"int8_a16"`` (int8 weights, 16-bit activations; LiteRT
             only) or ``"float"``; the last pattern that matches decides, what none matches is int8. `mixed_plan`
-            makes one.
+            makes one. Or a word: ``"int8"`` for all layers, as ``None``; ``"mixed"`` to choose at ``start``, on the
+            batch at hand, see `least_lossy`.
         linear_weights: ``"per_channel"``, a scale for each output of a linear layer, or ``"per_tensor"``, one for
             all of them: smaller files, and coarser weights where outputs differ in range. Convolutions keep theirs.
 
@@ -53,7 +65,7 @@ class Quantize(Phase):
         fold_batch_norm: int | float | None = None,
         averaging: float = 0.01,
         skip: list[str] | None = None,
-        precisions: dict[str, str] | None = None,
+        precisions: dict[str, str] | PlanWord | None = None,
         linear_weights: LinearWeights = "per_channel",
     ) -> None:
         self.start = check_moment("start", start)
@@ -67,8 +79,13 @@ class Quantize(Phase):
         self.averaging = averaging
         self.skip = skip
         self.precisions = precisions
-        self._layers = check_plan(precisions, skip)
+        self._layers = check_plan(check_word(precisions), skip)
         self.linear_weights = check_linear_weights(linear_weights)
+        self._tried: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is found again."""
+        return {**vars(self), "_tried": None}
 
     def settings(self) -> dict[str, Any]:
         """Give the settings as plain values; of ``linear_weights`` only what checkpoints of earlier versions lack."""
@@ -87,13 +104,22 @@ class Quantize(Phase):
         return max([self.start, *(moment for moment in given if moment is not None)])
 
     def plan(self, network: nn.Module, clock: Clock, changes: Sequence[Change], batch: Batch) -> Change | None:
-        """Quantize at ``start``, then fold BatchNorm and freeze the ranges when their moment comes."""
+        """Quantize at ``start``, then fold BatchNorm and freeze the ranges when their moment comes.
+
+        Before ``start`` it is tried once, on a copy with the first batch.
+
+        Raises:
+            CompressionError: As `lightning_edge.quantization.trial.try_out` does, or if a pattern names nothing.
+        """
         done = {change["kind"]: change for change in changes}
         if "attach" not in done:
             # At the first batch, not when training is nearly over.
             names = (*dict(network.named_modules()), *dict(network.named_parameters()))
             check_patterns(self._layers, names, type(network).__name__)
-            return self._attach(clock, batch.inputs()) if clock.reached(self.start) else None
+            if clock.reached(self.start):
+                return self._attach(network, clock, batch.inputs())
+            self._try_once(network, batch)
+            return None
         begun = done["attach"]
         fold = "fold_batch_norm" not in done and begun["live_batch_norm"]
         if fold and self.fold_batch_norm is not None and clock.reached(self.fold_batch_norm):
@@ -159,7 +185,14 @@ class Quantize(Phase):
             change["kind"]
         ]
 
-    def _attach(self, clock: Clock, inputs: Inputs) -> Change:
+    def _try_once(self, network: nn.Module, batch: Batch) -> None:
+        if self._tried is None or self._tried() is not network:
+            try_out(network, batch.inputs(), self._layers, self.linear_weights)
+            self._tried = weakref.ref(network)
+
+    def _attach(self, network: nn.Module, clock: Clock, inputs: Inputs) -> Change:
+        # What is skipped has the last word, and takes no part in the choice.
+        chosen = least_lossy(network, inputs, self._layers) if self.precisions == "mixed" else {}
         # Shapes and types are all that a repetition needs of the inputs; the user's data stays out of checkpoints.
         shapes = inputs.map(lambda tensor: torch.zeros_like(tensor, device="cpu")).sample(size=2)
         return {
@@ -168,7 +201,7 @@ class Quantize(Phase):
             "progress": clock.progress,
             "averaging": self.averaging,
             "written_out": True,
-            "layers": dict(self._layers),
+            "layers": {**chosen, **self._layers},
             "linear_weights": self.linear_weights,
             "live_batch_norm": self.fold_batch_norm is not None and not clock.reached(self.fold_batch_norm),
             "args": list(shapes.args),

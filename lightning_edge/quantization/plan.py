@@ -17,6 +17,8 @@ from lightning_edge.errors import CompressionError
 LayerPrecision = Literal["int8", "int8_a16", "float"]
 LinearWeights = Literal["per_channel", "per_tensor"]
 Plan = Mapping[str, LayerPrecision]
+# Words in the place of a plan: all layers in int8, and those that stay float chosen where quantization begins.
+PlanWord = Literal["int8", "mixed"]
 
 _SHOWN = 40
 
@@ -49,6 +51,23 @@ def check_plan(precisions: Mapping[str, str] | None, skip: Sequence[str] | None)
     return joined
 
 
+def check_word(precisions: Mapping[str, str] | str | None) -> Mapping[str, str] | None:
+    """Give the plan that precisions state; none where a word stands for it.
+
+    Raises:
+        ValueError: If it is a word and not one of the two.
+    """
+    if not isinstance(precisions, str):
+        return precisions
+    if precisions not in get_args(PlanWord):
+        words = " or ".join(map(repr, get_args(PlanWord)))
+        raise ValueError(
+            f"precisions={precisions!r} is not known; give {words}, or patterns of module names, for example "
+            "{'stem': 'float'}"
+        )
+    return None
+
+
 def check_linear_weights(value: str) -> LinearWeights:
     """Make sure that this says how many scales the weight of a linear layer has.
 
@@ -79,6 +98,13 @@ def check_patterns(plan: Plan, names: Iterable[str], network: str) -> None:
             f"{', '.join(map(repr, idle))} in skip or precisions matches no quantized layer of {network}. Its layers: "
             f"{shown or 'none'}. Give these names, patterns of them ('features.*'), or a module that holds them."
         )
+
+
+def named_by(plan: Plan, layer: str) -> bool:
+    """Whether a pattern names a layer, or a module that holds it."""
+    parts = layer.split(".")
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(fnmatchcase(name, pattern) for name in names for pattern in plan)
 
 
 def precision_of(names: Iterable[str], plan: Plan) -> LayerPrecision:

@@ -77,7 +77,8 @@ class Budget:
         flash_bytes: Bytes of the file where it lies in a microcontroller's flash, without the firmware.
         arena_bytes: Arena of TensorFlow Lite Micro, the upper bound of `exporters.micro.memory`. Int8 ``.tflite`` files
             have one.
-        energy_mj: Millijoules of one inference. Nothing here measures it: this limit is never kept.
+        energy_mj: Millijoules of one inference on the device where it takes most, by ``measure: [energy]`` of
+            `DeviceSettings`.
         fallback_share: Share of the multiply-accumulates, 0 to 1, on the runtime's own CPU kernels.
         device: Name of a board's profile (`boards.board_names`). Its flash, arena and memory are limits where none are
             given here, and only files that it runs are judged.

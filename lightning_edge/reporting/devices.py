@@ -151,6 +151,8 @@ class DeviceRow:
         peak_memory_bytes: Peak of the resident memory of the whole process on the device, Python and runtime included.
         before: Temperature and frequency before the calls that were timed.
         after: The same after them.
+        energy_mj: Millijoules of an inference by a counter, less what the device takes when it waits.
+        energy_note: What told the energy and how, or why it was not measured.
         sustained: How latency went over a long run of calls.
         verdict: What its agreement there comes to, as in `Row`.
         verdict_reason: Why it is that.
@@ -181,6 +183,8 @@ class DeviceRow:
     peak_memory_bytes: int | None = None
     before: State = field(default_factory=State)
     after: State = field(default_factory=State)
+    energy_mj: float | None = None
+    energy_note: str | None = None
     sustained: Endurance | None = None
     verdict: Grade | None = None
     verdict_reason: str | None = None
@@ -201,6 +205,7 @@ class DeviceRow:
             "latency_p99_ms": self.p99_ms,
             "throughput": self.throughput,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "energy_mj": self.energy_mj,
             "temperature_before_c": self.before.temperature_c,
             "temperature_after_c": self.after.temperature_c,
             "top1_agreement": self.top1,
@@ -266,6 +271,10 @@ def described(rows: Sequence[DeviceRow]) -> list[str]:
         runtimes = dict.fromkeys(row.runtime for row in own if row.runtime is not None)
         said = "it was not reached" if about is None else str(about)
         lines.append(f"{device}: {'; '.join([said, *runtimes])}")
+    for row in rows:
+        if row.energy_note is not None:
+            energy = "" if row.energy_mj is None else f"{row.energy_mj:.4g} mJ an inference; "
+            lines.append(f"{row.label}, energy: {energy}{row.energy_note}")
     return [*lines, *(f"{row.label}, one call after another: {row.sustained}" for row in rows if row.sustained)]
 
 

@@ -203,10 +203,9 @@ class Manifest:
         except RecursionError as error:
             raise ManifestError(f"{name} is no manifest: it is nested too deeply") from error
         except (ValueError, OverflowError) as error:
-            told = cut(printable(str(error)), _MOST_TOLD)
-            raise ManifestError(f"{name} is no manifest that can be used: {told}. Export again to write it anew") from (
-                error
-            )
+            reason = cut(printable(str(error)), _MOST_TOLD)
+            message = f"{name} is no manifest that can be used: {reason}. Export again to write it anew"
+            raise ManifestError(message) from error
 
 
 def check_path(path: str) -> None:

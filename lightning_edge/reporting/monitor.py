@@ -58,5 +58,5 @@ def choose(names: Sequence[str], watched: Iterable[Monitor] = ()) -> Monitor | N
     for monitor in watched:
         if monitor.metric in names:
             return monitor
-    told = [Monitor(name, mode) for name in names if (mode := direction(name)) is not None]
-    return min(told, key=lambda monitor: monitor.mode != "max", default=None)
+    known = [Monitor(name, mode) for name in names if (mode := direction(name)) is not None]
+    return min(known, key=lambda monitor: monitor.mode != "max", default=None)

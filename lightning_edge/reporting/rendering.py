@@ -27,7 +27,8 @@ _FIDELITY_HEADERS = (
     "Not delegated",
 )
 REFERENCE_FOOTNOTE = (
-    "int8 simulated in torch, or a file run by a reference interpreter: its latency says nothing about the target"
+    "int8 simulated in torch, or a file run by a reference interpreter or reference kernels: its latency says nothing "
+    "about the target"
 )
 
 

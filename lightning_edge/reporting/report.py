@@ -18,8 +18,10 @@ from lightning_edge.files import replace_text
 from lightning_edge.interface import Interface
 from lightning_edge.reporting import rendering
 from lightning_edge.reporting.budget import Verdict
+from lightning_edge.reporting.classes import ClassChanges
 from lightning_edge.reporting.devices import DeviceRow
 from lightning_edge.reporting.html.fit import report_page
+from lightning_edge.reporting.layers import LayerRow
 from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.terminal import ReportTable
 from lightning_edge.verdict import Grade, Judgement, Strict
@@ -92,6 +94,8 @@ class Row:
         verdict: What its agreement comes to: ``"exact"``, ``"close"``, ``"differs"`` or ``"broken"``; ``None`` where
             nothing was compared.
         verdict_reason: Why it is that, one line.
+        quantiles_ms: Quantiles of the latency of one sample from 0 to 1 in equal steps, milliseconds.
+        classes: Which samples are in another class than in the float network, where there are class scores.
     """
 
     target: str
@@ -133,6 +137,8 @@ class Row:
     not_run: str | None = None
     verdict: Grade | None = None
     verdict_reason: str | None = None
+    quantiles_ms: Sequence[float] = ()
+    classes: ClassChanges | None = None
 
     @property
     def judgement(self) -> Judgement | None:
@@ -181,6 +187,7 @@ class Report:
         versions: Versions of Python, the platform and what is installed.
         channels: Channels that each layer made before it was pruned and makes now, by the name of the layer.
         devices: What was found of the files on devices.
+        layers: The layers with weights: bytes before and after, and what each costs in int8.
     """
 
     model: str
@@ -198,6 +205,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     devices: Sequence[DeviceRow] = ()
+    layers: Sequence[LayerRow] = ()
 
     @property
     def failures(self) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,10 +14,12 @@ from lightning_edge.exporters.micro.sources import footprint
 from lightning_edge.exporters.writer import export_warnings
 from lightning_edge.measure import Agreement, Latency
 from lightning_edge.reporting.budget import DEVICE, Budget, Excess, Verdict
+from lightning_edge.reporting.devices import DeviceRow
 from lightning_edge.reporting.manifest import Manifest
 from lightning_edge.reporting.monitor import Monitor
 from lightning_edge.reporting.provenance import commit_of
 from lightning_edge.reporting.report import Report, Row, Source, digest, installed_versions
+from lightning_edge.user_warnings import warn
 from lightning_edge.verdict import Judgement
 
 # Medians of calls in turn lie closer to each other than this where two files are equally fast.
@@ -33,7 +34,7 @@ def recorded() -> Iterator[list[str]]:
     with export_warnings() as messages:
         yield messages
     for message in messages:
-        warnings.warn(message, ExportWarning, stacklevel=2)
+        warn(message, ExportWarning)
 
 
 def described(row: Row, artifact: Artifact) -> Row:
@@ -110,7 +111,12 @@ def given_verdict(row: Row, judgement: Judgement) -> Row:
 def timed(row: Row, latency: Latency) -> Row:
     """Add how long one call takes."""
     return replace(
-        row, p50_ms=latency.p50_ms, p95_ms=latency.p95_ms, p99_ms=latency.p99_ms, throughput=latency.throughput
+        row,
+        p50_ms=latency.p50_ms,
+        p95_ms=latency.p95_ms,
+        p99_ms=latency.p99_ms,
+        throughput=latency.throughput,
+        quantiles_ms=latency.quantiles_ms,
     )
 
 
@@ -118,32 +124,40 @@ def without_gain(rows: Sequence[Row]) -> list[str]:
     """Say which int8 files are no smaller or clearly slower than the float file of the same target."""
     files = [row for row in rows if row.target != "torch" and row.error is None and row.scheme is None]
     floats = {row.target: row for row in files if row.precision == "fp32"}
-    told = []
+    messages = []
     for row in files:
         other = floats.get(row.target)
         if row.precision != "int8" or other is None:
             continue
         if row.size_bytes and other.size_bytes and row.size_bytes >= other.size_bytes:
-            told.append(
+            messages.append(
                 f"{row.label} is no smaller than {other.label}: {row.size_bytes:,} bytes against {other.size_bytes:,}."
             )
         if row.p50_ms and other.p50_ms and not row.is_reference and row.p50_ms > _SLOWER * other.p50_ms:
-            told.append(
+            messages.append(
                 f"{row.label} is slower than {other.label} on this machine: p50 {row.p50_ms:.3g} ms "
                 f"against {other.p50_ms:.3g}. Measure both on the device before you choose."
             )
-    return told
+    return messages
 
 
-def judged(rows: Sequence[Row], budget: Budget | None, monitor: Monitor | None) -> list[Row]:
-    """Add to every file whether it keeps the budget, its drop in the deciding metric taken from the float network."""
+def judged(
+    rows: Sequence[Row], budget: Budget | None, monitor: Monitor | None, devices: Sequence[DeviceRow] = ()
+) -> list[Row]:
+    """Add to every file whether it keeps the budget.
+
+    Its drop in the deciding metric is taken from the float network, and its energy from the device where it takes most.
+    """
     if budget is None:
         return list(rows)
     board = budget.board()
     before = next((row.metrics for row in rows if row.target == "torch" and row.source == "float"), {})
 
     def verdict(row: Row) -> Verdict | None:
-        found = budget.judge(_measured(row, before, monitor), {"peak_memory_bytes": row.planned_memory_bytes})
+        own = [other for other in devices if (other.target, other.precision, other.source) == _identity(row)]
+        energy = max((other.energy_mj for other in own if other.energy_mj is not None), default=None)
+        measured = {**_measured(row, before, monitor), "energy_mj": energy}
+        found = budget.judge(measured, {"peak_memory_bytes": row.planned_memory_bytes})
         if board is None or board.runs(row.target, row.scheme or row.precision):
             return found
         if row.target not in board.targets:
@@ -152,6 +166,10 @@ def judged(rows: Sequence[Row], budget: Budget | None, monitor: Monitor | None) 
 
     files = {id(row) for row in rows if row.target != "torch" and row.error is None}
     return [replace(row, budget=verdict(row)) if id(row) in files else row for row in rows]
+
+
+def _identity(row: Row) -> tuple[str, str, str]:
+    return row.target, row.precision, row.source
 
 
 def _measured(row: Row, before: Mapping[str, float], monitor: Monitor | None) -> dict[str, float | None]:

@@ -236,11 +236,11 @@ def _bytes(path: Path, entry: FileEntry, manifest: Manifest) -> Iterator[Finding
     if size <= max(file.size_bytes for file in manifest.files):
         found = digest(path)
         other = next((file.path for file in manifest.files if file.sha256 == found), None)
-        told = found if other is None else f"{found}, which is that of {other}: the files were swapped"
+        actual = found if other is None else f"{found}, which is that of {other}: the files were swapped"
     else:
-        found, told = "", "another one, since it is larger than any file of the manifest"  # however large: not read
+        found, actual = "", "another one, since it is larger than any file of the manifest"  # however large: not read
     if found != entry.sha256:
-        yield Finding(entry.path, "digest", entry.sha256, told, _AGAIN)
+        yield Finding(entry.path, "digest", entry.sha256, actual, _AGAIN)
     if size != entry.size_bytes:
         yield Finding(entry.path, "bytes", f"{entry.size_bytes:,} bytes", f"{size:,}", _AGAIN)
 

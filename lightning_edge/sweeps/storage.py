@@ -43,7 +43,12 @@ def open_study(definition: Definition, folder: Path, url: str | None) -> tuple[S
     """
     optuna = require("optuna", EXTRA)
     optuna.logging.set_verbosity(logging.WARNING)
-    check_folder(definition, folder)
+    try:
+        check_folder(definition, folder)
+    except SweepError:
+        # Another process may be making the folder, and what is in it is then told by the check behind its lock.
+        if not (folder / LOCK).exists():
+            raise
     # A database that does not answer leaves no folder behind.
     database = None if url is None else _database(url)
     try:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_edge.errors import check_installed
 from lightning_edge.sweeps.front import Front, TrialRecord
+from lightning_edge.user_warnings import warn
 
 _LOGGER = "lightning_edge.OfflineFallbackWandbLogger"
 # What the run with the table takes over from the trials' logger.
@@ -111,9 +111,7 @@ def log_front(front: Front, logger: Mapping[str, Any], folder: Path, identifier:
         address = run.url
         run.finish()
     except Exception as error:
-        warnings.warn(
-            f"wandb did not take the sweep ({type(error).__name__}: {error}); it is in {folder}", stacklevel=2
-        )
+        warn(f"wandb did not take the sweep ({type(error).__name__}: {error}); it is in {folder}")
         return None
     return str(address) if address else None
 

@@ -85,7 +85,8 @@ def beginning_from(config: Mapping[str, Any], checkpoint: Path) -> dict[str, Any
 def _configuration(config: Mapping[str, Any], epochs: int, folder: Path) -> dict[str, Any]:
     alone = without_edge_callbacks(in_folder(config, folder))
     trainer = alone["trainer"]
-    trainer |= {"max_epochs": epochs, "max_steps": -1}
+    # A base may keep no checkpoints of its own; this one is wanted.
+    trainer |= {"max_epochs": epochs, "max_steps": -1, "enable_checkpointing": True}
     saver = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {

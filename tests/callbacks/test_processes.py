@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import ddp_training
 import lightning as L
 import pytest
 import torch
@@ -18,19 +20,23 @@ from lightning_edge.callbacks import processes
 from lightning_edge.errors import CompressionError
 from lightning_edge.quantization import Quantize
 
-SCRIPT = Path(__file__).with_name("ddp_training.py")
+SCRIPT = Path(ddp_training.__file__)
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process, and each of two, ended with."""
-    found = {}
-    for count in (1, 2):
-        folder = tmp_path_factory.mktemp("ends")
-        done = train(folder, count)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found |= {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
-    return found
+    """What this process, and each of two that are launched, ended with."""
+    folder = tmp_path_factory.mktemp("ends")
+    done = train(folder, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "last.ckpt").unlink()
+    threads = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            ddp_training.main(folder, 1)
+    finally:
+        torch.set_num_threads(threads)
+    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
 def train(folder: Path, *arguments: int) -> subprocess.CompletedProcess[str]:

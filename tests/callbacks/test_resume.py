@@ -71,7 +71,17 @@ def every_epoch(folder: Path) -> ModelCheckpoint:
 
 
 @pytest.mark.parametrize(
-    "names", [*PHASES, *("+".join(pair) for pair in itertools.combinations(PHASES, 2)), "+".join(PHASES)]
+    "names",
+    [
+        "prune+quantize",
+        "+".join(PHASES),
+        *(
+            pytest.param("+".join(names), marks=pytest.mark.slow)
+            for count in (1, 2)
+            for names in itertools.combinations(PHASES, count)
+            if names != ("prune", "quantize")
+        ),
+    ],
 )
 def test_resuming_is_bitwise_exact(tmp_path: Path, names: str) -> None:
     whole, _, expected = fit(names, every_epoch(tmp_path))
@@ -109,7 +119,7 @@ class StatefulLoader:
 
 
 @pytest.mark.parametrize("names", ["", "prune+quantize"], ids=["without compression", "with"])
-@pytest.mark.parametrize("step", [5, 9, 13])
+@pytest.mark.parametrize("step", [9, *(pytest.param(step, marks=pytest.mark.slow) for step in (5, 13))])
 def test_a_checkpoint_from_the_middle_of_an_epoch_resumes_exactly_with_a_stateful_loader(
     tmp_path: Path, names: str, step: int
 ) -> None:
@@ -127,6 +137,7 @@ def test_averaged_weights_follow_a_cut_and_resume_exactly(tmp_path: Path) -> Non
         assert subject.equal(found, expected), f"resumed after epoch {epoch}"
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_of_a_larger_network_validates_after_training(tmp_path: Path) -> None:
     task, trainer, _ = fit("factorize+prune+quantize", every_epoch(tmp_path))
     outputs = {}

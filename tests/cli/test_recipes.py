@@ -56,11 +56,14 @@ def test_every_recipe_parses_alone_and_with_every_compression(tmp_path: Path) ->
     (tmp_path / "folder.yaml").write_text(f"data: {{init_args: {{folder: {tmp_path}}}}}\n")
     for name in {*NAMES} - {*COMPRESSIONS}:
         given = [] if name in ("quickstart", "digits-pruned-int8") else [str(tmp_path / "folder.yaml")]
-        assert checker.resolve(f"recipe:{name}", *given)["trainer"]["max_epochs"] > 1
+        trainer = checker.resolve(f"recipe:{name}", *given)["trainer"]
+        assert trainer["max_epochs"] > 1
+        # So that two tasks in one folder do not write to the same places.
+        assert trainer["default_root_dir"] == f"artifacts/{name}"
     for name in COMPRESSIONS:
         config = checker.resolve("recipe:anomaly-detection", str(tmp_path / "folder.yaml"), f"recipe:{name}")
         *phases, evaluation = config["trainer"]["callbacks"]
-        assert evaluation["init_args"]["dirpath"] == f"artifacts/{name.removeprefix('compression/')}"
+        assert evaluation["init_args"]["dirpath"] == f"{{root}}/{name.removeprefix('compression/')}"
         # The parser keeps settings of a callback of the same class at the same place of the list before.
         assert evaluation["init_args"]["calibration_batches"] == 32
         assert len(phases) == (0 if name.endswith("ptq") else 1)
@@ -180,21 +183,28 @@ def test_a_backbone_that_is_not_installed_is_named(
 
 
 @pytest.mark.parametrize(
-    "names",
+    ("names", "targets"),
     [
-        pytest.param(names, marks=() if names == ["digits-pruned-int8"] else pytest.mark.slow, id="+".join(names))
-        for names in [
-            *([name] for name in WHOLE),
-            ["image-classification", "compression/pruned-int8"],
-            ["keyword-spotting", "compression/pruned-distilled-int8"],
-            ["visual-wake-words", "compression/int8"],
-            ["anomaly-detection", "compression/ptq"],
-            ["anomaly-detection", "compression/pruned-distilled-int8"],
-        ]
+        pytest.param(["digits-pruned-int8"], ["tflite"], id="digits-pruned-int8+one target"),
+        *(
+            pytest.param(names, ["executorch", "coreml", "tflite"], marks=pytest.mark.slow, id="+".join(names))
+            for names in [
+                *([name] for name in WHOLE),
+                ["image-classification", "compression/pruned-int8"],
+                ["keyword-spotting", "compression/pruned-distilled-int8"],
+                ["visual-wake-words", "compression/int8"],
+                ["anomaly-detection", "compression/ptq"],
+                ["anomaly-detection", "compression/pruned-distilled-int8"],
+            ]
+        ),
     ],
 )
 def test_recipe_trains_quantizes_and_exports(
-    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    names: list[str],
+    targets: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
@@ -202,12 +212,15 @@ def test_recipe_trains_quantizes_and_exports(
     if names != ["quickstart"]:
         # The quickstart writes the float files; a second time they only take time.
         options.append("--trainer.callbacks.fp32_files=false")
+    if len(targets) == 1:
+        options += [f"--trainer.callbacks.targets={json.dumps(targets)}", "--trainer.limit_val_batches=1"]
     _fit(names, options, monkeypatch)
     capfd.readouterr()
     folder = tmp_path / "artifacts" / names[-1].removeprefix("compression/")
     report = json.loads((folder / "report.json").read_text())
     rows = {(row["target"], row["precision"], row["source"]): row for row in report["rows"]}
-    for target in ("executorch", "coreml", "tflite"):
+    assert {row["target"] for row in report["rows"]} == {"torch", *targets}
+    for target in targets:
         row = rows[target, "int8", "post-training" if names[-1].endswith("ptq") else "trained"]
         assert row["error"] is None
         assert row["int8_weight_share"] == 1.0

@@ -64,7 +64,7 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> bool:
 def is_runner(pid: int | str) -> bool:
     """Whether a process is a runner that has not ended."""
     try:
-        return b"'runner.py','exec'" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"['lightning_edge.devices.runner'].main" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -34,6 +34,7 @@ elif given == ["shell", "dumpsys", "thermalservice"]:
     print({thermal!r})
 elif given == ["shell", "dumpsys", "battery"]:
     print("Current Battery Service state:\\n  level: 80\\n  temperature: 312")
+    print({battery!r})
 elif given[:2] == ["shell", "-T"] and len(given) == 3:
     os.execv("/bin/sh", ["sh", "-c", given[2]])
 else:
@@ -62,9 +63,10 @@ class Phone:
         return [json.loads(line) for line in self.transcript.read_text().splitlines()]
 
 
-def phone(folder: Path, place: Path, state: str = "device", thermal: str = THERMAL) -> Phone:
+def phone(folder: Path, place: Path, state: str = "device", thermal: str = THERMAL, battery: str = "") -> Phone:
     adb, transcript = folder / "adb", folder / "transcript"
-    adb.write_text(FAKE.format(python=sys.executable, transcript=str(transcript), state=state, thermal=thermal))
+    shown = {"state": state, "thermal": thermal, "battery": battery}
+    adb.write_text(FAKE.format(python=sys.executable, transcript=str(transcript), **shown))
     adb.chmod(0o755)
     return Phone(adb, transcript, place)
 
@@ -83,7 +85,7 @@ def test_a_file_on_the_phone_gives_the_bits_of_the_file_here(
     asked = fake.asked()
     assert asked[0] == ["-s", "emulator-5554", "get-state"]
     assert asked[1][:4] == ["-s", "emulator-5554", "shell", "-T"]
-    assert asked[1][4].startswith(f"{sys.executable} -c 'import sys;exec(")
+    assert asked[1][4].startswith(f"{sys.executable} -c 'import sys,types;")
     assert asked[2:] == [["-s", "emulator-5554", "shell", "dumpsys", "thermalservice"]] * 2
 
 
@@ -91,6 +93,20 @@ def test_the_phone_tells_a_temperature_where_its_python_may_not_read_one(tmp_pat
     assert phone(tmp_path, place).device().temperature_c() == 41.5
     assert phone(tmp_path, place, thermal="").device().temperature_c() == 31.2
     assert phone(tmp_path, place).device(serial="other").temperature_c() is None
+
+
+@pytest.mark.parametrize(
+    ("battery", "joules", "source"),
+    [
+        ("  AC powered: false\n  voltage: 4000\n  Charge counter: 2500000", -36000.0, "charge times voltage"),
+        ("  USB powered: true\n  voltage: 4000\n  Charge counter: 2500000", None, "the phone is on power"),
+        ("  AC powered: false\n  voltage: 4000", None, "does not tell its charge"),
+    ],
+)
+def test_what_a_battery_has_given(tmp_path: Path, place: Path, battery: str, joules: float | None, source: str) -> None:
+    found = phone(tmp_path, place, battery=battery).device().energy()
+    assert found.joules == joules
+    assert source in found.source
 
 
 @pytest.mark.parametrize(

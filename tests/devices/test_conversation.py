@@ -8,6 +8,7 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, final
 
 import numpy
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from lightning_edge.contents import Contents, Endpoint
-from lightning_edge.devices import Channel, Device, Farewell, runner
+from lightning_edge.devices import Channel, Device, Farewell, runner, runtimes, sensors
 from lightning_edge.devices.conversation import Conversation
 from lightning_edge.devices.remote import RemoteRunner
 from lightning_edge.errors import DeviceError, RunnerError
@@ -216,13 +217,15 @@ def test_arrays_of_every_type_and_shape_arrive_as_they_were(name: str, shape: tu
     assert given.itemsize == runner.ITEM_BYTES[name]
 
 
-def test_the_runner_is_one_file_that_an_old_python_reads() -> None:
-    source = Path(runner.__file__).read_text()
-    tree = ast.parse(source, feature_version=(3, 9))
+@pytest.mark.parametrize("module", [runner, runtimes, sensors])
+def test_an_old_python_reads_what_is_sent(module: ModuleType) -> None:
+    assert module.__file__ is not None
+    tree = ast.parse(Path(module.__file__).read_text(), feature_version=(3, 9))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
-    assert {name for name in names if name.startswith(("lightning", "torch"))} == set()
+    sent = {f"lightning_edge.devices.{name}" for name in ("runtimes", "sensors")}
+    assert {name for name in names if name.startswith(("lightning", "torch"))} <= sent
 
 
 def test_sensors_are_read_where_the_system_has_them(tmp_path: Path) -> None:
@@ -230,7 +233,7 @@ def test_sensors_are_read_where_the_system_has_them(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
 
-    assert runner.sensors(str(tmp_path)) == {"temperature_c": None, "frequency_mhz": None}
+    assert sensors.sensors(str(tmp_path)) == {"temperature_c": None, "frequency_mhz": None}
     for zone, text in enumerate(["48250\n", "51000\n", "-274000\n", "none\n"]):
         write(f"sys/class/thermal/thermal_zone{zone}/temp", text)
     for core, text in enumerate(["600000\n", "1800000\n"]):
@@ -239,7 +242,7 @@ def test_sensors_are_read_where_the_system_has_them(tmp_path: Path) -> None:
     write("proc/device-tree/model", "Some Board Rev 1.4\0")
     write("proc/cpuinfo", "processor\t: 0\nflags\t\t: fpu avx2 avx512_vnni\n\nprocessor\t: 1\n")
     write("proc/meminfo", "MemTotal:        3884356 kB\nMemFree: 1 kB\n")
-    about = runner.about(str(tmp_path))
+    about = sensors.about(str(tmp_path))
     assert about["temperature_c"] == 51.0
     assert about["frequency_mhz"] == 1800.0
     assert about["governor"] == "ondemand"

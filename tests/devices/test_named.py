@@ -10,8 +10,9 @@ from jsonargparse import ArgumentParser
 from lightning_edge import DeviceEvaluationCallback
 from lightning_edge.devices import Local, Ssh
 from lightning_edge.devices.named import check_names, named
-from lightning_edge.devices.settings import DeviceSettings, Sustained
+from lightning_edge.devices.settings import Cool, DeviceSettings, Sustained
 from lightning_edge.errors import DeviceError
+from lightning_edge.evaluation.on_devices import check_devices
 
 BOARDS = """
 pi4:
@@ -118,11 +119,13 @@ def test_names_that_are_none(names: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"measure": []}, "give a list of one or more of \\['latency', 'accuracy'\\]"),
+        ({"measure": []}, "give a list of one or more of \\['latency', 'accuracy', 'energy'\\]"),
         ({"measure": "latency"}, "give a list"),
         ({"measure": ["speed"]}, "measure=\\['speed'\\] is not allowed"),
         ({"limit_samples": 0}, "limit_samples=0 is not allowed"),
         ({"sustained": "10"}, "sustained='10' is not allowed"),
+        ({"cool": 45}, "cool=45 is not allowed; give Cool"),
+        ({"energy_seconds": 0.5}, "energy_seconds=0.5 is not allowed; give 1 to 86400"),
         ({"limit_samples": 2.5}, "limit_samples=2.5 is not allowed"),
     ],
 )
@@ -135,6 +138,13 @@ def test_settings_that_are_not_allowed(settings: dict[str, object], message: str
 def test_minutes_that_are_not_allowed(minutes: float) -> None:
     with pytest.raises(ValueError, match=r"sustained: minutes=.* is not allowed; give more than 0, and 1440 at most"):
         Sustained(minutes)
+    with pytest.raises(ValueError, match=r"cool: minutes=.* is not allowed; give more than 0, and 1440 at most"):
+        Cool(45.0, minutes)
+
+
+def test_degrees_that_are_not_allowed() -> None:
+    with pytest.raises(ValueError, match=r"cool: below_c=0 is not allowed"):
+        Cool(0)
 
 
 def test_a_recipe_names_devices_and_gives_them_in_person() -> None:
@@ -143,7 +153,12 @@ def test_a_recipe_names_devices_and_gives_them_in_person() -> None:
     given = {
         "targets": ["onnx"],
         "devices": ["pi4", {"class_path": "lightning_edge.devices.Ssh", "init_args": {"host": "board", "port": 2222}}],
-        "on_devices": {"measure": ["latency"], "limit_samples": 64, "sustained": {"minutes": 5}},
+        "on_devices": {
+            "measure": ["latency"],
+            "limit_samples": 64,
+            "sustained": {"minutes": 5},
+            "cool": {"below_c": 40},
+        },
     }
     callback = parser.instantiate(parser.parse_object({"callback": given})).callback
     name, board = callback.settings.devices
@@ -151,12 +166,10 @@ def test_a_recipe_names_devices_and_gives_them_in_person() -> None:
     assert isinstance(board, Ssh)
     assert board.port == 2222
     assert callback.settings.on_devices == DeviceSettings(
-        measure=["latency"], limit_samples=64, sustained=Sustained(5.0)
+        measure=["latency"], limit_samples=64, sustained=Sustained(5.0), cool=Cool(40.0)
     )
 
 
 def test_devices_without_a_file_for_them() -> None:
-    with pytest.raises(
-        ValueError, match=r"devices=\['pi4'\] run the files of tflite and onnx, and targets=\['coreml'\]"
-    ):
-        DeviceEvaluationCallback(["coreml"], devices=["pi4"])
+    callback = DeviceEvaluationCallback(["coreml"], devices=["local"])
+    assert check_devices(callback.settings) == ["local runs none of the files of coreml. Add a target, or leave it out"]

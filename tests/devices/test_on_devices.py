@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,11 +26,13 @@ from torchmetrics import Accuracy
 
 from lightning_edge import DeviceEvaluationCallback
 from lightning_edge.devices import Device, Local
+from lightning_edge.devices.conversation import Conversation
 from lightning_edge.devices.remote import RemoteRunner, Times
-from lightning_edge.devices.settings import DeviceSettings, Sustained
+from lightning_edge.devices.settings import Cool, DeviceSettings, Sustained
 from lightning_edge.errors import DeviceError
 from lightning_edge.evaluation.evaluate import evaluate_module
-from lightning_edge.evaluation.on_devices import DeviceFile, left_out, limited, raise_device_failures, run_on_devices
+from lightning_edge.evaluation.on_device import DeviceFile, limited
+from lightning_edge.evaluation.on_devices import check_devices, left_out, raise_device_failures, run_on_devices
 from lightning_edge.evaluation.reference import Reference
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
@@ -221,7 +225,7 @@ def test_fewer_samples_and_latency_alone(evaluated: Evaluated) -> None:
 def test_a_long_run_of_calls_in_stretches(
     evaluated: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_edge.evaluation.on_devices._KEPT_TIMES", 50)
+    monkeypatch.setattr("lightning_edge.evaluation.on_device._KEPT_TIMES", 50)
     (row,) = evaluated.again(Local(), "onnx", measure=["latency"], sustained=Sustained(minutes=0.02))
     assert row.error is None
     assert row.sustained is not None
@@ -255,6 +259,84 @@ def test_a_long_run_that_breaks_off_keeps_its_stretches(evaluated: Evaluated, mo
     assert row.sustained is not None
     assert len(row.sustained.points) == 3
     assert row.p50_ms is not None
+
+
+def test_a_run_waits_until_the_device_is_cool(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_edge.evaluation.on_device._COOL_STEP_S", 0.001)
+    told: list[float | None] = [60.0, 50.0, 44.0, 70.0]
+    monkeypatch.setattr(RemoteRunner, "state", lambda self: State(told.pop(0)))
+    cool = Cool(below_c=45.0, minutes=0.1)
+    (row,) = evaluated.again(Local(), "onnx", measure=["latency"], cool=cool)
+    assert row.error is None
+    assert row.p50_ms is not None
+    assert told == [70.0]
+    told[:] = [70.0] * 10_000
+    (row,) = evaluated.again(Local(), "onnx", measure=["latency"], cool=replace(cool, minutes=0.0001))
+    assert row.error == (
+        "local is at 70.0 °C after 0.0001 minutes of waiting for 45 °C. Cool it, or give a higher cool.below_c"
+    )
+    assert row.p50_ms is None
+    told[:] = [None]
+    (row,) = evaluated.again(Local(), "onnx", measure=["latency"], cool=cool)
+    assert row.error == "local does not tell how warm it is. Leave cool out"
+
+
+def test_energy_by_the_users_meter(evaluated: Evaluated, tmp_path: Path) -> None:
+    meter = tmp_path / "meter"
+    # The square of the time: what comes later takes more, so that calls take more than waiting before them.
+    meter.write_text(f"#!{sys.executable}\nimport time\nprint((time.time() - {time.time()}) ** 2)\n")
+    meter.chmod(0o755)
+    (row,) = evaluated.again(Local(meter=[str(meter)]), "onnx", measure=["energy"], energy_seconds=1.0)
+    assert row.error is None
+    assert row.energy_mj is not None
+    assert row.energy_mj > 0
+    assert row.energy_note is not None
+    assert row.energy_note.startswith(f"the meter that {meter} reads: ")
+    assert (row.p50_ms, row.samples) == (None, None)
+
+
+def test_without_a_counter_there_is_no_energy(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"calls": 3, "seconds": 1.5, "joules": None, "source": "no counter here"}
+    ask = Conversation.ask
+
+    def asked(self: Conversation, when: str, message: dict[str, Any], *given: Any) -> Any:
+        return (told, []) if message["do"] == "energy" else ask(self, when, message, *given)
+
+    monkeypatch.setattr(Conversation, "ask", asked)
+    (row,) = evaluated.again(Local(), "onnx", measure=["energy"], energy_seconds=1.0)
+    assert (row.error, row.energy_mj, row.energy_note) == (None, None, "not measured: no counter here")
+    told["seconds"] = 0.5
+    (row,) = evaluated.again(Local(), "onnx", measure=["energy"], energy_seconds=1.0)
+    assert row.error is not None
+    assert "answered with calls=3 in 0.5 s" in row.error
+
+
+def test_a_program_of_the_device_gives_times_in_the_place_of_python(evaluated: Evaluated, tmp_path: Path) -> None:
+    program = tmp_path / "benchmark_model"
+    said = "count=5 first=9 curr=9 min=9 max=9 avg=12.5 std=0 p5=9 median=10 p95=20"
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o755)
+    device = Local("/no/python", programs={"tflite": [str(program)]})
+    (row,) = evaluated.again(device, "tflite")
+    assert row.error is None
+    assert (row.p50_ms, row.p95_ms, row.throughput, row.repeats) == (0.01, 0.02, 80000.0, 5)
+    assert (row.metrics, row.samples, row.verdict) == ({}, None, None)
+    assert row.runtime == "benchmark_model, a program of the device, which gives times only"
+    settings = replace(evaluated.settings, targets=["tflite"], devices=[device])
+    assert check_devices(settings) == []
+    assert "/no/python cannot be started" in check_devices(replace(settings, targets=["tflite", "onnx"]))[0]
+
+
+def test_the_speed_of_an_emulated_device_is_not_measured(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Local, "times", False)
+    (row,) = evaluated.again(Local(), "onnx", sustained=Sustained(), cool=Cool(1.0), limit_samples=8)
+    assert row.error is None
+    assert row.metrics
+    assert (row.p50_ms, row.load_ms, row.sustained, row.energy_note) == (None, None, None, None)
+    assert row.runtime is not None
+    assert row.runtime.endswith("emulated: how long it takes says nothing")
+    settings = replace(evaluated.settings, devices=["local"], on_devices=DeviceSettings(measure=["latency"]))
+    assert check_devices(settings) == ["local is emulated: how long it takes says nothing. Add accuracy to measure"]
 
 
 @pytest.mark.parametrize(
@@ -293,8 +375,8 @@ def test_a_limit_of_samples_is_one_of_batches(before: int | float, samples: int 
 
 def test_targets_without_a_runtime_on_devices_are_passed_over_and_told(evaluated: Evaluated) -> None:
     settings = replace(evaluated.settings, targets=["coreml", "onnx", "executorch"])
-    told = "Devices run the files of tflite and onnx; those of coreml and executorch were run here only."
-    assert left_out(settings) == [told]
+    told = " does not run files of coreml and executorch."
+    assert left_out(settings) == [f"{name}{told}" for name in ("away", "board", "local")]
     assert left_out(evaluated.settings) == left_out(replace(settings, devices=())) == []
     other = replace(evaluated.files[0], row=replace(evaluated.files[0].row, target="coreml"))
     assert run_on_devices([other], evaluated.validation, evaluated.settings) == ()

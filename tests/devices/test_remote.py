@@ -264,11 +264,16 @@ def test_processes_that_do_not_end_by_themselves_are_killed(
     ("action", "message"),
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "the runtime crashed .SIGSEGV. while it ran a sample"),
-        (
+        pytest.param(
             "os.kill(os.getpid(), signal.SIGKILL)",
             "was killed while it ran a sample: the device may have been out of mem",
+            marks=pytest.mark.slow,
         ),
-        ("raise MemoryError", "board ran out of memory while it ran a sample. Free some there"),
+        pytest.param(
+            "raise MemoryError",
+            "board ran out of memory while it ran a sample. Free some there",
+            marks=pytest.mark.slow,
+        ),
         ("raise RuntimeError('no such kernel')", "board: no such kernel .while it ran a sample"),
         ("print('words'); os._exit(7)", "ended with status 7 while it ran a sample"),
     ],

@@ -7,10 +7,13 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib import util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 from deployables import batches
 
@@ -38,29 +41,50 @@ def imported(path: Path) -> ModuleType:
     return module
 
 
-def test_a_board_on_a_serial_line_gives_the_bits_of_the_file_here(tmp_path: Path, files: dict[str, Artifact]) -> None:
-    board, host = pty.openpty()
-    line = os.ttyname(host)
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[tuple[str, int, subprocess.Popen[bytes]]]:
+    """A board that waits on its end of a line: the name of the other end, which is held open, and its process."""
+    end, host = pty.openpty()
     # The board has one end of it. What opens the other by name is this machine's.
-    waiting = subprocess.Popen(
-        [sys.executable, "-c", example("board.py", tmp_path).read_text().replace(
-            "os.open(sys.argv[1], os.O_RDWR | os.O_NOCTTY)", "int(sys.argv[1])"
-        ), str(board)],
-        pass_fds=(board,),
-    )  # fmt: skip
-    os.close(board)
+    program = example("board.py", tmp_path).read_text()
+    program = program.replace("os.open(sys.argv[1], os.O_RDWR | os.O_NOCTTY)", "int(sys.argv[1])")
+    waiting = subprocess.Popen([sys.executable, "-c", program, str(end)], pass_fds=(end,))
+    os.close(end)
+    try:
+        yield os.ttyname(host), host, waiting
+    finally:
+        with suppress(OSError):
+            os.close(host)
+        waiting.kill()
+        waiting.wait(30)
+
+
+def test_a_board_on_a_serial_line_gives_the_bits_of_the_file_here(
+    tmp_path: Path, files: dict[str, Artifact], board: tuple[str, int, subprocess.Popen[bytes]]
+) -> None:
+    line, host, waiting = board
     device = imported(example("serial_line.py", tmp_path)).SerialLine(line)
     device.python = (sys.executable,)
-    os.close(host)
     artifact = files["tflite"]
-    try:
-        with RemoteRunner("board", device, "tflite", artifact.path, artifact.contents, 1, 20.0) as runner:
-            for batch in batches("residual")[:1]:
-                sample = artifact.ready(batch.sample().tensors)
-                (here,), (there,) = artifact.runner(sample), runner(sample)
-                assert torch.equal(here, there)
-            assert len(runner.times(sample, 5).ns) == 5
-        assert waiting.wait(30) is not None
-    finally:
+    with RemoteRunner("board", device, "tflite", artifact.path, artifact.contents, 1, 20.0) as runner:
+        os.close(host)  # not before: a line that nobody holds has hung up
+        for batch in batches("residual")[:1]:
+            sample = artifact.ready(batch.sample().tensors)
+            (here,), (there,) = artifact.runner(sample), runner(sample)
+            assert torch.equal(here, there)
+        assert len(runner.times(sample, 5).ns) == 5
+    assert waiting.wait(30) is not None
+
+
+def test_a_board_that_is_gone_is_an_error_and_no_wait(
+    tmp_path: Path, board: tuple[str, int, subprocess.Popen[bytes]]
+) -> None:
+    line, _, waiting = board
+    device = imported(example("serial_line.py", tmp_path)).SerialLine(line)
+    with device.start([sys.executable, "-c", "pass"]) as channel:
         waiting.kill()
-        waiting.wait()
+        waiting.wait(30)
+        with pytest.raises((EOFError, TimeoutError)):
+            channel.read(1, 2.0)
+        with pytest.raises((EOFError, TimeoutError)):
+            channel.write(bytes(1 << 20), 2.0)

@@ -94,6 +94,7 @@ def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
 
 @dataclass
 class Fitted:
+    targets: tuple[str, ...]
     folder: Path
     report: Report
     module: Classifier
@@ -101,22 +102,30 @@ class Fitted:
     printed: str
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(
+    scope="module",
+    params=[("tflite",), pytest.param(("executorch", "tflite"), marks=pytest.mark.slow)],
+    ids="+".join,
+)
 def fitted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Fitted:
-    """One fit with quantization-aware training and two real targets."""
-    pytest.importorskip("executorch")
-    pytest.importorskip("litert_torch")
+    """One fit with quantization-aware training and real targets."""
+    targets: tuple[str, ...] = request.param
+    for name in targets:
+        pytest.importorskip({"tflite": "litert_torch"}.get(name, name))
     folder = tmp_path_factory.mktemp("fitted")
     L.seed_everything(3)
     module = Classifier()
-    evaluation = DeviceEvaluationCallback(["executorch", "tflite"], str(folder / "files"), timing=QUICK)
+    evaluation = DeviceEvaluationCallback(list(targets), str(folder / "files"), timing=QUICK)
     capture = request.config.pluginmanager.getplugin("capturemanager")
     logger = CSVLogger(folder, name="log")
     capture.read_global_capture()
     trainer(EdgeCompressionCallback([Quantize(start=0.5)]), evaluation, logger=logger).fit(module, TRAINING, VALIDATION)
     printed = capture.read_global_capture().out
     assert evaluation.report is not None
-    return Fitted(folder / "files", evaluation.report, module, Path(logger.log_dir), printed)
+    return Fitted(targets, folder / "files", evaluation.report, module, Path(logger.log_dir), printed)
+
+
+TARGET_SUFFIXES = {"executorch": ".pte", "tflite": ".tflite"}
 
 
 def test_every_candidate_has_a_row_with_the_users_metrics(fitted: Fitted) -> None:
@@ -124,15 +133,31 @@ def test_every_candidate_has_a_row_with_the_users_metrics(fitted: Fitted) -> Non
         "torch fp32",
         "torch int8 (post-training)",
         "torch int8 (trained)",
-        "executorch fp32",
-        "executorch int8 (trained)",
-        "tflite fp32",
-        "tflite int8 (trained)",
+        *(f"{name} {form}" for name in fitted.targets for form in ("fp32", "int8 (trained)")),
     ]
     assert fitted.report.failures == []
     for row in fitted.report.rows:
         assert set(row.metrics) == {"val_acc", "val_loss"}
         assert row.metrics["val_acc"] > 0.5
+
+
+def test_layers_classes_and_times_are_in_the_report_that_is_read_back(fitted: Fitted) -> None:
+    report = read_report(fitted.folder).report
+    assert [(layer.name, layer.precision) for layer in report.layers] == [("0", "int8"), ("4", "int8")]
+    assert [layer.float_bytes for layer in report.layers] == [4 * (72 + 8), 4 * (512 + 4)]
+    assert [layer.bytes for layer in report.layers] == [72 + 4 * 8, 512 + 4 * 4]
+    assert all(layer.increase is not None and layer.increase > 0 for layer in report.layers)
+    assert report.rows[0].classes is None  # the float network itself
+    for row in report.rows[1:]:
+        assert row.classes is not None
+        assert row.classes.samples == 72
+        assert sum(samples for samples, _, _ in row.classes.by_class) == 72
+        right = sum(now for _, _, now in row.classes.by_class)
+        assert right / 72 == pytest.approx(row.metrics["val_acc"])
+    for row in report.rows[3:]:
+        assert len(row.quantiles_ms) == 21
+        assert list(row.quantiles_ms) == sorted(row.quantiles_ms)
+        assert row.p50_ms == pytest.approx(row.quantiles_ms[10])
 
 
 def test_metric_of_a_file_is_that_of_running_it_by_hand(fitted: Fitted) -> None:
@@ -166,9 +191,10 @@ def test_files_are_described_and_hashed(fitted: Fitted) -> None:
             assert row.peak_memory_bytes is not None
             assert 0 < row.peak_memory_bytes < 32 * 2**20
         assert (row.max_steps is None) == (row.precision == "fp32")
-    files = ["model-fp32.pte", "model-fp32.tflite", "model-int8.pte", "model-int8.tflite"]
-    written = ["manifest.json", *files, "report.html", "report.json", "report.md"]
-    assert sorted(path.name for path in fitted.folder.iterdir()) == written
+    suffixes = [TARGET_SUFFIXES[name] for name in fitted.targets]
+    files = {f"model-{precision}{suffix}" for precision in ("fp32", "int8") for suffix in suffixes}
+    written = {"manifest.json", *files, "report.html", "report.json", "report.md"}
+    assert {path.name for path in fitted.folder.iterdir()} == written
 
 
 def test_manifest_holds_what_the_report_does_and_the_folder_keeps_to_it(fitted: Fitted) -> None:
@@ -204,14 +230,14 @@ def test_settings_are_stated(fitted: Fitted) -> None:
 def test_table_is_printed(fitted: Fitted) -> None:
     assert "Classifier" in fitted.printed
     assert "on the device" not in fitted.printed
-    assert "executorch int8" in fitted.printed
+    assert all(f"{name} int8" in fitted.printed for name in fitted.targets)
 
 
 def test_metrics_are_in_the_loggers(fitted: Fitted) -> None:
     with open(fitted.logs / "metrics.csv") as file:
         logged = [row for row in csv.DictReader(file) if row["edge/tflite/val_acc"]]
     assert float(logged[-1]["edge/tflite/val_acc"]) == pytest.approx(fitted.report.rows[-1].metrics["val_acc"])
-    assert float(logged[-1]["edge/executorch/fp32_size_bytes"]) == fitted.report.rows[3].size_bytes
+    assert float(logged[-1][f"edge/{fitted.targets[0]}/fp32_size_bytes"]) == fitted.report.rows[3].size_bytes
 
 
 # A target of our own, so that what may go wrong does, and fast.
@@ -485,6 +511,7 @@ def test_reconstruction_is_not_taken_for_class_scores(stub: Stub, tmp_path: Path
     assert report.rows[1].max_relative is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*int8 leaves little")  # of a network that hardly trained
 def test_training_that_made_it_worse_is_warned_of(stub: Stub, tmp_path: Path) -> None:
     module = Classifier()
     trainer(EdgeCompressionCallback([Quantize(start=0)]), max_epochs=1).fit(module, TRAINING, VALIDATION)
@@ -724,6 +751,13 @@ def test_folder_that_cannot_be_written_is_told_before_training(stub: Stub, tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(EdgeError, match=r"dirpath=.*cannot be written to"):
         trainer(DeviceEvaluationCallback(["stub"], str(tmp_path / "file"))).fit(Classifier(), TRAINING, VALIDATION)
+
+
+def test_root_in_the_folder_is_that_of_the_trainer(stub: Stub, tmp_path: Path) -> None:
+    callback = DeviceEvaluationCallback(["stub"], "{root}/float", calibration_batches=0, timing=QUICK)
+    root = tmp_path / "task"
+    trainer(callback, default_root_dir=root, max_epochs=1).fit(Classifier(), TRAINING, VALIDATION)
+    assert (root / "float" / "report.json").is_file()
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -9,7 +9,8 @@ import pytest
 
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.exporters.verify import schemes
-from lightning_edge.measure import Tolerance
+from lightning_edge.measure import Timing, Tolerance
+from lightning_edge.reporting.budget import Budget
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,16 @@ def test_other_targets_take_their_options_along() -> None:
     assert settings.for_targets(["onnx", "coreml"]).options == {}
     with pytest.raises(ValueError, match="'tvm' is not one of"):
         settings.for_targets(["tvm"])
+
+
+def test_a_microcontrollers_file_is_judged_as_it_computes_there() -> None:
+    settings = EvaluationSettings(["tflite", "onnx"], timing=Timing(threads=2), budget=Budget(device="nrf5340"))
+    assert settings.running("tflite", "int8").kernels == "reference"
+    assert settings.running("tflite", "int8").threads == 2
+    # What does not run there is run as ever.
+    assert {settings.running(name, "fp32").kernels for name in ("tflite", "onnx")} == {"delegate"}
+    for budget in (None, Budget(size_bytes=1), Budget(device="raspberry-pi-5"), Budget(device="coral")):
+        assert EvaluationSettings(["tflite"], budget=budget).running("tflite", "int8").kernels == "delegate"
 
 
 def test_a_scheme_has_its_own_tolerance_unless_one_is_given() -> None:

@@ -50,12 +50,13 @@ SAMPLES: list[tuple[str, Precision, str]] = [
     ("residual", "int8", "coreml"),
     ("difference", "fp32", "coreml"),
 ]
+QUICK = [("two_inputs", "fp32", "onnx"), ("difference", "fp32", "coreml")]
 SWAPPED = [(name, precision, "coreml" if other == "onnx" else "onnx") for name, precision, other in SAMPLES]
 
 
 @pytest.mark.parametrize(
     ("name", "precision", "target_name"),
-    [*SAMPLES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SWAPPED)],
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in (*SAMPLES, *SWAPPED)],
 )
 def test_files_take_one_sample_and_many(name: str, target_name: str, precision: Precision, tmp_path: Path) -> None:
     pytest.importorskip(NAMES[target_name])
@@ -179,8 +180,10 @@ class VisionTransformer(nn.Module):
     ("target_name", "precision"),
     [
         ("onnx", "int8"),
-        ("coreml", "fp32"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("onnx", "fp32"), ("coreml", "int8"))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("coreml", "fp32"), ("onnx", "fp32"), ("coreml", "int8"))
+        ),
     ],
 )
 def test_a_vision_transformer_takes_several_samples(target_name: str, precision: Precision, tmp_path: Path) -> None:

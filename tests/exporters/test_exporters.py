@@ -460,8 +460,10 @@ def test_outputs_without_a_batch_are_compared_sample_by_sample(tmp_path: Path) -
     ("name", "bias"),
     [
         ("tflite", 0.0),
-        ("executorch", 1.5),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tflite", 1.5), ("executorch", 0.0))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("executorch", 1.5), ("tflite", 1.5), ("executorch", 0.0))
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:1, 2 gave nothing but 0")
@@ -623,7 +625,9 @@ def test_weights_that_are_no_numbers_are_refused_but_masks_are_not(tmp_path: Pat
     assert left(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "executorch")) for name in TARGETS]
+)
 def test_outputs_that_are_none_are_left_out(name: str, tmp_path: Path) -> None:
     class Scores(nn.Module):
         def __init__(self) -> None:

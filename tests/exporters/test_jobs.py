@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def test_files_are_those_of_this_process_and_another_targets_failure_stops_nothi
         begun = [
             writers.begin(small("fp32"), "faulty", tmp_path / "a" / "net.faulty", label="faulty", writing="segfault"),
             writers.begin(small("int8"), "onnx", tmp_path / "a" / "net.onnx", label="onnx"),
-            writers.begin(small("int8"), "tflite", tmp_path / "a" / "net.tflite", label="no", io="half"),
+            writers.begin(small("int8"), "onnx", tmp_path / "a" / "half.onnx", label="no", weights="half"),
         ]
         with pytest.raises(ExportError, match=r"faulty: the process that writes net\.faulty was ended by SIGSEGV"):
             begun[0].staged()
@@ -49,7 +51,7 @@ def test_files_are_those_of_this_process_and_another_targets_failure_stops_nothi
         f"onnx: {step}" for step in ("loading the network", "converting", "reading the file back", "written")
     ]
     assert [line for line in told if line.startswith("FAILED: faulty, there is no such file: ")]
-    assert begun[0].told
+    assert begun[0].announced
     here = tmp_path / "net.onnx"
     with stage(small("int8"), "onnx", here) as staged:
         staged.accept()
@@ -108,6 +110,57 @@ def test_jobs_are_a_whole_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (default_jobs(2), default_jobs(4)) == (2, 3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert default_jobs(4) == 0
+
+
+TERMINATED = """
+import sys
+from pathlib import Path
+import torch
+from lightning_edge.exporters import TARGETS
+from lightning_edge.exporters.jobs import Writers
+from lightning_edge.interrupts import unwinding
+TARGETS["faulty"] = "faulty_target"
+
+def tell(line):
+    if "converting" in line:
+        print(*(child.process.pid for child in writers._running), flush=True)
+
+with unwinding(), Writers(1, tell) as writers:
+    pending = writers.begin(
+        torch.nn.Linear(2, 2), "faulty", "out/n.faulty", label="n", inputs=torch.ones(1, 2), writing="hang"
+    )
+    pending.staged()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_sigterm_while_a_file_is_written_leaves_no_folder_and_no_process(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "temporary").mkdir()
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    asked = subprocess.Popen(
+        [sys.executable, "-P", "-c", TERMINATED],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path / "work",
+        env={**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path / "temporary")},
+    )
+    ended = threading.Timer(120, asked.kill)
+    ended.start()
+    try:
+        assert asked.stdout is not None
+        writers = [int(number) for number in asked.stdout.readline().split()]
+        assert len(writers) == 1
+        assert [path.name[:9] for path in (tmp_path / "work" / "out").iterdir()] == [".staging-"]
+        asked.send_signal(signal.SIGTERM)
+        assert asked.wait(30) == -signal.SIGTERM
+    finally:
+        ended.cancel()
+        asked.kill()
+    assert not list((tmp_path / "work").iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(writers[0], 0)
 
 
 SCRIPT = """

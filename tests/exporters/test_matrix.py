@@ -75,7 +75,14 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+# Of each kind of architecture one, and every one that is captured in a way of its own.
+QUICK = {"attention", "depthwise", "residual"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in sorted(ARCHITECTURES)],
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Task, Path]:
     """An architecture's name, what a training made of it, and the folder of its checkpoints."""
     folder = tmp_path_factory.mktemp(request.param)

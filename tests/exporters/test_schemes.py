@@ -53,7 +53,20 @@ def options(name: str, scheme: str) -> dict[str, Any]:
     )
 
 
-DENSE = [(name, scheme) for name, taken in TAKEN.items() for scheme in taken if scheme != "sparse"]
+# Stored as others are that are quick.
+SLOW = {
+    ("executorch", "int8_dynamic"),
+    ("coreml", "palette8"),
+    ("coreml", "palette6"),
+    ("tflite", "int4_weight_only"),
+    ("tflite", "int8_dynamic"),
+}
+DENSE = [
+    pytest.param(name, scheme, marks=[pytest.mark.slow] * ((name, scheme) in SLOW))
+    for name, taken in TAKEN.items()
+    for scheme in taken
+    if scheme != "sparse"
+]
 # Bytes of the weights by where `Contents` counts them, and the largest difference over the largest output.
 EXPECTED = {
     "fp16": ("half_weight_bytes", 2 * WEIGHTS, 0.002),
@@ -89,10 +102,10 @@ def test_the_file_holds_the_scheme_and_computes_the_network(name: str, scheme: s
     assert 0 < difference < largest
 
 
-# Dynamic schemes store what the others store.
+# All are read in the same way.
 @pytest.mark.parametrize(
     "scheme",
-    [pytest.param(scheme, marks=[pytest.mark.slow] * scheme.endswith("dynamic")) for scheme in TAKEN["tflite"]],
+    [pytest.param(scheme, marks=[pytest.mark.slow] * (scheme != "int8_weight_only")) for scheme in TAKEN["tflite"]],
 )
 def test_weights_behind_the_flatbuffer_are_read(scheme: str, tmp_path: Path) -> None:
     """ai-edge-quantizer puts them there from 256 KiB on."""
@@ -131,7 +144,7 @@ def test_palettes_are_counted_as_they_are_packed(tmp_path: Path) -> None:
     assert artifact.contents.palette_weight_bytes == WEIGHTS * 6 // 8
 
 
-@pytest.mark.parametrize("minimum_ios", [17, 18])
+@pytest.mark.parametrize("minimum_ios", [pytest.param(17, marks=pytest.mark.slow), 18])
 def test_zeros_are_left_out_of_a_core_ml_package_and_change_nothing(minimum_ios: int, tmp_path: Path) -> None:
     network = copy.deepcopy(mlp())
     with torch.no_grad():
@@ -177,6 +190,7 @@ def test_a_network_without_a_layer_for_the_scheme_is_refused(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_network_with_some_such_layers_is_told_of_the_others(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
     with pytest.warns(ExportWarning, match=f"scheme int8_dynamic: {4 * 216} bytes of the weights stay float"):
@@ -184,7 +198,11 @@ def test_a_network_with_some_such_layers_is_told_of_the_others(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "scheme", ["int8_dynamic", pytest.param("int4_weight_only", marks=pytest.mark.slow), "int4_dynamic"]
+    "scheme",
+    [
+        *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("int8_dynamic", "int4_weight_only")),
+        "int4_dynamic",
+    ],
 )
 def test_depthwise_layers_of_a_tflite_are_in_8_bits_and_in_its_delegate(scheme: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -384,6 +402,7 @@ def thinned() -> nn.Module:
     return network
 
 
+@pytest.mark.slow
 def test_zeros_are_left_out_of_an_int8_core_ml_package_and_change_nothing(tmp_path: Path) -> None:
     quantized = quantize(thinned(), [samples()])
     made = {

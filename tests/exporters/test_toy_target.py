@@ -20,7 +20,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
 
 
-@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("isolated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_toy_target_is_exported_and_loaded(isolated: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network, x = nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.ReLU()).eval(), torch.randn(5, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_pruning import SomeBatch
+from pruned import SomeBatch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -111,6 +111,22 @@ class CountedAttention(Attention):
         return *x.shape[:-1], self.num_heads, self.head_dim
 
 
+class FusedAttention(nn.Module):
+    """Query, key and value by one layer, as timm has it; the widths of what comes out are counted, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 8
+        self.attn_dim = 32
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        query, key, value = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        return x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+
+
 def cut(network: nn.Module, inputs: Inputs, phase: Prune) -> Change:
     """Plan a cut, make it, and see that it goes back."""
     change = phase.plan(network, Clock(0, 0.0), [], SomeBatch(network, inputs))
@@ -140,6 +156,23 @@ def test_sizes_written_into_the_code_are_the_reason_told() -> None:
         cut(network, Inputs((torch.randn(2, 3, 8, 8),)), Prune(macs=0.5, round_to=1))
 
 
+def test_a_network_of_fixed_sizes_alone_trains_on_whole() -> None:
+    network = FixedHalves()
+    network.head = nn.Identity()
+    network.last = nn.Conv2d(48, 4, 1)
+    batch = SomeBatch(network, Inputs((torch.randn(2, 3, 8, 8),)))
+    phase = Prune(macs=0.5, start=1)
+    with pytest.warns(UserWarning, match=r"will cut nothing of FixedHalves.*\(test_structures\.py, line \d+\)"):
+        trial = phase.plan(network, Clock(0, 0.0), [], batch)
+    assert trial is not None
+    with pytest.warns(UserWarning, match=r"asked for macs=0\.5.*split_sizes"):
+        change = phase.plan(network, Clock(1, 0.5), [trial], batch)
+    assert change is not None
+    assert change["kept"] == {}
+    assert phase.finished([trial, change])
+    check_record({"changes": [{"phase": phase.name, **entry} for entry in (trial, change)]})
+
+
 def test_selective_kernels_lose_the_channel_in_every_branch() -> None:
     network = SelectiveKernels()
     change = cut(network, Inputs((torch.randn(2, 3, 8, 8),)), Prune(layers={"small": 0.5}, round_to=1))
@@ -165,6 +198,21 @@ def test_attention_loses_whole_heads(kind: type[Attention]) -> None:
     assert attention.head_dim == 8
     assert attention.num_heads == (2 if kind is CountedAttention else 4)
     check_record({"changes": [{"phase": phase.name, **change}]})  # a checkpoint with it loads
+
+
+def test_attention_with_one_layer_for_all_three_loses_whole_heads() -> None:
+    network = nn.Sequential(nn.Linear(6, 32), FusedAttention(), nn.Linear(32, 4))
+    attention = network[1]
+    assert isinstance(attention, FusedAttention)
+    phase = Prune(layers={"1.qkv": 0.5}, round_to=1)
+    change = cut(network, Inputs((torch.randn(2, 5, 6),)), phase)
+    ((_, kept, before),) = change["kept"]["1.qkv.bias"]
+    assert before == 96
+    heads = kept.view(3, 2, 8)
+    assert torch.equal(heads, heads[:1, :, :1] // 8 * 8 + torch.arange(8) + torch.tensor([0, 32, 64]).view(3, 1, 1))
+    assert (attention.num_heads, attention.head_dim, attention.attn_dim) == (2, 8, 16)
+    assert attention.proj.in_features == 16
+    check_record({"changes": [{"phase": phase.name, **change}]})
 
 
 @torch.jit.script

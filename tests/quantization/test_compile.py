@@ -88,6 +88,7 @@ def test_one_compiled_network_goes_through_the_whole_schedule(backend: str) -> N
         torch.testing.assert_close(convert(inside)(images), compiled(images), rtol=0, atol=max(tolerance, 1e-6))
 
 
+@pytest.mark.slow
 def test_a_later_batch_of_another_size_is_taken() -> None:
     torch._dynamo.reset()
     network = small().train()
@@ -109,6 +110,7 @@ class Task(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_through_the_switch_in_a_fit() -> None:
     torch._dynamo.reset()
     data = DataLoader(TensorDataset(torch.randn(16, 1, 6, 6), torch.randint(0, 3, (16,))), 4)

@@ -303,6 +303,7 @@ def test_trains_and_converts_under_autocast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(convert(network)(images), network(images), rtol=0, atol=0.1)
 
 
+@pytest.mark.slow
 def test_two_processes_observe_the_global_batch(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

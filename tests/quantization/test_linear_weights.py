@@ -121,7 +121,7 @@ def test_another_word_is_refused_with_the_two_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["coreml", "onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("executorch", "tflite"))]
+    "name", ["onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("coreml", "executorch", "tflite"))]
 )
 def test_files_compute_the_same_and_are_smaller(tmp_path: Path, name: str) -> None:
     module = target(name)
@@ -177,7 +177,8 @@ def test_products_with_a_matrix_are_linear_layers(added: bool) -> None:
     assert trained[2].matrix.grad.abs().sum() > 0  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", ["executorch", pytest.param("tflite", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["executorch", "tflite"])
 def test_files_with_products_with_a_matrix_or_a_stack_of_them_are_right(name: str, tmp_path: Path) -> None:
     class Stacked(nn.Module):
         def __init__(self) -> None:

@@ -32,6 +32,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+SUFFIXES = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite", "onnx": ".onnx"}
+
+
 class Outlier(nn.Module):
     """Three layers, the second of which has one weight so large that int8 leaves nothing of the others."""
 
@@ -144,13 +147,13 @@ class TestSkip:
 
     @pytest.mark.parametrize(
         ("target", "skip"),
-        [("coreml", ["branch", "head"]), ("tflite", ["branch", "head"]), ("onnx", ["shortcut"])]
-        + [pytest.param(name, ["branch", "head"], marks=pytest.mark.slow) for name in ("executorch", "onnx")]
+        [("onnx", ["shortcut"])]
+        + [pytest.param(name, ["branch", "head"], marks=pytest.mark.slow) for name in SUFFIXES]
         + [pytest.param(name, ["shortcut"], marks=pytest.mark.slow) for name in ("executorch", "coreml", "tflite")],
         ids=str,
     )
     def test_it_rides_through_every_exporter(self, target: str, skip: list[str], tmp_path: Path) -> None:
-        suffix = {"executorch": ".pte", "coreml": ".mlpackage", "tflite": ".tflite", "onnx": ".onnx"}[target]
+        suffix = SUFFIXES[target]
         model = MODELS["residual"]
         network, inputs = model.build(), model.inputs(8)
         quantized = quantize(network, [inputs], skip=skip)
@@ -232,7 +235,7 @@ class TestWideActivations:
     @pytest.mark.parametrize(
         "precisions",
         [
-            {"*": "int8_a16"},
+            pytest.param({"*": "int8_a16"}, marks=pytest.mark.slow),
             pytest.param({"branch": "int8_a16"}, marks=pytest.mark.slow),
             {"stem": "float", "head": "int8_a16"},
         ],
@@ -377,6 +380,50 @@ class TestMixedPlan:
     ) -> None:
         with pytest.raises(error, match=message):
             mixed_plan(Outlier(), batches(), batches(), **limits)
+
+
+class Narrow(nn.Module):
+    """A few weights that int8 spoils, and many that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few = nn.Linear(8, 4)
+        self.many = nn.Linear(4, 256)
+        with torch.no_grad():
+            self.few.weight[:, 0] = 40.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.many(torch.tanh(self.few(x) / 40))
+        return outputs
+
+
+class TestMixedWhereInt8Begins:
+    @pytest.mark.parametrize(
+        ("settings", "layers"),
+        [
+            ({"precisions": "mixed"}, {"few": "float"}),
+            ({"precisions": "int8"}, {}),
+            ({"precisions": "mixed", "skip": ["few"]}, {"few": "float"}),
+            # What is left is too small a network to leave any of it in float.
+            ({"precisions": "mixed", "skip": ["many"]}, {"many": "float"}),
+        ],
+    )
+    def test_layers_that_cost_little_and_lose_much_stay_float(
+        self, settings: dict[str, Any], layers: dict[str, str]
+    ) -> None:
+        network, phase = Narrow().train(), Quantize(start=0, **settings)
+        before = copy.deepcopy(network.state_dict())
+        change = phase.plan(network, Clock(0, None), [], _Batch(torch.randn(16, 8)))  # type: ignore[arg-type]
+        assert change is not None
+        assert change["layers"] == layers
+        assert network.training
+        assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+        Quantize.perform(network, change)
+        assert is_quantized(network)
+
+    def test_another_word_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"precisions='mixde' is not known; give 'int8' or 'mixed', or patterns"):
+            Quantize(precisions="mixde")  # type: ignore[arg-type]
 
 
 class TestGuard:

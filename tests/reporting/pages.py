@@ -10,7 +10,11 @@ from html.parser import HTMLParser
 from typing import Any
 
 from lightning_edge.contents import Placement, Placements
+from lightning_edge.interface import Interface
 from lightning_edge.reporting.budget import Excess, Verdict
+from lightning_edge.reporting.classes import ClassChanges
+from lightning_edge.reporting.devices import About, DeviceRow, Endurance, Point, State
+from lightning_edge.reporting.layers import LayerRow
 from lightning_edge.reporting.report import Report, Row
 
 LARGEST_BYTES = 300_000
@@ -75,7 +79,42 @@ FAILED = Row("coreml", "int8", "trained", error="no such operation: roll")
 NOT_RUN = replace(INT8, target="executorch", path="model-int8.pte", metrics={}, p50_ms=None, not_run="needs an NPU")
 OVER = replace(INT8, target="onnx", budget=Verdict("exceeded", (Excess("size_bytes", 10_000, 16_000),)))
 LONG = "a_name_" * 60
+CLASSES = ClassChanges(
+    samples=360,
+    changed=9,
+    pairs=((3, 5, 6), (0, 1, 2), (9, 4, 1)),
+    first=((12, 3, 5), (40, 0, 1)),
+    became_right=5,
+    became_wrong=3,
+    by_class=tuple((36, 30, 30 + label % 3) for label in range(10)),
+    before=[[30 if label == found else int(found == 0) for found in range(10)] for label in range(10)],
+    now=[[12_345 if label == found else 1_234 * int(found == 9) for found in range(10)] for label in range(10)],
+)
+LAYERS = (
+    LayerRow("stem.0", "float", 640, 640, 0.5),
+    LayerRow("blocks.0", "int8", 4_700, 18_496, 0.002),
+    LayerRow("head", "int8", 1_320, 5_160, -1e-6),
+)
+QUANTILES = tuple(0.15 + 0.005 * step for step in range(21))
+ON_DEVICE = DeviceRow(
+    "pi4",
+    "tflite",
+    "int8",
+    "trained",
+    about=About("aarch64", model="Some Board"),
+    runtime="LiteRT 9, 1 thread",
+    metrics={"val_acc": 0.97},
+    samples=64,
+    max_steps=1.0,
+    p50_ms=0.75,
+    verdict="close",
+    energy_mj=2.5,
+    energy_note="RAPL, package-0: 3 J",
+    sustained=Endurance.of([Point(second, 9, 1 + second / 90, 2.0, State(40 + second / 9)) for second in range(1, 61)]),
+)
+AWAY = DeviceRow("away", "tflite", "int8", "trained", error="away: refused the connection")
 REPORTS: Mapping[str, Report] = {
+    "devices": replace(REPORT, devices=(ON_DEVICE, replace(ON_DEVICE, device="pi5"), AWAY)),
     "plain": REPORT,
     "failed": replace(REPORT, rows=(*REPORT.rows, FAILED)),
     "all failed": replace(REPORT, rows=(TORCH, FAILED)),
@@ -105,6 +144,43 @@ REPORTS: Mapping[str, Report] = {
     ),
     "pruned": replace(REPORT, channels={"stem.0": (16, 12), "head": (64, 8)}),
     "pruned deep": replace(REPORT, channels={f"layers.{number}.conv": (64, number % 64) for number in range(400)}),
+    "full": replace(
+        REPORT,
+        rows=(
+            TORCH,
+            replace(FLOAT, quantiles_ms=QUANTILES, classes=ClassChanges(360, 0, became_right=0, became_wrong=0)),
+            replace(
+                INT8,
+                quantiles_ms=QUANTILES,
+                classes=CLASSES,
+                interface=Interface(labels=("zero", "one", "two", "three")),
+                verdict="differs",
+                verdict_reason="off by 4 steps. The first layer that differs is 'blocks.0' (CONV_2D 3 in the file)",
+            ),
+        ),
+        layers=LAYERS,
+        channels={"blocks.0": (32, 16)},
+        devices=(ON_DEVICE, AWAY),
+    ),
+    "many layers and classes": replace(
+        REPORT,
+        rows=(
+            TORCH,
+            replace(
+                INT8,
+                classes=ClassChanges(
+                    50_000,
+                    4_000,
+                    tuple((label, label + 1, 100 - label) for label in range(40)),
+                    tuple((1_000 * label, label, label + 1) for label in range(40)),
+                    became_right=1_000,
+                    became_wrong=2_000,
+                    by_class=tuple((500, 400, 380 + label % 30) for label in range(100)),
+                ),
+            ),
+        ),
+        layers=[LayerRow(f"layers.{number}.conv", "int8", 64 * number, 256 * number, 1e-5) for number in range(300)],
+    ),
     "long": replace(
         REPORT,
         model=LONG,
@@ -122,16 +198,26 @@ REPORTS: Mapping[str, Report] = {
                 path=HOSTILE,
                 runtime=HOSTILE,
                 metrics={HOSTILE: 0.5},
+                classes=ClassChanges(
+                    9, 1, ((0, -7, 1),), ((5, 0, -7),), 0, 1, ((0, 0, 0), (9, 1, 1)), [[1, 1]], [[0], [3, 4]]
+                ),
+                quantiles_ms=(math.nan, math.inf, 3.0, 2.0, -1.0),
+                interface=Interface(labels=(HOSTILE.replace("\x00", ""),)),
                 float_ops=(HOSTILE,),
                 placements=Placements(HOSTILE, (Placement(HOSTILE, "cpu", 1, 5),)),  # type: ignore[arg-type]
             )
             for row in (FLOAT, INT8, replace(INT8, error=HOSTILE), replace(INT8, not_run=HOSTILE))
+        ],
+        devices=[
+            replace(ON_DEVICE, device=HOSTILE, runtime=HOSTILE, energy_note=HOSTILE),
+            replace(AWAY, error=HOSTILE),
         ],
         monitor=HOSTILE,
         warnings=(HOSTILE,),
         notes=(HOSTILE,),
         versions={HOSTILE: HOSTILE},
         channels={HOSTILE: (4, 2)},
+        layers=(LayerRow(HOSTILE, "int8", 5, None, math.nan),),
     ),
 }
 

@@ -20,7 +20,7 @@ WIDTHS = (390, 1280)
 PAGES = {
     **{
         name: report_page(REPORTS[name], recipe="x: " + "y" * 500)
-        for name in ("plain", "many", "pruned", "long", "hostile", "failed")
+        for name in ("plain", "many", "pruned", "full", "many layers and classes", "long", "hostile", "failed")
     },
     "side by side": comparison_page({"before": REPORT, LONG: REPORTS["many"], HOSTILE: REPORTS["over budget"]}),
     "sweep": sweep_page(
@@ -41,6 +41,9 @@ function measure(frame) {
     labels: [...svg.querySelectorAll('text.halo')].map(one => ({words: one.textContent, box: boxOf(one)}))}));
   return {name: frame.name, width: root.clientWidth, scrolls: root.scrollWidth, pictures,
     wide: wide.map(one => one.outerHTML.slice(0, 80)), tables: page.querySelectorAll('table').length,
+    sections: [...page.querySelectorAll('section')].map(one => ({title: one.querySelector('h2').innerText,
+      pictures: one.querySelectorAll('figure svg').length, tables: one.querySelectorAll('table').length,
+      captions: [...one.querySelectorAll('figcaption')].map(caption => caption.innerText)})),
     alerts: page.querySelectorAll('script, img').length, heading: page.querySelector('h1').innerText};
 }
 addEventListener('load', () => {
@@ -91,6 +94,40 @@ def test_pages_are_shown_whole_and_run_nothing(measured: list[dict[str, Any]]) -
         assert page["alerts"] == 0
         assert page["tables"] >= 2 or page["name"] == "sweep"
         assert page["pictures"] or page["name"] == "hostile"
+
+
+def test_a_full_report_has_every_part_with_a_table_beside_its_pictures(measured: list[dict[str, Any]]) -> None:
+    for page in (page for page in measured if page["name"] == "full"):
+        parts = {part["title"]: part for part in page["sections"]}
+        assert [*parts] == [
+            "What each file costs, and how well it does",
+            "How fast",
+            "On devices",
+            "How true each file is to its network",
+            "Which samples changed their class",
+            "Layer by layer",
+            "What runs where",
+            "Where memory goes",
+            "Notes",
+            "How it was made",
+        ]
+        assert all(part["tables"] for title, part in parts.items() if title != "Notes")
+        assert parts["Layer by layer"]["captions"] == [
+            "Bytes of weights, and in float before (narrow bar)",
+            "What was cut: channels left, and before (narrow bar)",
+            "What each layer costs in int8, the most sensitive first",
+        ]
+        drawn = {title: part["pictures"] for title, part in parts.items() if part["pictures"]}
+        assert drawn == {
+            "What each file costs, and how well it does": 2,
+            "How fast": 1,
+            "On devices": 2,
+            "How true each file is to its network": 1,
+            "Which samples changed their class": 2,
+            "Layer by layer": 3,
+            "What runs where": 1,
+            "Where memory goes": 2,
+        }
 
 
 def test_nothing_is_wider_than_the_page(measured: list[dict[str, Any]]) -> None:

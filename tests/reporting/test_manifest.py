@@ -363,7 +363,9 @@ def test_command_draws_a_table_and_exits_by_what_it_found(folder: Path, capsys: 
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("name", ["tflite", "executorch", "coreml"])
+@pytest.mark.parametrize(
+    "name", ["tflite", *(pytest.param(name, marks=pytest.mark.slow) for name in ("executorch", "coreml"))]
+)
 def test_the_same_network_gives_the_same_bytes(made: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / f"model-int8{target(name).suffix}"
     again = of_artifact(export(network(SMALL, "int8"), name, path, batches=batches(SMALL)))

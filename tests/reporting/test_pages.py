@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from pages import FLOAT, HOSTILE, INT8, LONG, OVER, REPORT, REPORTS, TORCH, front, read, trial, words
 
+from lightning_edge.reporting.classes import ClassChanges
 from lightning_edge.reporting.html import comparison_page, report_page, sweep_page, sweep_svg
 from lightning_edge.reporting.html.choice import choose_file
 from lightning_edge.reporting.html.markup import Markup, file_link, join, link, tag, text
@@ -66,6 +67,24 @@ def test_page_tells_what_the_report_knows() -> None:
         assert told in found, told
 
 
+def test_page_tells_what_was_measured_on_devices() -> None:
+    page = report_page(REPORTS["devices"])
+    found = words(page)
+    for told in (
+        "Failed: away: tflite int8: refused the connection",
+        "pi4: tflite int8 0.9700 close",
+        "pi4: tflite int8, energy: 2.5 mJ an inference; RAPL, package-0: 3 J",
+        "p50 1.011 ms at first, 1.606 ms at the end of 60 s, 40 to 47 °C",
+        "Median latency of a sample, one call after another",
+        "The hottest temperature",
+        "pi5: tflite int8, 60 s: 1.667 ms",
+    ):
+        assert told in found, told
+    assert "The fastest core" not in found  # no device told it
+    assert page.count("<polyline") - report_page(REPORT).count("<polyline") == 4
+    assert "On devices" not in words(report_page(REPORT))
+
+
 def test_trouble_comes_before_the_pictures() -> None:
     for name, told in (
         ("failed", "coreml int8 (trained) failed: no such operation: roll"),
@@ -96,10 +115,53 @@ def test_channels_before_and_after_are_told_by_layer() -> None:
     assert "What was cut" not in report_page(REPORT)
     found = words(report_page(REPORTS["pruned"]))
     assert "stem.0 12 of 16" in found
-    assert "head 64 8 12.50%" in found
+    assert "Layer Channels before Now stem.0 16 12 head 64 8" in found
     deep = words(report_page(REPORTS["pruned deep"]))
     assert "the first 24 of 400 layers" in deep
     assert "250 more layers are in report.json" in deep
+
+
+def test_bytes_and_sensitivity_are_told_by_layer() -> None:
+    assert "Layer by layer" not in report_page(REPORT)
+    found = words(report_page(REPORTS["full"]))
+    assert "blocks.0 4,700 of 18,496" in found  # in the picture
+    assert "stem.0 - - 640 float 640 100.00% 0.5" in found
+    assert "blocks.0 32 16 18,496 int8 4,700 25.41% 0.002" in found
+    costs = found.index("the most sensitive first")
+    assert found.index("stem.0 0.5", costs) < found.index("blocks.0 0.002", costs) < found.index("head -1e-06", costs)
+    many = words(report_page(REPORTS["many layers and classes"]))
+    assert "150 more layers are in report.json" in many
+    assert "the 24 largest of 300 layers" in many
+    assert "layers.299.conv 19,136 of 76,544" in many
+
+
+def test_samples_that_changed_their_class_are_told() -> None:
+    assert "changed their class" not in report_page(REPORT)
+    found = words(report_page(REPORTS["full"]))
+    assert "tflite int8 360 9 2.50% 5 3" in found
+    assert "tflite fp32 360 0 0.00% 0 0" in found
+    assert "Right by class, of labels" in found
+    assert "1 one 36 83.33% 86.11% +1" in found
+    assert "3 three 5 6" in found
+    assert "Samples by their number in the split, from 0: 12 (3 three to 5), 40 (0 zero to 1 one), and 7 more." in found
+    assert "3 three taken for 9: 1,234 of 13,579" in found  # what a cell says when it is pointed at
+    assert found.count("12k") == 10
+    unlabelled = replace(INT8, classes=ClassChanges(360, 1, ((3, 5, 1),), ((12, 3, 5),)))
+    plain = words(report_page(replace(REPORT, rows=(TORCH, FLOAT, unlabelled))))
+    assert "Became right" not in plain
+    assert "3 to 5 1 samples" in plain
+    many = words(report_page(REPORTS["many layers and classes"]))
+    assert "Right by class, of labels: the 16 of 100 classes that moved most" in many
+    same = replace(INT8, classes=ClassChanges(360, 0))
+    assert "every one of 360 samples the class" in words(report_page(replace(REPORT, rows=(TORCH, same))))
+
+
+def test_distribution_of_latency_and_where_a_file_begins_to_differ_are_told() -> None:
+    found = words(report_page(REPORTS["full"]))
+    assert "half of the calls (box), median (mark)" in found
+    assert "tflite int8 0.150 0.200 0.400 0.900 0.250" in found
+    assert "differs tflite int8: off by 4 steps. The first layer that differs is 'blocks.0'" in found
+    assert "p50 (mark), p95 and p99 (bars)" in words(report_page(REPORT))
 
 
 def test_a_reference_interpreter_is_not_timed() -> None:

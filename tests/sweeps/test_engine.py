@@ -20,6 +20,7 @@ from lightning_edge.errors import SweepError
 from lightning_edge.sweeps.definition import bind, parse_definition
 from lightning_edge.sweeps.fit import Fit, InterruptedFitError
 from lightning_edge.sweeps.front import read_front
+from lightning_edge.sweeps.locks import held
 from lightning_edge.sweeps.objectives import TrialFailedError
 from lightning_edge.sweeps.study import Result, Study
 
@@ -57,7 +58,11 @@ def test_a_grid_is_trained_once_each_and_every_point_has_its_files_values(tmp_pa
     assert [trial.number for trial in trials if trial.front] == [trial.number for trial in trials if trial.feasible]
 
 
-@pytest.mark.parametrize(("text", "url"), [(RANGE, None), (GRID, "sqlite")], ids=["tpe-journal", "grid-database"])
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [pytest.param(RANGE, None, marks=pytest.mark.slow), (GRID, "sqlite")],
+    ids=["tpe-journal", "grid-database"],
+)
 def test_three_workers_of_which_one_is_killed_lose_nothing(tmp_path: Path, text: str, url: str | None) -> None:
     folder, log, file = tmp_path / "sweep", tmp_path / "log", tmp_path / "study.yaml"
     file.write_text(text)
@@ -303,6 +308,21 @@ def test_a_storage_that_cannot_be_reached_is_one_clear_error(tmp_path: Path, url
         engine(tmp_path / "sweep", url=url)
     assert "secret" not in str(told.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_process_is_making_is_waited_for(tmp_path: Path) -> None:
+    folder, opened = tmp_path / "sweep", list[Any]()
+    engine(folder)
+    copy, aside = folder / "sweep.yaml", tmp_path / "aside"
+    with held(folder / "sweep.lock"):
+        copy.rename(aside)  # the journal is there, and the copy of the sweep file is not yet
+        second = threading.Thread(target=lambda: opened.append(engine(folder)), daemon=True)
+        second.start()
+        second.join(0.3)
+        assert second.is_alive()
+        aside.rename(copy)
+    second.join(60)
+    assert len(opened) == 1
 
 
 def test_trials_of_another_storage_are_not_overwritten(tmp_path: Path) -> None:

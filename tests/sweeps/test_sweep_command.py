@@ -89,6 +89,11 @@ def status(*arguments: str) -> int:
         ("[1e-2]", "[fast]", "learning_rate: 'fast' is not allowed"),
         ("init_args.learning_rate", "init_args.rate", "lightning_edge.zoo.task.Classifier has no such setting"),
         ("model.init_args.learning_rate", "trainer.max_epoch", "max_epoch: there is no such key"),
+        (
+            "prune.macs: [1.0, 0.5]",
+            "quantize.precisions: [int8, mixde]",
+            "'mixde' is not allowed: .*precisions: given 'mixde'.*'mixed'",
+        ),
         ("base.yaml", "recipe:nothing", "base: there is no recipe 'nothing'. Recipes: anomaly"),
         ("base.yaml", "nothing.yaml", "base: there is no file 'nothing.yaml'"),
         ("base.yaml", "sweep.yaml", "base: sweep.yaml: space: there is no such key"),
@@ -125,6 +130,11 @@ def test_a_dry_run_prints_the_trials_and_writes_nothing(folder: Path, capsys: py
     told = capsys.readouterr().out
     assert "0: prune.macs=1.0, model.init_args.learning_rate=0.01\n" in told
     assert "2 trials x 1 seed(s) = 2 fits" in told
+    Path("sweep.yaml").write_text(
+        SWEEP.replace("prune.macs: [1.0, 0.5]", "quantize.precisions: {choices: [int8, mixed]}")
+    )
+    assert status("sweep", "sweep.yaml", "--dry-run") == 0
+    assert "1: quantize.precisions=mixed, model.init_args.learning_rate=0.01\n" in capsys.readouterr().out
     Path("sweep.yaml").write_text(f"{SWEEP.replace('[1e-2]', '{low: 1e-3, high: 1e-2}')}\ntrials: 20\nseeds: 2\n")
     assert status("sweep", "sweep.yaml", "--dry-run") == 0
     told = capsys.readouterr().out
@@ -152,6 +162,7 @@ def test_the_checker_completes_what_it_checks(folder: Path) -> None:
     assert checker.resolve("recipe:quickstart")["trainer"]["max_epochs"] == 20
 
 
+@pytest.mark.slow
 def test_a_training_that_cannot_begin_fails_with_what_it_says(tmp_path: Path) -> None:
     lock = take(tmp_path / "lock")
     assert lock is not None

@@ -40,9 +40,11 @@ class Training:
 
 def test_it_is_trained_once_for_all_who_ask_without_compression_and_files(tmp_path: Path) -> None:
     training, found = Training(), list[Path]()
+    # A base that keeps no checkpoints of its own: Lightning then refuses ours.
+    config = {**CONFIG, "trainer": {**CONFIG["trainer"], "enable_checkpointing": False}}
 
     def ask() -> None:
-        found.append(common_start(7, CONFIG, tmp_path, threading.Event(), lambda line: None, training))
+        found.append(common_start(7, config, tmp_path, threading.Event(), lambda line: None, training))
 
     askers = [threading.Thread(target=ask) for _ in range(3)]
     for asker in askers:
@@ -54,6 +56,7 @@ def test_it_is_trained_once_for_all_who_ask_without_compression_and_files(tmp_pa
     (fit,) = training.asked
     trainer = fit.config["trainer"]
     assert trainer["max_epochs"] == 7
+    assert trainer["enable_checkpointing"] is True
     assert [entry["class_path"].rpartition(".")[2] for entry in trainer["callbacks"]] == ["ModelCheckpoint"] * 2
     assert fit.config["model"] == CONFIG["model"]
     assert CONFIG["trainer"]["max_epochs"] == 3

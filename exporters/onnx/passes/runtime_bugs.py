@@ -1,4 +1,4 @@
-"""Operations that ONNX Runtime computes wrongly, or has no int8 kernel for, as ones that it has, value for value."""
+"""Replace operations that ONNX Runtime computes wrongly, or has no int8 kernel for, by ones of equal values."""
 
 from __future__ import annotations
 

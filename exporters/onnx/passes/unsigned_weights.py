@@ -1,4 +1,4 @@
-"""Weights as uint8, so that sums are exact in every session: what the option ``weights="uint8"`` adds."""
+"""Store weights as uint8, so that int8 sums are exact in every session: the option ``weights="uint8"``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choices between values and numbers, for LiteRT's converter."""
+"""Write choices by a condition (`where`, `masked_fill`, thresholds) in operations that LiteRT's converter has."""
 
 from __future__ import annotations
 

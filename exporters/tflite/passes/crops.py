@@ -1,4 +1,4 @@
-"""Crop what transposed convolutions give by slices, where LiteRT crops otherwise."""
+"""Crop the outputs of transposed convolutions by slices, where LiteRT crops otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sort by the one operation of LiteRT that does."""
+"""Write sorts by TOPK_V2, the one operation of LiteRT that sorts."""
 
 from __future__ import annotations
 

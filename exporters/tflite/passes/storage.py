@@ -1,4 +1,4 @@
-"""How a TensorFlow Lite file stores what it has: biases as wide as kernels read them, short names, one empty buffer."""
+"""How a TensorFlow Lite file stores its parts: biases as wide as kernels read them, short names, one empty buffer."""
 
 from __future__ import annotations
 

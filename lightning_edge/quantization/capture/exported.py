@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import inspect
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -24,6 +23,7 @@ from lightning_edge.quantization.capture.in_place import inline_gradient_modes
 from lightning_edge.quantization.capture.nodes import LIFTED
 from lightning_edge.quantization.capture.regularizers import LayersStay
 from lightning_edge.surgery import in_mode, redirected
+from lightning_edge.user_warnings import warn
 
 aten = torch.ops.aten
 
@@ -64,10 +64,9 @@ def exported(
             return error
         if not stay.draws:
             return error
-        warnings.warn(
+        warn(
             f"{type(network).__name__} decides by random numbers in training which layers run, as LayerDrop does. One "
-            "graph cannot: from here on all of them run.",
-            stacklevel=2,
+            "graph cannot: from here on all of them run."
         )
         return graph
 

@@ -8,19 +8,22 @@ greedy solution of the knapsack. What was chosen is then quantized as a whole an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_edge.errors import CompressionError
+from lightning_edge.network import Inputs
 from lightning_edge.quantization.choose.sensitivity import LayerSensitivity, Loss, Measured, Sensitivities, sensitivity
-from lightning_edge.quantization.plan import LayerPrecision
+from lightning_edge.quantization.plan import LayerPrecision, Plan, named_by
 from lightning_edge.quantization.post_training import quantize
 from lightning_edge.surgery import in_mode
 
 _FLOAT_BYTES = 4
+# What float layers may add to the weights of all layers in int8: a first or a last layer, and not half of the network.
+_MORE_BYTES = 0.1
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,33 @@ def plan_increase(
             measured.begin(model(*inputs.args, **inputs.kwargs), target, inputs.batch_size)
             measured.add("plan", quantized(*inputs.args, **inputs.kwargs))
     return measured.increases()["plan"]
+
+
+def least_lossy(network: nn.Module, inputs: Inputs, fixed: Plan) -> dict[str, LayerPrecision]:
+    """Choose the layers that stay float where a training in int8 begins: what ``Quantize(precisions="mixed")`` does.
+
+    The layers whose int8 form moves the outputs most for each byte stay float, as long as the weights of all layers
+    take at most a tenth more bytes than in int8.
+
+    Args:
+        network: The network as it was trained so far; it is left as it was.
+        inputs: A batch, to calibrate and to measure on.
+        fixed: Layers whose precision is given; they are left out of the choice.
+
+    Returns:
+        The layers that stay float. Empty where none is small enough.
+
+    Raises:
+        CompressionError: If the network cannot be captured or has no layer to quantize.
+    """
+    found = sensitivity(network, [inputs], [inputs])
+    free = tuple(layer for layer in found.layers if not named_by(fixed, layer.name))
+    most = int((1 + _MORE_BYTES) * sum(layer.weights for layer in free))
+    if not free:
+        return {}
+    return mixed_plan(
+        network, [inputs], [inputs], weight_bytes=most, sensitivities=replace(found, layers=free)
+    ).precisions
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from lightning_edge.reporting.html.axis import Axis, axis_of
 from lightning_edge.reporting.html.markup import Markup, join, tag
 from lightning_edge.reporting.html.picture import FONT_SIZE, WIDTH, line, mark, svg, write
 
+# How a tick is written.
+Unit = Callable[[float], str]
+
 _ROW = 40.0
 _FOOT = 22.0
 _EDGE = 8.0
@@ -36,7 +39,7 @@ class Entry:
     full: bool = True
 
 
-def ranges(title: str, entries: Sequence[Entry], unit: Callable[[float], str]) -> Markup:
+def ranges(title: str, entries: Sequence[Entry], unit: Unit) -> Markup:
     """Draw from the first value to the last: a mark at the first, bars at the others.
 
     Args:
@@ -58,7 +61,31 @@ def ranges(title: str, entries: Sequence[Entry], unit: Callable[[float], str]) -
     return _rows(title, entries, drawn, axis, unit)
 
 
-def amounts(title: str, entries: Sequence[Entry], unit: Callable[[float], str]) -> Markup:
+def boxes(title: str, entries: Sequence[Entry], unit: Unit) -> Markup:
+    """Draw distributions: a line from the first value to the last, a box from the second to the fourth, a mark between.
+
+    Args:
+        title: What the picture shows.
+        entries: One or more rows of six values in order: lowest, quarter, middle, three quarters, and two high ones.
+        unit: How a tick is written.
+    """
+    axis = axis_of([value for entry in entries for value in entry.values], zero=True)
+
+    def drawn(entry: Entry, height: float) -> Markup:
+        low, quarter, middle, most, *high = (axis.place(value, _EDGE, WIDTH - _EDGE) for value in entry.values)
+        color = f"mark c{entry.color % 6}"
+        wide = max(most - quarter, 1.0)
+        return join(
+            line((low, height), (high[-1], height), color),
+            *(line((place, height - 5), (place, height + 5), color) for place in (low, *high)),
+            _bar(quarter, height - 5, wide, 10.0, entry.color, entry.title, second=True),
+            mark(middle, height, entry.color, entry.title, entry.full, 4.0),
+        )
+
+    return _rows(title, entries, drawn, axis, unit)
+
+
+def amounts(title: str, entries: Sequence[Entry], unit: Unit) -> Markup:
     """Draw each value as a bar from 0; the second of a row is narrow and pale.
 
     Args:
@@ -66,8 +93,8 @@ def amounts(title: str, entries: Sequence[Entry], unit: Callable[[float], str]) 
         entries: One or more rows of one or two values.
         unit: How a tick is written.
     """
-    high = max(max((value for entry in entries for value in entry.values), default=0.0), 1.0)
-    axis = axis_of([0.0, high], zero=True)
+    high = max((value for entry in entries for value in entry.values), default=0.0)
+    axis = axis_of([0.0, high or 1.0], zero=True)
 
     def drawn(entry: Entry, height: float) -> Markup:
         bars = []
@@ -107,7 +134,7 @@ def _rows(
     entries: Sequence[Entry],
     drawn: Callable[[Entry, float], Markup],
     axis: Axis | None,
-    unit: Callable[[float], str],
+    unit: Unit,
 ) -> Markup:
     foot = _FOOT if axis is not None else 4.0
     height = _ROW * len(entries) + foot

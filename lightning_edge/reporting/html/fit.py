@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lightning_edge.reporting.html import parts
+from lightning_edge.reporting.html.by_layer import layers
 from lightning_edge.reporting.html.choice import (
     KINDS,
     Choice,
@@ -16,9 +17,10 @@ from lightning_edge.reporting.html.choice import (
     timed,
     verdict_of,
 )
+from lightning_edge.reporting.html.classes import classes
 from lightning_edge.reporting.html.markup import Markup, join, tag, text
+from lightning_edge.reporting.html.on_devices import on_devices
 from lightning_edge.reporting.html.page import page, points, quiet, section, state, table, tiles
-from lightning_edge.reporting.html.pruned import channels
 from lightning_edge.reporting.html.words import clipped, known, number, signed, times
 
 if TYPE_CHECKING:
@@ -47,10 +49,12 @@ def report_page(report: Report, recipe: str | None = None, commit: Commit | None
         _attention(report),
         parts.files(report, None if choice is None else choice.row),
         parts.latency(report),
+        on_devices(report),
         parts.agreement(report),
+        classes(report, None if choice is None else choice.row),
+        layers(report),
         parts.placements(report),
         parts.memory(report),
-        channels(report),
         section("Notes", points(report.notes)) if report.notes else None,
         _making(report, recipe, commit),
     )

@@ -19,8 +19,8 @@ from lightning_edge.reporting.html.choice import (
     timed,
     verdict_of,
 )
-from lightning_edge.reporting.html.markup import Markup
-from lightning_edge.reporting.html.page import pictures, quiet, section, state, table, without
+from lightning_edge.reporting.html.markup import Markup, join
+from lightning_edge.reporting.html.page import pictures, points, quiet, section, state, table, without
 from lightning_edge.reporting.html.scatter import Point, Side, scatter
 from lightning_edge.reporting.html.words import ABSENT, clipped, fixed, known, number, share, size, times
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # With more points than this, labels of all of them would cover each other.
 _CROWDED = 6
 _LONGEST_HEADER = 32
+# So many quantiles tell the quarters of a distribution.
+_QUARTERS = 5
 _VERDICTS = {"exact": "good", "close": "near", "differs": "warn", "broken": "bad"}
 _PLACES: tuple[Place, ...] = ("delegate", "neural engine", "gpu", "any unit", "cpu or gpu", "cpu")
 _UNDECIDED: tuple[Place, ...] = ("any unit", "cpu or gpu")
@@ -176,21 +178,27 @@ def _scatter(
 
 
 def latency(report: Report) -> Markup:
-    """How long a sample takes, from the median to the slowest of a hundred."""
+    """How long a sample takes, from the shortest call to the slowest of a hundred."""
     rows = [row for row in files_of(report) if timed(row)]
     colors = colors_of(files_of(report))
-    entries = []
+    entries, spread = [], []
     for name, row in zip(names_of(rows), rows, strict=True):
         values = tuple(value for value in (row.p50_ms, row.p95_ms, row.p99_ms) if known(value))
         note = f"{' · '.join(number(value, 3) for value in values)} ms"
-        entries.append(
-            Entry(name, note, values, f"{row.label}: p50, p95, p99: {note}", colors[row.target], is_compressed(row))
-        )
+        entry = Entry(name, note, values, f"{row.label}: p50, p95, p99: {note}", colors[row.target], is_compressed(row))
+        entries.append(entry)
+        steps = row.quantiles_ms
+        if len(values) == 3 and len(steps) >= _QUARTERS and all(map(known, steps)):
+            places = [steps[round(part * (len(steps) - 1))] for part in (0, 0.25, 0.5, 0.75)]
+            # In order, even where a file from elsewhere says otherwise.
+            spread.append(replace(entry, values=tuple(sorted((*places, *values[1:])))))
     measured = [row for row in report.rows if timed(row)]
     cells = [
         [
             name,
+            fixed(row.quantiles_ms[0] if row.quantiles_ms else None, 3),
             *(fixed(value, 3) for value in (row.p50_ms, row.p95_ms, row.p99_ms)),
+            fixed(row.quantiles_ms[-1] if row.quantiles_ms else None, 3),
             fixed(row.throughput, 1),
             fixed(row.load_ms, 1),
             row.runtime or ABSENT,
@@ -198,14 +206,17 @@ def latency(report: Report) -> Markup:
         for name, row in zip(names_of(measured), measured, strict=True)
     ]
     others = [f"{row.label} ({_untimed(row)})" for row in files_of(report) if not timed(row)]
-    headers = ["File", "p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Run by"]
+    headers = ["File", "Shortest ms", "p50 ms", "p95 ms", "p99 ms", "Longest ms", "Samples/s", "Load ms", "Run by"]
+    drawn = None
+    if spread and len(spread) == len(entries):
+        caption = "Latency of one sample: half of the calls (box), median (mark), shortest, p95 and p99 (bars)"
+        drawn = pictures((caption, bars.boxes("Latency", spread, milliseconds)))
+    elif entries:
+        caption = "Latency of one sample: p50 (mark), p95 and p99 (bars)"
+        drawn = pictures((caption, bars.ranges("Latency", entries, milliseconds)))
     return section(
         "How fast",
-        pictures(
-            ("Latency of one sample: p50 (mark), p95 and p99 (bars)", bars.ranges("Latency", entries, milliseconds))
-        )
-        if entries
-        else None,
+        drawn,
         table(headers, cells, "Latency of one sample, and loading", ("Run by",)),
         quiet(f"Not timed: {'; '.join(others)}.") if others else None,
     )
@@ -216,7 +227,7 @@ def _untimed(row: Row) -> str:
         return "failed"
     if row.not_run is not None:
         return "nothing here can run it"
-    return "run by a reference interpreter, whose speed says nothing" if row.is_reference else "not measured"
+    return "run by a reference interpreter or kernels, whose speed says nothing" if row.is_reference else "not measured"
 
 
 def placements(report: Report) -> Markup:
@@ -296,7 +307,6 @@ def agreement(report: Report) -> Markup:
                 else "none"
                 if row.float_ops is not None
                 else ABSENT,
-                verdict_of(row)[1] or ABSENT,
             ]
         )
     headers: list[object] = [
@@ -309,10 +319,14 @@ def agreement(report: Report) -> Markup:
         "Relative",
         "Samples",
     ]
-    headers += ["int8 weights", "Computed in float", "Why"]
+    headers += ["int8 weights", "Computed in float"]
     if not any(verdict_of(row)[0] for row in rows):
-        for name in ("Verdict", "Why"):
-            headers, cells = without(headers, cells, name)
+        headers, cells = without(headers, cells, "Verdict")
+    reasons = [
+        join(verdict_cell(row), f" {name}: {verdict_of(row)[1]}")
+        for name, row in zip(names_of(rows), rows, strict=True)
+        if verdict_of(row)[1]
+    ]
     return section(
         "How true each file is to its network",
         pictures(
@@ -325,7 +339,9 @@ def agreement(report: Report) -> Markup:
         else quiet("Every int8 file gives the outputs of its network, without a step of difference.")
         if entries
         else None,
-        table(headers, cells, "Agreement with the network each file came from", ("Computed in float", "Why")),
+        # Where a file differs, its reason names the first layer that does.
+        points(reasons),
+        table(headers, cells, "Agreement with the network each file came from", ("Computed in float",)),
     )
 
 

@@ -95,6 +95,14 @@ def mark(
     return tag("polygon", tag("title", title), points=points, class_=classes)
 
 
+def cell(x: float, y: float, side: float, color: int, share: float, title: str) -> Markup:
+    """Draw a square of a table of counts, as strong as its share from 0 to 1 of its row, and never hiding a number."""
+    strength = 0.14 + 0.22 * share
+    return tag(
+        "rect", tag("title", title), x=x, y=y, width=side, height=side, fill_opacity=strength, class_=f"bar c{color}"
+    )
+
+
 def line(start: tuple[float, float], end: tuple[float, float], classes: str) -> Markup:
     """Draw a straight line."""
     return tag("line", x1=start[0], y1=start[1], x2=end[0], y2=end[1], class_=classes)

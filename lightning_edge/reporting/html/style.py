@@ -54,7 +54,7 @@ li{{margin:6px 0}}
 pre{{background:var(--panel);border-radius:8px;padding:12px 16px;font-size:.8125rem;line-height:1.45;
 white-space:pre-wrap;max-height:30em;overflow:auto}}
 @media (max-width:480px){{.tiles{{grid-template-columns:1fr 1fr;gap:8px}}.tile{{padding:10px 12px}}
-.tile dd.value{{font-size:1.25rem}}th,td{{padding:6px 8px}}th:first-child{{white-space:normal;min-width:7.5em}}}}
+.tile dd.value{{font-size:1.25rem}}th,td{{padding:6px 8px}}th:first-child{{white-space:normal;min-width:9em}}}}
 @media print{{{_PAPER}main{{padding:0;max-width:none}}pre{{max-height:none;overflow:visible}}
 .scroll{{overflow:visible;border:0}}table{{font-size:.6875rem}}
 th,td{{padding:3px 5px;white-space:normal;overflow-wrap:break-word}}

@@ -76,6 +76,8 @@ NETWORKS = {
     "squeeze_excite": Model(SqueezeExcite, lambda batch: Inputs((torch.randn(batch, 3, 8, 8),))),
     "transformer": Model(Transformer, lambda batch: Inputs((torch.randn(batch, 5, 6),))),
 }
+# Each has a layer of its own, and all that writing and reading packages is about is in the others.
+QUICK = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("autoencoder", "transformer"))) for name in NETWORKS]
 
 
 @cache
@@ -129,20 +131,23 @@ def distances(name: str, precision: str, path: Path, samples: int = 8) -> list[T
     return [torch.stack(values) for values in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", QUICK)
 def test_an_int8_package_computes_what_the_converted_graph_does(name: str, package: Any) -> None:
     for steps in distances(name, "int8", package(name)):
         assert steps.max() < 2.01
         assert steps.mean() < 0.25
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("residual", "transformer"))) for name in NETWORKS],
+)
 def test_a_float_package_computes_what_the_network_does(name: str, package: Any) -> None:
     for relative in distances(name, "fp32", package(name, "fp32")):
         assert relative.max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["residual", "transformer"])
+@pytest.mark.parametrize("name", ["residual", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_half_precision_is_some_steps_off(name: str, package: Any) -> None:
     path = package(name, compute_precision="float16")
     for steps in distances(name, "int8", path):
@@ -158,7 +163,7 @@ def weight_values(name: str) -> int:
     return sum(module.weight.numel() for module in modules if isinstance(module, nn.Conv2d | nn.Linear))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", QUICK)
 def test_the_package_itself_says_that_its_weights_are_int8(name: str, package: Any) -> None:
     contents = coreml.TARGET.inspect(package(name))
     assert contents.precision == "int8"
@@ -169,7 +174,7 @@ def test_the_package_itself_says_that_its_weights_are_int8(name: str, package: A
     assert contents.delegated_ops is None
 
 
-@pytest.mark.parametrize("name", ["residual", "autoencoder", "squeeze_excite"])
+@pytest.mark.parametrize("name", ["residual", pytest.param("autoencoder", marks=pytest.mark.slow), "squeeze_excite"])
 def test_there_are_no_float_islands(name: str, package: Any) -> None:
     assert coreml.TARGET.inspect(package(name)).float_ops == ()
 
@@ -311,6 +316,7 @@ class Windows(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_windows_of_int8_values_come_through(tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 4, 4, 3)
@@ -322,6 +328,7 @@ def test_windows_of_int8_values_come_through(tmp_path: Path) -> None:
     assert (output - quantized(images[:1])).abs().max() <= 1.01 * scale
 
 
+@pytest.mark.slow
 def test_a_constant_that_is_quantized_twice_comes_through(tmp_path: Path) -> None:
     class Biased(nn.Module):
         """Attention under biases of relative positions and a mask of a whole sequence, as T5's encoder has it."""

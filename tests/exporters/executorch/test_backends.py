@@ -18,7 +18,7 @@ from lightning_edge.cli import verify as verify_command
 from lightning_edge.contents import Contents
 from lightning_edge.errors import ExportError, RunnerError
 from lightning_edge.exporters import Artifact, ExportWarning, executorch, export, load, stage
-from lightning_edge.exporters.executorch.backends import Backend
+from lightning_edge.exporters.executorch.backends import Backend, lowering
 from lightning_edge.exporters.executorch.read import coreml as pte_coreml
 from lightning_edge.exporters.executorch.read import vulkan as pte_vulkan
 from lightning_edge.exporters.executorch.read.tally import Tally
@@ -76,7 +76,11 @@ def test_a_limit_on_what_falls_back_holds_for_portable_kernels_too(tmp_path: Pat
 @ELSEWHERE
 @pytest.mark.parametrize(
     ("backend", "precision", "delegate"),
-    [("coreml", "fp32", "CoreMLBackend"), ("coreml", "int8", "CoreMLBackend"), ("vulkan", "int8", "VulkanBackend")],
+    [
+        ("coreml", "int8", "CoreMLBackend"),
+        pytest.param("coreml", "fp32", "CoreMLBackend", marks=pytest.mark.slow),
+        pytest.param("vulkan", "int8", "VulkanBackend", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_for_another_machine_is_whole_looked_into_and_not_run(
     folder: Path, backend: Backend, precision: Precision, delegate: str
@@ -106,6 +110,7 @@ def test_what_is_for_another_machine_is_whole_looked_into_and_not_run(
     assert load(artifact.path).not_run == artifact.not_run
 
 
+@pytest.mark.slow
 @ELSEWHERE
 def test_equal_networks_give_equal_files_without_maps_for_debuggers(folder: Path, tmp_path: Path) -> None:
     artifact, _ = written(folder, "coreml", "int8")
@@ -138,10 +143,11 @@ def test_a_file_that_was_not_run_is_no_passed_proof(
     assert {finding.check for finding in verification.verify(tmp_path)} >= {"digest", "bytes"}
 
 
-def test_the_lowering_leaves_logging_as_it_was(folder: Path) -> None:
+def test_the_lowering_leaves_logging_as_it_was() -> None:
     root = logging.getLogger()
     before = (root.level, root.manager.disable)
-    written(folder, "vulkan", "int8")
+    with lowering("vulkan"):
+        assert root.manager.disable == logging.WARNING
     assert (root.level, root.manager.disable) == before
 
 
@@ -156,6 +162,7 @@ class Uneven(nn.Module):
         return torch.relu(self.layer(rows))
 
 
+@pytest.mark.slow
 def test_what_a_backend_takes_in_float_only_is_refused(tmp_path: Path) -> None:
     from lightning_edge.quantization import quantize
 

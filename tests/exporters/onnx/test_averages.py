@@ -55,6 +55,7 @@ def both(network: nn.Module, samples: Tensor, folder: Path, patch: pytest.Monkey
     return before, after
 
 
+@pytest.mark.slow
 def test_several_samples_of_tokens_a_call(tmp_path: Path) -> None:
     samples = torch.randn(8, 24, 48)
     quantized = quantize(Tokens().eval(), [(samples,)])
@@ -82,7 +83,11 @@ class Average(nn.Module):
 
 @pytest.mark.parametrize(
     ("network", "shape"),
-    [(Average((1,)), (7, 16)), (Average((1,), keepdim=True), (30, 16)), (Average((1, 2)), (3, 5, 16))],
+    [
+        (Average((1,)), (7, 16)),
+        pytest.param(Average((1,), keepdim=True), (30, 16), marks=pytest.mark.slow),
+        pytest.param(Average((1, 2)), (3, 5, 16), marks=pytest.mark.slow),
+    ],
     ids=["tokens", "kept", "pixels"],
 )
 def test_means_of_rows_are_int8(

@@ -102,7 +102,10 @@ def test_what_is_not_wanted_or_float_stays() -> None:
     assert run_passes(half_float.graph, (convolve_transposed,)) is half_float.graph
 
 
-@pytest.mark.parametrize(("target", "package"), [("tflite", "litert_torch"), ("onnx", "onnxruntime")])
+@pytest.mark.parametrize(
+    ("target", "package"),
+    [("onnx", "onnxruntime"), pytest.param("tflite", "litert_torch", marks=pytest.mark.slow)],
+)
 def test_files_are_int8_throughout(target: str, package: str, tmp_path: Path) -> None:
     pytest.importorskip(package)
 

@@ -191,13 +191,19 @@ SUFFIXES = {"executorch": "pte", "coreml": "mlpackage", "tflite": "tflite", "onn
 BATCH = {"interface": Interface(max_batch=2, layout="nhwc")}
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
 @pytest.mark.parametrize(
-    ("target", "options"),
+    ("target", "options", "int8"),
     [
-        *((target, {}) for target in SUFFIXES),
-        pytest.param("coreml", BATCH, marks=pytest.mark.slow),
-        pytest.param("onnx", BATCH, marks=pytest.mark.slow),
+        ("coreml", {}, True),
+        ("onnx", {}, True),
+        ("onnx", {}, False),
+        *(pytest.param(name, {}, True, marks=pytest.mark.slow) for name in ("executorch", "tflite")),
+        *(pytest.param(name, {}, False, marks=pytest.mark.slow) for name in ("executorch", "coreml", "tflite")),
+        *(
+            pytest.param(name, BATCH, int8, marks=pytest.mark.slow)
+            for name in ("coreml", "onnx")
+            for int8 in (False, True)
+        ),
     ],
     ids=str,
 )

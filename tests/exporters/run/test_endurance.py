@@ -52,8 +52,8 @@ def cycles(path: Path, sample: torch.Tensor, count: int) -> None:
 @LINUX
 @pytest.mark.parametrize(
     ("warm_up", "count", "most_bytes"),
-    [(1, 3, 2**24), pytest.param(20, 200, 2**24, marks=pytest.mark.slow)],
-    ids=["3 times", "200 times"],
+    [(1, 1, 2**24), pytest.param(20, 200, 2**24, marks=pytest.mark.slow)],
+    ids=["twice", "200 times"],
 )
 def test_load_cycles_leave_no_process_descriptor_or_memory(
     tmp_path: Path, warm_up: int, count: int, most_bytes: int
@@ -102,7 +102,7 @@ export(Doubled(), "faulty", Path(sys.argv[1]) / "new" / "net.faulty", inputs=tor
 @pytest.mark.parametrize(
     "signals",
     [
-        (signal.SIGTERM,),
+        pytest.param((signal.SIGTERM,), marks=pytest.mark.slow),
         (signal.SIGINT, signal.SIGTERM),
         pytest.param((signal.SIGINT, signal.SIGINT), marks=pytest.mark.slow),
     ],

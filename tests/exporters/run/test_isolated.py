@@ -75,7 +75,7 @@ def is_running(number: int) -> bool:
 @pytest.mark.filterwarnings("ignore::lightning_edge.exporters.ExportWarning")
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("tflite", "ai_edge_litert"), pytest.param("executorch", "executorch", marks=pytest.mark.slow)],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in (("tflite", "ai_edge_litert"), ("executorch",) * 2)],
 )
 def test_outputs_are_those_of_the_same_file_in_this_process(name: str, package: str, tmp_path: Path) -> None:
     pytest.importorskip(package)
@@ -130,14 +130,20 @@ def test_a_file_just_written_is_not_to_be_exported_again(tmp_path: Path) -> None
     ("loading", "says"),
     [
         ("segfault", r"net\.faulty: the process of faulty_target was ended by SIGSEGV while it loaded the file"),
-        (
+        pytest.param(
             "hang",
             r"net\.faulty: faulty_target did not answer within time_limit_s=0\.5 while it loaded .* a larger time_",
+            marks=pytest.mark.slow,
         ),
-        ("refuse", r"net\.faulty does not load: version 7 is not known\. Export it again"),
-        (
+        pytest.param(
+            "refuse",
+            r"net\.faulty does not load: version 7 is not known\. Export it again",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "lacking",
             r"0x:14 \(operation aten::sort\.values\)\. The runtime has no kernel for aten::sort\.values: replace",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -256,6 +262,29 @@ def test_peak_memory_is_what_was_held_at_once(loaded: Artifact) -> None:
     # A little less than what was allocated is right: libraries' code that came into memory meanwhile counts against it.
     assert 0.95 * 2**25 <= after < 1.5 * 2**25
     assert before < 0.95 * 2**25
+
+
+def test_samples_are_sent_together_and_run_one_by_one(loaded: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = torch.rand(300, 3) + 1
+    asked: list[dict[str, Any]] = []
+    ask = Isolated._ask
+
+    def counted(self: Isolated, when: str, message: dict[str, Any], *others: Any) -> Any:
+        asked.append(message)
+        return ask(self, when, message, *others)
+
+    monkeypatch.setattr(Isolated, "_ask", counted)
+    assert torch.equal(loaded(batch)[0], 2 * batch)
+    # Those whose memory counts, one by one; then more and more at once.
+    assert [message["do"] for message in asked[:10]] == ["run"] * 8 + ["memory", "run_all"]
+    assert sum(message.get("count", 1) for message in asked if message["do"] != "memory") == 300
+    assert len(asked) < 30
+    known = loaded.runner.peak_memory_bytes()
+    loaded(torch.cat([batch[:9], sample(faulty_target.ALLOCATE)]))
+    assert loaded.runner.peak_memory_bytes() == known
+    with pytest.raises(RunnerError, match=r"^net\.faulty failed in Faulty 1\.0: no kernel for this$"):
+        loaded(torch.cat([batch, sample(faulty_target.RAISE), batch]))
+    assert torch.equal(loaded(batch[:5])[0], 2 * batch[:5])
 
 
 def test_calls_of_several_threads_take_turns(loaded: Artifact) -> None:

@@ -64,6 +64,7 @@ def test_files_have_them_in_float(tmp_path: Path) -> None:
     torch.testing.assert_close(load(tmp_path / "float.tflite")(x)[0], network(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_files_have_them_in_int8(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x, network = torch.randn(4, 3, 8, 8), Choices().eval()

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 from deployables import Branches, beyond
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from lightning_edge.errors import ExportError
-from lightning_edge.exporters import export
+from lightning_edge.exporters import deployable, export
 from lightning_edge.exporters.micro.sources import footprint
+from lightning_edge.exporters.passes.base import apply_passes
+from lightning_edge.exporters.passes.graph import operation
 from lightning_edge.exporters.tflite import graph as tflite_graph
 from lightning_edge.exporters.tflite.graph import op_name
+from lightning_edge.exporters.tflite.passes.broadcasts import drop_expansions
+from lightning_edge.exporters.tflite.passes.reshapes import reshape_results
 from lightning_edge.quantization import quantize
 
 pytest.importorskip("ai_edge_litert")
@@ -61,9 +65,9 @@ slow = pytest.mark.slow
 COMMON: dict[str, dict[str, Any]] = {
     "2x2, ReLU6": {"kernel_size": 2, "stride": 2, "norm": True, "activation": nn.ReLU6(), "bias": False},
     "3x3, ReLU": {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "activation": nn.ReLU()},
-    "stride 1": {"kernel_size": 3, "stride": 1, "padding": 1},
 }
 OTHERS: dict[str, dict[str, Any]] = {
+    "stride 1": {"kernel_size": 3, "stride": 1, "padding": 1},
     "4x4, SiLU": {"kernel_size": 4, "stride": 2, "padding": 1, "norm": True, "activation": nn.SiLU()},
     "5x5": {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1},
     "one less": {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False},
@@ -140,6 +144,7 @@ def test_linear_layers_that_share_weight_and_input_are_two_of_int8(tmp_path: Pat
     assert artifact.contents.int8_weight_bytes == 12 * 8 + 8 * 3  # the shared weight once
 
 
+@pytest.mark.slow
 def test_a_transposed_convolution_in_groups_can_stay_float(tmp_path: Path) -> None:
     network = trained(Upward(kernel_size=2, stride=2, groups=2))
     with pytest.warns(UserWarning, match="TRANSPOSE_CONV"):
@@ -168,6 +173,29 @@ SPREAD: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("form", SPREAD)
+def test_what_is_spread_is_broadcast_or_joined(form: str) -> None:
+    torch.manual_seed(0)
+    network, x = Spread(SPREAD[form]).eval(), images()[0][:1]
+    before, after = dropped(network, x)
+    assert before & {"expand", "expand_as", "repeat", "tile"}
+    assert not after & {"expand", "expand_as", "repeat", "tile"}
+    assert ("cat" in after) == (form in ("concatenation", "repetition", "tile"))
+
+
+def dropped(network: nn.Module, x: Tensor) -> tuple[set[str], set[str]]:
+    """The operations of a network before and after the pass, which changes no value, and nothing a second time."""
+    graph = deployable(network, x).program().module()
+    assert isinstance(graph, fx.GraphModule)
+    before = {operation(node) for node in graph.graph.nodes if node.op == "call_function"}
+    assert apply_passes(graph, (drop_expansions,))
+    torch.testing.assert_close(graph(x), network(x), rtol=0, atol=0)
+    after = {operation(node) for node in graph.graph.nodes if node.op == "call_function"}
+    assert not apply_passes(graph, (drop_expansions,))
+    return before, after
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_values_spread_over_a_dimension(precision: str, tmp_path: Path) -> None:
     """The converter mixes up the axes of what is spread between images with the channels last."""
@@ -206,6 +234,23 @@ PARTS: dict[str, tuple[Any, int]] = {
 }
 
 
+def test_results_of_sums_and_products_are_reshaped_and_not_their_operands() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(6, 4, 6)
+    network = Branches({name: Parts(function, given) for name, (function, given) in PARTS.items()})
+    graph = deployable(quantize(network.eval(), [rows])).program().module()
+    assert isinstance(graph, fx.GraphModule)
+    sample = rows[:1]
+    expected = graph(sample)
+    assert apply_passes(graph, (reshape_results,))
+    # A part that is added to the product of two others has a scale that is not theirs, and stays.
+    assert [operation(node) for node in graph.graph.nodes].count("select") == 1
+    for name, found, wanted in zip(network.names, graph(sample), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, msg=name)
+    assert not apply_passes(graph, (reshape_results,))
+
+
+@pytest.mark.slow
 def test_sums_and_products_of_parts_have_scales_of_their_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     rows = [torch.randn(6, 4, 6) for _ in range(2)]
@@ -229,6 +274,15 @@ class Grouped(nn.Module):
         return functional.scaled_dot_product_attention(query, *others, enable_gqa=self.by_torch)
 
 
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_shared_keys_are_joined(by_torch: bool) -> None:
+    torch.manual_seed(0)
+    network = Grouped(by_torch).eval()
+    before, after = dropped(network, torch.randn(1, 5, 6))
+    assert "cat" in after - before
+
+
+@pytest.mark.slow
 def test_queries_that_share_keys(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Branches({"by torch": Grouped(True), "by the network": Grouped(False)})

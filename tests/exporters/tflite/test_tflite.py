@@ -75,7 +75,45 @@ def test_an_int8_file_is_int8_throughout(folder: Path, name: str) -> None:
     assert steps(name, network(name, "int8"), artifact) <= 2
 
 
-@pytest.mark.parametrize("name", ["residual", "difference", "tokens", "attention"])
+@pytest.mark.parametrize("isolated", [True, False])
+def test_reference_kernels_compute_as_a_microcontroller(folder: Path, isolated: bool) -> None:
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    artifact, _ = written(folder, "plain", "int8")
+    plain = load(artifact.path, kernels="reference", isolated=isolated)
+    assert plain.runner.runtime.endswith("reference kernels, 1 thread")
+    assert plain.runner.is_reference
+    assert not artifact.runner.is_reference
+    expected = Interpreter(str(artifact.path), experimental_op_resolver_type=OpResolverType.BUILTIN_REF)
+    expected.allocate_tensors()
+    (source,), (sink,) = expected.get_input_details(), expected.get_output_details()
+    scale, zero_point = source["quantization"]
+    others = 0
+    for sample in torch.randn(64, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)):
+        steps = torch.round(sample / scale) + zero_point
+        expected.set_tensor(source["index"], steps.clamp(-128, 127).to(torch.int8).numpy())
+        expected.invoke()
+        scale_out, zero_out = sink["quantization"]
+        wanted = (torch.as_tensor(expected.get_tensor(sink["index"])).float() - zero_out) * scale_out
+        (found,) = plain.runner([sample])
+        assert torch.equal(found, wanted)
+        others += int((found != artifact.runner([sample])[0]).sum())
+    assert others  # XNNPACK rounds otherwise
+    inside = load(artifact.path, kernels="reference", isolated=False).runner.intermediates([sample])
+    assert inside
+
+
+def test_reference_kernels_are_of_tflite_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kernels='reference' is for files of tflite, and this is one of onnx"):
+        export(network("plain", "int8"), "onnx", tmp_path / "net.onnx", kernels="reference")
+    with pytest.raises(ValueError, match="kernels='plain' is not one of 'delegate', 'reference'"):
+        load(tmp_path / "net.tflite", kernels="plain")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["residual", "difference", "tokens", pytest.param("attention", marks=pytest.mark.slow)]
+)
 def test_float_outputs_are_those_of_the_network(folder: Path, name: str) -> None:
     artifact, _ = written(folder, name, "fp32")
     assert artifact.precision == "fp32"
@@ -178,6 +216,7 @@ def test_resnet8_is_no_larger_than_the_reference(folder: Path) -> None:
     assert artifact.size_bytes <= 98_496
 
 
+@pytest.mark.slow
 def test_float_islands_are_named(folder: Path) -> None:
     artifact, warned = written(folder, "attention", "int8")
     assert artifact.contents.float_ops
