@@ -93,7 +93,7 @@ def test_one_channel_has_the_strides_of_its_shape() -> None:
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", without("coreml"))
 def test_images_may_have_their_channels_last(folder: Path, name: str, precision: Precision) -> None:
     artifact = written(folder, "two_inputs", name, precision, Interface(layout="nhwc"))
     assert [end.shape for end in artifact.contents.inputs] == [(1, 8, 8, 3), (1, 4)]
@@ -108,7 +108,7 @@ def test_images_may_have_their_channels_last(folder: Path, name: str, precision:
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
-@pytest.mark.parametrize("name", without("executorch", "coreml"))
+@pytest.mark.parametrize("name", without("executorch", "coreml", "onnx"))
 @pytest.mark.parametrize("model", ["two_inputs", pytest.param("residual", marks=pytest.mark.slow)])
 def test_channels_last_leaves_nothing_more_outside_the_delegate(
     folder: Path, model: str, name: str, precision: Precision

@@ -59,12 +59,18 @@ def test_wheel_holds_the_exporters(installed: Path, tmp_path: Path) -> None:
     assert all(Path(file).is_relative_to(installed) for file in files)
 
 
+@pytest.mark.slow
+def test_wheel_fits_by_its_recipes(installed: Path, tmp_path: Path) -> None:
+    code = "from lightning_edge.cli.main import main; main(['fit', '--config', 'recipe:quickstart', '--print_config'])"
+    assert "lightning_edge.zoo.digits.DigitsDataModule" in run(code, installed, tmp_path)
+
+
 def test_wheel_finds_and_prints_its_recipes(installed: Path, tmp_path: Path) -> None:
     code = (
         "from lightning_edge.cli.recipe_files import recipe_names, recipe_path\n"
-        "from lightning_edge.cli.main import main\n"
+        "from lightning_edge.cli.recipes import main\n"
         "print(*[recipe_path(name) for name in recipe_names()])\n"
-        "main(['fit', '--config', 'recipe:quickstart', '--print_config'])"
+        "main(['show', 'quickstart'])"
     )
     paths, _, configuration = run(code, installed, tmp_path).partition("\n")
     assert "lightning_edge.zoo.digits.DigitsDataModule" in configuration

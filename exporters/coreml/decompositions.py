@@ -67,6 +67,15 @@ def _group_norm(
     return result if bias is None else result + bias.reshape(each)
 
 
+def _adaptive_avg_pool3d(x: Tensor, size: Sequence[int]) -> Any:
+    """The converter knows averages of windows of one size only."""
+    if any(before % after for before, after in zip(x.shape[-3:], size, strict=True)):
+        return NotImplemented
+    if all(after == 1 for after in size):
+        return x.mean((-3, -2, -1), keepdim=True)
+    return functional.avg_pool3d(x, [before // after for before, after in zip(x.shape[-3:], size, strict=True)])
+
+
 def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(x, y) + functional.softplus(-(x - y).abs())
 
@@ -110,6 +119,7 @@ _WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
     # It knows where() with two tensors of one type only.
     _ATEN.where.ScalarOther: lambda condition, chosen, other: torch.where(condition, chosen, _number(other, chosen)),
     _ATEN.where.ScalarSelf: lambda condition, chosen, other: torch.where(condition, _number(chosen, other), other),
+    _ATEN.adaptive_avg_pool3d.default: _adaptive_avg_pool3d,
     _ATEN.concatenate.default: lambda tensors, dim=0: torch.cat(tensors, dim),
     _ATEN.channel_shuffle.default: lambda x, groups: x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2),
     _ATEN.celu.default: lambda x, alpha=1.0: alpha * functional.elu(x / alpha),

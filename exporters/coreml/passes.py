@@ -7,11 +7,13 @@ import torch
 from lightning_edge.exporters.coreml.decompositions import decompositions
 from lightning_edge.exporters.passes.fold_constants import fold_constants
 from lightning_edge.exporters.passes.graph import VIEWS, operation
+from lightning_edge.exporters.passes.resizes import pick_nearest
 from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 
 # On the exported program, before it is converted.
 PASSES = (
     trim_kernels,  # weights that only meet padding are left out
+    pick_nearest,  # the converter knows resizes of images by plain nearest only, whose rows Core ML rounds by itself
     fold_constants,  # the converter does not know all that makes positions and masks
 )
 

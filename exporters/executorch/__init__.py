@@ -16,7 +16,7 @@ from lightning_edge.errors import EdgeError, require
 from lightning_edge.exporters.executorch import backends as executorch_backends
 from lightning_edge.exporters.executorch.backends import Backend
 from lightning_edge.exporters.executorch.read import program as pte
-from lightning_edge.exporters.executorch.runner import EXTRA, RUNTIME, ExecuTorchRunner
+from lightning_edge.exporters.executorch.runner import EXTRA, ExecuTorchRunner, library
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.exporters.target import Target, explain
 from lightning_edge.exporters.verify import contents as checks
@@ -40,7 +40,6 @@ class ExecuTorch(Target):
     )
     extra = EXTRA
     needs = ("executorch",)
-    runtime_modules = RUNTIME
     schemes = get_args(Scheme)
 
     def prepare(
@@ -119,6 +118,14 @@ class ExecuTorch(Target):
         """
         return pte.read(path)
 
+    def import_runtime(self) -> None:
+        """Import what running a file takes.
+
+        Raises:
+            MissingExtraError: If it is not installed.
+        """
+        library()
+
     def not_run_here(self, contents: Contents) -> str | None:
         """Return why the runtime of this machine cannot run a file; ``None`` if it can.
 
@@ -128,7 +135,7 @@ class ExecuTorch(Target):
         others = [name for name in contents.delegates if name != pte.XNNPACK]
         if not others:
             return None
-        there = require(RUNTIME[0], EXTRA)._get_registered_backend_names()
+        there = library()._get_registered_backend_names()
         missing = [name for name in others if name not in there]
         if not missing:
             return None

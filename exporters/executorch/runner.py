@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, final
 
 import torch
@@ -15,9 +17,21 @@ from lightning_edge.exporters.run.calls import TensorSpec
 from lightning_edge.exporters.run.runner import Runner
 
 EXTRA = "executorch"
-# The library below executorch.runtime. That one takes 9 seconds to import, 7 of them for the class of one warning.
-RUNTIME = ("executorch.extension.pybindings._portable_lib",)
+_BINDINGS = "executorch.extension.pybindings"
 _DELEGATE_NAMES = {pte.XNNPACK: "XNNPACK", pte.CORE_ML: "Core ML", pte.VULKAN: "Vulkan"}
+
+
+def library() -> ModuleType:
+    """Import the library below executorch.runtime, which takes 9 seconds, 7 of them for the class of one warning.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    try:
+        renamed = find_spec(f"{_BINDINGS}._C") is not None  # from ExecuTorch 1.5 on
+    except ModuleNotFoundError:
+        renamed = False
+    return require(f"{_BINDINGS}.{'_C' if renamed else '_portable_lib'}", EXTRA)
 
 
 @final
@@ -33,9 +47,9 @@ class _Pool:
 
     def set(self, threads: int) -> int:
         """Set the number of threads and return the generation."""
-        library = require(RUNTIME[0], EXTRA)
-        if library._threadpool_get_thread_count() != threads:
-            library._unsafe_reset_threadpool(threads)
+        runtime: Any = library()
+        if runtime._threadpool_get_thread_count() != threads:
+            runtime._unsafe_reset_threadpool(threads)
             self.generation += 1
         return self.generation
 
@@ -70,7 +84,7 @@ class ExecuTorchRunner(Runner):
         return [self._program.get_method_name(index) for index in range(self._program.num_methods())]
 
     def _load(self, name: str) -> Any:
-        self._program = require(RUNTIME[0], EXTRA)._load_program_from_buffer(self._data)
+        self._program = library()._load_program_from_buffer(self._data)
         names = self._names()
         if pte.METHOD not in names:
             raise RunnerError(f"{name} has no method {pte.METHOD!r}; it has {sorted(names)}")

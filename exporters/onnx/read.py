@@ -74,8 +74,10 @@ _MOVES = VIEWS | {
     _QUANTIZE,
     _DEQUANTIZE,
 }
-# What hands a weight on to its layer.
-_STORED_THROUGH = frozenset({_DEQUANTIZE, "Cast", "Mul", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Identity"})
+# What hands a weight on to its layer. Large weights of recurrent layers are joined, gate by gate, in the file.
+_STORED_THROUGH = frozenset(
+    {_DEQUANTIZE, "Cast", "Concat", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+)
 
 
 _HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -134,8 +136,7 @@ def contents(path: Path) -> Contents:
             if not _runs_in_int8(node):
                 float_compute.append(name)
             for position in _PRODUCTS[name]:
-                weight = _stored(node.inputs[position])
-                if weight is not None:
+                for weight in _stored(node.inputs[position]):
                     for kind in _kinds_of(weight.dtype):
                         bytes_of[kind][str(weight.name)] = weight.nbytes
         elif name not in _MOVES and not _runs_in_int8(node) and _takes_or_gives_floats(node):
@@ -206,17 +207,27 @@ def _is_quantized(value: ir.Value) -> bool:
     )
 
 
-def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The constant behind an operand."""
-    while value is not None and not value.is_initializer():
+def _stored(value: ir.Value | None) -> list[ir.TensorProtocol]:
+    """The constants behind an operand; none where some of it is computed."""
+    found: list[ir.TensorProtocol] = []
+    pending: list[ir.Value | None] = [value]
+    seen: set[ir.Value | None] = set()
+    while pending:
+        value = pending.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value is not None and value.is_initializer() and value.const_value is not None:
+            found.append(value.const_value)
+            continue
         node = maker(value, *_STORED_THROUGH)
         if node is None:
-            return None
+            return []
         scale = operand(node, 1)
         if node.op_type == "Mul" and (scale is None or not scale.is_initializer()):  # not weights by their scale
-            return None
-        value = operand(node, 0)
-    return None if value is None else value.const_value
+            return []
+        pending += node.inputs if node.op_type == "Concat" else [operand(node, 0)]
+    return found
 
 
 def _kinds_of(data_type: ir.DataType) -> tuple[str, ...]:

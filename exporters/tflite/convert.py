@@ -17,6 +17,7 @@ from lightning_edge.exporters.passes.activations import write_out_log_sigmoid
 from lightning_edge.exporters.passes.base import apply_passes
 from lightning_edge.exporters.passes.float_barriers import separate_float_layers
 from lightning_edge.exporters.passes.fold_constants import fold_constants
+from lightning_edge.exporters.passes.resizes import pick_nearest
 from lightning_edge.exporters.passes.transposed_convolutions import convolve_transposed
 from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.exporters.target import explain
@@ -29,7 +30,6 @@ from lightning_edge.exporters.tflite.passes.ends import float_ends, name_ends
 from lightning_edge.exporters.tflite.passes.float_kernels import use_float_kernels
 from lightning_edge.exporters.tflite.passes.int8_layers import quantize_layers
 from lightning_edge.exporters.tflite.passes.reshapes import reshape_results
-from lightning_edge.exporters.tflite.passes.resizes import pick_nearest
 from lightning_edge.exporters.tflite.passes.simplify import simplify
 from lightning_edge.exporters.tflite.passes.sorts import sort_by_top_k
 from lightning_edge.exporters.tflite.passes.storage import share_empty_buffers, shorten_names, widen_biases

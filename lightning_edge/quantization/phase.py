@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_edge.quantization.plan import (
     check_word,
 )
 from lightning_edge.quantization.post_training import calibrate
+from lightning_edge.quantization.trial import try_out
 from lightning_edge.schedule import Batch, Change, Clock, Moment, Phase, check_moment, check_order
 from lightning_edge.succession import Succession
 
@@ -31,7 +33,8 @@ class Quantize(Phase):
     affine with one scale per tensor: the scheme that ExecuTorch (XNNPACK), Core ML and LiteRT all accept (Jacob et al.
     2018, arXiv:1712.05877).
 
-    Moments are epochs (whole numbers from 0) or fractions of training (0.0 to 1.0).
+    Moments are epochs (whole numbers from 0) or fractions of training (0.0 to 1.0). What comes later is tried on a copy
+    with the first batch, so that a network that cannot be quantized ends the training there.
 
     Args:
         start: When fake-quantizers go in.
@@ -78,6 +81,11 @@ class Quantize(Phase):
         self.precisions = precisions
         self._layers = check_plan(check_word(precisions), skip)
         self.linear_weights = check_linear_weights(linear_weights)
+        self._tried: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is found again."""
+        return {**vars(self), "_tried": None}
 
     def settings(self) -> dict[str, Any]:
         """Give the settings as plain values; of ``linear_weights`` only what checkpoints of earlier versions lack."""
@@ -96,13 +104,22 @@ class Quantize(Phase):
         return max([self.start, *(moment for moment in given if moment is not None)])
 
     def plan(self, network: nn.Module, clock: Clock, changes: Sequence[Change], batch: Batch) -> Change | None:
-        """Quantize at ``start``, then fold BatchNorm and freeze the ranges when their moment comes."""
+        """Quantize at ``start``, then fold BatchNorm and freeze the ranges when their moment comes.
+
+        Before ``start`` it is tried once, on a copy with the first batch.
+
+        Raises:
+            CompressionError: As `lightning_edge.quantization.trial.try_out` does, or if a pattern names nothing.
+        """
         done = {change["kind"]: change for change in changes}
         if "attach" not in done:
             # At the first batch, not when training is nearly over.
             names = (*dict(network.named_modules()), *dict(network.named_parameters()))
             check_patterns(self._layers, names, type(network).__name__)
-            return self._attach(network, clock, batch.inputs()) if clock.reached(self.start) else None
+            if clock.reached(self.start):
+                return self._attach(network, clock, batch.inputs())
+            self._try_once(network, batch)
+            return None
         begun = done["attach"]
         fold = "fold_batch_norm" not in done and begun["live_batch_norm"]
         if fold and self.fold_batch_norm is not None and clock.reached(self.fold_batch_norm):
@@ -167,6 +184,11 @@ class Quantize(Phase):
         return {"freeze_observers": "ranges frozen", "fold_batch_norm": "BatchNorm statistics frozen and folded"}[
             change["kind"]
         ]
+
+    def _try_once(self, network: nn.Module, batch: Batch) -> None:
+        if self._tried is None or self._tried() is not network:
+            try_out(network, batch.inputs(), self._layers, self.linear_weights)
+            self._tried = weakref.ref(network)
 
     def _attach(self, network: nn.Module, clock: Clock, inputs: Inputs) -> Change:
         # What is skipped has the last word, and takes no part in the choice.

@@ -101,20 +101,21 @@ def test_loops_take_the_checkpoint(
 def test_export_writes_int8_files(
     trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("onnxruntime")
     monkeypatch.chdir(trained)
     run(
         *("export", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
-        *("--targets", "[executorch]", "--dirpath", str(tmp_path / "out"), "--batches", "1", "--jobs", "1"),
+        *("--targets", "[onnx]", "--dirpath", str(tmp_path / "out"), "--batches", "1", "--jobs", "1"),
         *("--interface.layout", "nhwc", "--interface.outputs", "[scores]"),
     )
-    artifact = exporters.load(tmp_path / "out" / "model-int8.pte")
+    artifact = exporters.load(tmp_path / "out" / "model-int8.onnx")
     assert artifact.precision == "int8"
     assert artifact(torch.zeros(2, 1, 8, 8))[0].shape == (2, 10)
     printed = capfd.readouterr()
-    assert "model-int8.pte: int8, " in printed.out
-    assert "executorch: converting, after " in printed.err  # in a process of its own
+    assert "model-int8.onnx: int8, " in printed.out
+    assert "onnx: converting, after " in printed.err  # in a process of its own
     manifest = Manifest.read(tmp_path / "out")
-    assert [entry.path for entry in manifest.files] == ["model-int8.pte"]
+    assert [entry.path for entry in manifest.files] == ["model-int8.onnx"]
     assert manifest.files[0].agreement["samples"] == 16
     assert manifest.files[0].interface == Interface(("input",), ("scores",), layout="nhwc")
     assert [end.shape for end in manifest.files[0].inputs] == [(1, 8, 8, 1)]
@@ -138,7 +139,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
 ) -> None:
     monkeypatch.chdir(trained)
     given = {
-        "targets": ["executorch"],
+        "targets": ["tflite"],
         "dirpath": str(tmp_path),
         "budget": {"size_bytes": 1000, "accuracy_drop": 0.5},
         "max_fallback": 0.0,
@@ -155,7 +156,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
         run("evaluate", "--config", str(tmp_path / "settings.yaml"), "--ckpt_path", "checkpoints/trained.ckpt")
     assert exit_info.value.code == 3
     error = capfd.readouterr().err
-    assert "error: executorch int8 (trained) is over its budget: size_bytes " in error
+    assert "error: tflite int8 (trained) is over its budget: size_bytes " in error
     assert "above 1,000" in error
     (entry,) = Manifest.read(tmp_path).files  # the file is kept, and said of it
     assert [end.name for end in entry.inputs] == ["digit"]
@@ -190,13 +191,18 @@ def test_fit_ends_with_a_status_of_its_own_where_a_file_is_over_its_budget(
     assert Path("files", entry.path).is_file()
 
 
-def test_evaluate_writes_the_report(
+BENCH = {"bench": {"class_path": "lightning_edge.devices.Local"}}
+
+
+def test_evaluate_writes_the_report_and_runs_on_the_devices_of_a_file(
     trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("onnxruntime")
     monkeypatch.chdir(trained)
+    (trained / "devices.yaml").write_text(yaml.safe_dump(BENCH))
     run(
         *("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
-        *("--targets", "[executorch]", "--dirpath", str(tmp_path), "--split", "test"),
+        *("--targets", "[onnx]", "--dirpath", str(tmp_path), "--split", "test", "--devices", "[bench]"),
     )
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["split"] == "test"
@@ -210,29 +216,25 @@ def test_evaluate_writes_the_report(
     images, labels = data.test_dataloader().dataset[:]
     expected = (network(images).argmax(1) == labels).float().mean().item()
     assert rows["torch", "fp32", "float"]["metrics"]["test_acc"] == pytest.approx(expected, abs=1e-6)
-    assert rows["executorch", "int8", "trained"]["top1"] > 0.98
-    assert "executorch int8" in capfd.readouterr().out
-
-
-def test_evaluate_runs_on_the_devices_of_a_file(
-    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("onnxruntime")
-    monkeypatch.chdir(trained)
-    boards = {"bench": {"class_path": "lightning_edge.devices.Local"}}
-    (trained / "devices.yaml").write_text(yaml.safe_dump(boards))
-    command = ("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt")
-    command = (*command, "--targets", "[onnx]", "--dirpath", str(tmp_path), "--trainer.limit_val_batches", "2")
-    run(*command, "--devices", "[bench]")
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert [(row["device"], row["precision"], row["error"]) for row in found["devices"]] == [
+    assert rows["onnx", "int8", "trained"]["top1"] > 0.98
+    assert [(row["device"], row["precision"], row["error"]) for row in report["devices"]] == [
         ("bench", "fp32", None),
         ("bench", "int8", None),
     ]
-    assert found["devices"][1]["metrics"] == found["rows"][-1]["metrics"]
-    assert "bench: onnx int8" in capfd.readouterr().out
+    assert report["devices"][1]["metrics"] == report["rows"][-1]["metrics"]
+    printed = capfd.readouterr().out
+    assert "onnx int8" in printed
+    assert "bench: onnx int8" in printed
+
+
+def test_evaluate_on_a_device_that_the_file_does_not_describe(
+    trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    (trained / "devices.yaml").write_text(yaml.safe_dump(BENCH))
+    command = ("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt")
     with pytest.raises(SystemExit) as exit_info:
-        run(*command, "--devices", "[pi4]")
+        run(*command, "--targets", "[onnx]", "--dirpath", str(tmp_path), "--devices", "[pi4]")
     assert exit_info.value.code == 1
     assert "error: devices.yaml describes no device 'pi4', but bench." in capfd.readouterr().err
 

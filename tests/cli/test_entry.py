@@ -43,6 +43,24 @@ def test_help_names_everything_there_is(capsys: pytest.CaptureFixture[str], monk
     assert microcontroller._ETHOSU == vela.CONFIGURATIONS
 
 
+def test_modules_of_the_current_folder_are_found_behind_all_others(tmp_path: Path) -> None:
+    """With a command line that stands for Lightning's; the slow test has a configuration that names the module."""
+    (tmp_path / "my_network.py").write_text("NAME = 'mine'\n")
+    (tmp_path / "yaml.py").write_text("raise SystemExit('not this one')\n")
+    paths = [path for path in sys.path if path not in ("", str(tmp_path))]
+    code = (
+        f"import sys, types\nsys.path = {paths!r}\nsys.argv = ['lightning-edge', 'fit']\n"
+        "def run():\n    import my_network, yaml\n    print(my_network.NAME, yaml.safe_load('[1]'))\n"
+        "command_line = types.ModuleType('lightning_edge.cli.main')\ncommand_line.main = run\n"
+        "sys.modules['lightning_edge.cli.main'] = command_line\n"
+        "from lightning_edge.cli.entry import main\nmain()\n"
+    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert found.stdout == "mine [1]\n", found.stderr
+
+
+@pytest.mark.slow
 def test_modules_of_the_current_folder_are_found_and_take_no_librarys_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

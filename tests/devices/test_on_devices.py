@@ -311,6 +311,22 @@ def test_without_a_counter_there_is_no_energy(evaluated: Evaluated, monkeypatch:
     assert "answered with calls=3 in 0.5 s" in row.error
 
 
+def test_a_program_of_the_device_gives_times_in_the_place_of_python(evaluated: Evaluated, tmp_path: Path) -> None:
+    program = tmp_path / "benchmark_model"
+    said = "count=5 first=9 curr=9 min=9 max=9 avg=12.5 std=0 p5=9 median=10 p95=20"
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o755)
+    device = Local("/no/python", programs={"tflite": [str(program)]})
+    (row,) = evaluated.again(device, "tflite")
+    assert row.error is None
+    assert (row.p50_ms, row.p95_ms, row.throughput, row.repeats) == (0.01, 0.02, 80000.0, 5)
+    assert (row.metrics, row.samples, row.verdict) == ({}, None, None)
+    assert row.runtime == "benchmark_model, a program of the device, which gives times only"
+    settings = replace(evaluated.settings, targets=["tflite"], devices=[device])
+    assert check_devices(settings) == []
+    assert "/no/python cannot be started" in check_devices(replace(settings, targets=["tflite", "onnx"]))[0]
+
+
 def test_the_speed_of_an_emulated_device_is_not_measured(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Local, "times", False)
     (row,) = evaluated.again(Local(), "onnx", sustained=Sustained(), cool=Cool(1.0), limit_samples=8)

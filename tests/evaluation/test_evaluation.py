@@ -511,6 +511,7 @@ def test_reconstruction_is_not_taken_for_class_scores(stub: Stub, tmp_path: Path
     assert report.rows[1].max_relative is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*int8 leaves little")  # of a network that hardly trained
 def test_training_that_made_it_worse_is_warned_of(stub: Stub, tmp_path: Path) -> None:
     module = Classifier()
     trainer(EdgeCompressionCallback([Quantize(start=0)]), max_epochs=1).fit(module, TRAINING, VALIDATION)

@@ -50,7 +50,7 @@ SAMPLES: list[tuple[str, Precision, str]] = [
     ("residual", "int8", "coreml"),
     ("difference", "fp32", "coreml"),
 ]
-QUICK = [("two_inputs", "fp32", "onnx"), ("residual", "int8", "coreml")]
+QUICK = [("two_inputs", "fp32", "onnx"), ("difference", "fp32", "coreml")]
 SWAPPED = [(name, precision, "coreml" if other == "onnx" else "onnx") for name, precision, other in SAMPLES]
 
 

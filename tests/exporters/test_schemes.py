@@ -190,6 +190,7 @@ def test_a_network_without_a_layer_for_the_scheme_is_refused(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_network_with_some_such_layers_is_told_of_the_others(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
     with pytest.warns(ExportWarning, match=f"scheme int8_dynamic: {4 * 216} bytes of the weights stay float"):

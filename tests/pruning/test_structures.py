@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_pruning import SomeBatch
+from pruned import SomeBatch
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from lightning_edge.exporters.passes.precision import float_layers, float_produc
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import attach, convert, quantize
 from lightning_edge.quantization.capture.graph import capture
+from lightning_edge.quantization.phase import Quantize
+from lightning_edge.quantization.trial import try_out
+from lightning_edge.schedule import Clock
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -107,10 +111,6 @@ def test_spectral_norm_trains_in_int8() -> None:
 
 @pytest.mark.parametrize("post_training", [False, True])
 def test_a_value_without_a_range_names_its_layer(post_training: bool) -> None:
-    class Inverse(nn.Module):
-        def forward(self, y: Tensor) -> Tensor:
-            return 1 / (y * 0)
-
     network = User(lambda m, y: m.inverse(y), inverse=Inverse())
 
     def run() -> None:
@@ -122,6 +122,59 @@ def test_a_value_without_a_range_names_its_layer(post_training: bool) -> None:
 
     with pytest.raises(CompressionError, match=r"not finite.*from 'reciprocal' in 'inverse'; skip=\['inverse'\] keeps"):
         run()
+
+
+class Inverse(nn.Module):
+    """Divides by what is 0 in int8 and in float."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return 1 / (y * 0)
+
+
+class Branches(nn.Module):
+    """Decides by a value, as no graph can."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.relu() if bool(y.sum() > 0) else -y
+
+
+class FirstBatch:
+    """A batch of training."""
+
+    def __init__(self) -> None:
+        self.images = images()
+
+    def inputs(self) -> Inputs:
+        return Inputs.of(self.images)
+
+    def gradients(self, *, per_sample: bool = False) -> Iterator[dict[str, Any]]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [(Inverse(), r"not finite.*skip=\['part'\] keeps"), (Branches(), "must not branch on values")],
+)
+def test_what_cannot_be_quantized_is_found_with_the_first_batch(part: nn.Module, message: str) -> None:
+    network = User(lambda m, y: m.part(y), part=part).train()
+    with pytest.raises(CompressionError, match=message):
+        Quantize(start=5).plan(network, Clock(0, 0.0), [], FirstBatch())
+
+
+def test_the_trial_is_made_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, calls = User(lambda _, y: y).train(), []
+    monkeypatch.setattr("lightning_edge.quantization.phase.try_out", lambda *args: calls.append(try_out(*args)))
+    network.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    batch, phase = FirstBatch(), Quantize(start=5)
+    random_state = torch.random.get_rng_state()
+    for epoch in range(3):
+        assert phase.plan(network, Clock(epoch, epoch / 10), [], batch) is None
+    assert len(calls) == 1
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert network.training
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_a_network_fed_nan_is_told_which_input_holds_it() -> None:

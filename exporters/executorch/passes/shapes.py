@@ -156,6 +156,8 @@ def join_upsampled_rows(graph: fx.GraphModule, node: fx.Node) -> bool:
 
     last = like_source(insert(graph, node, _ATEN.permute.default, source, [0, 2, 3, 1]))
     result = repeated(last, [batch, height * width, channels], wide)
-    result = repeated(result, [batch, height, columns * channels], tall)
+    # Only concatenations leave columns and channels in one piece of memory, which a view of them as one needs.
+    row = [columns * channels] if wide > 1 else [columns, channels]
+    result = repeated(result, [batch, height, *row], tall)
     result = like_source(view(graph, node, result, [batch, rows, columns, channels]))
     return replaced(graph, node, insert(graph, node, _ATEN.permute.default, result, [0, 3, 1, 2]))

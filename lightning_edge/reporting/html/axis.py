@@ -37,7 +37,7 @@ class Axis:
         return math.log10(value) if self.logarithmic else value
 
 
-def axis_of(values: Sequence[float], zero: bool = False, count: int = 5) -> Axis:
+def axis_of(values: Sequence[float], zero: bool = False, count: int = 5, even: bool = False) -> Axis:
     """Make an axis that holds all values.
 
     Args:
@@ -45,9 +45,10 @@ def axis_of(values: Sequence[float], zero: bool = False, count: int = 5) -> Axis
         zero: Whether the axis shows amounts, which begin at 0; where all are above 0 and lie far apart it becomes
             logarithmic.
         count: About how many ticks it has.
+        even: Whether it is never logarithmic, as for a time.
     """
     low, high = min(values), max(values)
-    if zero and low > 0 and high > _LOGARITHMIC_FROM * low:
+    if zero and not even and low > 0 and high > _LOGARITHMIC_FROM * low:
         return _logarithmic(low, high, count)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)

@@ -74,5 +74,6 @@ def _over_time(
     for number, line in enumerate(lines):
         ways.append([*range(len(marks), len(marks) + len(line) - 1), number])
         marks += line[:-1]
-    write = milliseconds if unit == "ms" else plain_axis
-    return caption, scatter(marks, Side("seconds", plain_axis, zero=True), Side(unit, write, zero=unit == "ms"), ways)
+    write, amounts = (milliseconds, True) if unit == "ms" else (plain_axis, False)
+    seconds = Side("seconds", plain_axis, zero=True, even=True)
+    return caption, scatter(marks, seconds, Side(unit, write, zero=amounts, even=True), ways)

@@ -51,12 +51,14 @@ class Side:
         name: Its name.
         write: How a tick is written.
         zero: Whether it shows amounts, which begin at 0.
+        even: Whether it is never logarithmic.
         better: Where it is better: ``"max"``, ``"min"``, or ``None`` where that is not known.
     """
 
     name: str
     write: Callable[[float], str]
     zero: bool = False
+    even: bool = False
     better: str | None = None
 
     @property
@@ -78,8 +80,8 @@ def scatter(
         ways: Lines, each through points by their numbers, in the color of the last one.
         alone: Whether the picture is a file of its own.
     """
-    across = axis_of([point.x for point in points], x.zero)
-    up = axis_of([point.y for point in points], y.zero)
+    across = axis_of([point.x for point in points], x.zero, even=x.even)
+    up = axis_of([point.y for point in points], y.zero, even=y.even)
     left = max(labels.width(y.write(tick), FONT_SIZE) for tick in up.ticks) + 12
     area = Box(left, _TOP, WIDTH - _RIGHT, _HEIGHT - _BOTTOM)
     places = [

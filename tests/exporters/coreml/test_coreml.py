@@ -316,6 +316,7 @@ class Windows(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_windows_of_int8_values_come_through(tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 4, 4, 3)
@@ -327,6 +328,7 @@ def test_windows_of_int8_values_come_through(tmp_path: Path) -> None:
     assert (output - quantized(images[:1])).abs().max() <= 1.01 * scale
 
 
+@pytest.mark.slow
 def test_a_constant_that_is_quantized_twice_comes_through(tmp_path: Path) -> None:
     class Biased(nn.Module):
         """Attention under biases of relative positions and a mask of a whole sequence, as T5's encoder has it."""

@@ -31,6 +31,10 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine_similarity": lambda x: functional.cosine_similarity(x, x.flip(-1), dim=-1)[:, None],
     "std_mean": lambda x: torch.cat(torch.std_mean(x / 256, -1, keepdim=True), -1),
     "cdist": lambda x: torch.cdist((x / 16).unflatten(1, (2, 4)), x.flip(1).unflatten(1, (2, 4)) / 16).flatten(1),
+    "mean of a volume": lambda x: functional.adaptive_avg_pool3d((x / 16).unflatten(1, (1, 2, 2, 2)), 1),
+    "pool of a volume": lambda x: functional.adaptive_avg_pool3d((x / 16).unflatten(1, (1, 2, 2, 2)), (1, 2, 1)),
+    "nearest": lambda x: functional.interpolate(x.unflatten(1, (2, 2, 2)), scale_factor=2, mode="nearest-exact"),
+    "rows": lambda x: functional.interpolate(x.unflatten(1, (2, 2, 2)), scale_factor=1.5, mode="nearest"),
     "booleans": lambda x: torch.where(((x > 0) & (x < 5)) | (x < -5) ^ (x < -50), x, 1.0),
 }
 # float16 ends at 65504.

@@ -162,6 +162,7 @@ class Uneven(nn.Module):
         return torch.relu(self.layer(rows))
 
 
+@pytest.mark.slow
 def test_what_a_backend_takes_in_float_only_is_refused(tmp_path: Path) -> None:
     from lightning_edge.quantization import quantize
 
@@ -207,7 +208,7 @@ def test_a_runtime_that_has_the_backend_runs_the_file(monkeypatch: pytest.Monkey
         def _get_registered_backend_names(cls) -> tuple[str, ...]:
             return cls.names
 
-    monkeypatch.setattr(executorch, "require", lambda *_: Library)
+    monkeypatch.setattr(executorch, "library", lambda: Library)
     assert "no VulkanBackend on this machine" in str(executorch.TARGET.not_run_here(contents))
     assert executorch.TARGET.not_run_here(replace(contents, delegates=("XnnpackBackend",))) is None
     Library.names = ("XnnpackBackend", "VulkanBackend")

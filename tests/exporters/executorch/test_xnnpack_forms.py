@@ -413,6 +413,7 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "norms of tokens": (norms, (4, 6, 8), {"layer_norm"}),
     "norms of rows": (norms, (4, 8), {"layer_norm"}),
     "repeated rows": (partial(Chain, *LARGER), (2, 3, 6, 8), {"upsample_nearest2d"}),
+    "repeated rows alone": (partial(Chain, nn.Upsample(scale_factor=(3.0, 1.0))), (2, 3, 6, 8), {"upsample_nearest2d"}),
     "moves": (partial(Chain, *MOVES), (2, 3, 6, 6), {"unsqueeze", "select", "split_with_sizes", "unbind"}),
     "clamps": (partial(Chain, *CLAMPS), (2, 3, 9, 9), {"clamp"}),
     "softplus": (partial(Chain, *SOFTPLUS[:2]), (2, 3, 9, 9), {"softplus"}),

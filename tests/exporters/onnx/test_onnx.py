@@ -312,22 +312,18 @@ def test_differences_are_sums_on_int8_kernels(tmp_path: Path) -> None:
     assert beyond(network.names, artifact.agreement, steps=0) == {}
 
 
+# The pass has its own tests on graphs, and a file of such layers side by side.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer",
     [
         {"kernel_size": 2, "stride": 2},
-        # The pass has its own tests on graphs, and a file of others side by side.
-        *(
-            pytest.param(layer, marks=slow)
-            for layer in (
-                {"kernel_size": 4, "stride": 2, "padding": 1, "bias": False},
-                {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
-                {"kernel_size": 3, "padding": 1, "groups": 2},
-                {"kernel_size": (5, 4), "stride": 3, "padding": (2, 1), "groups": 8},
-                {"kernel_size": 3, "stride": (1, 2), "dilation": 2, "padding": 1},
-                {"kernel_size": 2, "stride": 2, "output_padding": 1},
-            )
-        ),
+        {"kernel_size": 4, "stride": 2, "padding": 1, "bias": False},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        {"kernel_size": 3, "padding": 1, "groups": 2},
+        {"kernel_size": (5, 4), "stride": 3, "padding": (2, 1), "groups": 8},
+        {"kernel_size": 3, "stride": (1, 2), "dilation": 2, "padding": 1},
+        {"kernel_size": 2, "stride": 2, "output_padding": 1},
     ],
     ids=str,
 )

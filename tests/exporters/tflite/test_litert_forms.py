@@ -65,9 +65,9 @@ slow = pytest.mark.slow
 COMMON: dict[str, dict[str, Any]] = {
     "2x2, ReLU6": {"kernel_size": 2, "stride": 2, "norm": True, "activation": nn.ReLU6(), "bias": False},
     "3x3, ReLU": {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "activation": nn.ReLU()},
-    "stride 1": {"kernel_size": 3, "stride": 1, "padding": 1},
 }
 OTHERS: dict[str, dict[str, Any]] = {
+    "stride 1": {"kernel_size": 3, "stride": 1, "padding": 1},
     "4x4, SiLU": {"kernel_size": 4, "stride": 2, "padding": 1, "norm": True, "activation": nn.SiLU()},
     "5x5": {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1},
     "one less": {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False},

@@ -12,7 +12,7 @@ from torch.nn import functional
 from lightning_edge import export
 from lightning_edge.exporters.passes.base import apply_passes
 from lightning_edge.exporters.passes.graph import operation
-from lightning_edge.exporters.tflite.passes.resizes import pick_nearest
+from lightning_edge.exporters.passes.resizes import pick_nearest
 from lightning_edge.exporters.tflite.passes.sorts import sort_by_top_k
 
 
@@ -26,6 +26,7 @@ class Resizes(nn.Module):
             functional.interpolate(x, size=(13, 8), mode="nearest-exact"),
             functional.interpolate(x.flatten(2), scale_factor=1.3, mode="nearest"),
             functional.interpolate(x, scale_factor=2, mode="nearest"),
+            functional.interpolate(x, scale_factor=2, mode="nearest-exact"),
         )
 
 
@@ -56,7 +57,7 @@ def test_rows_of_resizes_are_those_of_torch() -> None:
     graph = _graph(Resizes(), x)
     assert apply_passes(graph, (pick_nearest,))
     resizes = [operation(node) for node in graph.graph.nodes if "upsample" in operation(node)]
-    assert resizes == ["upsample_nearest2d"]  # by whole factors
+    assert resizes == ["upsample_nearest2d"] * 2  # by whole factors
     for result, wanted in zip(graph(x), Resizes()(x), strict=True):
         assert torch.equal(result, wanted)
     assert not apply_passes(graph, (pick_nearest,))

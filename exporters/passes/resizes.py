@@ -1,4 +1,4 @@
-"""Pick the rows and columns of a nearest resize that LiteRT would round otherwise."""
+"""Pick the rows and columns of a nearest resize that a runtime would round otherwise, or has no operation for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from lightning_edge.exporters.passes.base import each_node
 from lightning_edge.exporters.passes.graph import insert, replaced, shape_of
 
 _ATEN = torch.ops.aten
+# By whole factors both kinds take the same rows.
+_PLAIN = {
+    _ATEN._upsample_nearest_exact2d.vec: _ATEN.upsample_nearest2d.vec,
+    _ATEN._upsample_nearest_exact2d.default: _ATEN.upsample_nearest2d.default,
+}
 _RESIZES = {
     _ATEN.upsample_nearest1d.vec,
     _ATEN.upsample_nearest1d.default,
@@ -19,8 +24,7 @@ _RESIZES = {
     _ATEN.upsample_nearest2d.default,
     _ATEN._upsample_nearest_exact1d.vec,
     _ATEN._upsample_nearest_exact1d.default,
-    _ATEN._upsample_nearest_exact2d.vec,
-    _ATEN._upsample_nearest_exact2d.default,
+    *_PLAIN,
 }
 
 
@@ -30,17 +34,21 @@ def pick_nearest(graph: fx.GraphModule, node: fx.Node) -> bool:
 
     Given: a nearest resize of a sequence or an image, by 1.5 or to fewer rows, for example.
 
-    Result: ``index_select`` along each axis that changes, of positions that torch computed.
+    Result: ``index_select`` along each axis that changes, of positions that torch computed. A resize of an image by
+    whole factors is the plain one, not ``nearest-exact``.
 
     Why: torch takes the row ``floor(i / scale)``, and LiteRT's converter (litert-torch 0.10) writes a resize that takes
-    ``floor((i + 1/2) / scale)``. For whole factors both are the same row, and the resize has a faster kernel.
+    ``floor((i + 1/2) / scale)``; coremltools 9 has none of these. For whole factors both are the same row, and the
+    resize has a faster kernel.
     """
     x = node.args[0] if node.target in _RESIZES else None
     if not isinstance(x, fx.Node):
         return False
     before, after = shape_of(x)[2:], shape_of(node)[2:]
     if len(before) == 2 and all(size % small == 0 for size, small in zip(after, before, strict=True)):
-        return False
+        plain = next((known for exact, known in _PLAIN.items() if exact is node.target), None)
+        node.target = plain or node.target
+        return plain is not None
     for axis, places in enumerate(_places(node, before), start=2):
         if places.tolist() == list(range(shape_of(x)[axis])):
             continue
