@@ -213,8 +213,11 @@ def check_phases(phases: Sequence[Phase], max_epochs: int | None = None) -> None
         max_epochs: Its length where it is known, so that epochs and fractions can be compared.
 
     Raises:
+        TypeError: If it is no list of phases.
         ValueError: If there is none, two are of a kind, or one that must come first ends after the next has begun.
     """
+    if isinstance(phases, Phase | type) or any(not isinstance(phase, Phase) for phase in phases):
+        raise TypeError(f"phases={phases!r} is no list of phases; give for example [Quantize(start=0.7)]")
     if not phases:
         raise ValueError("phases is empty; give at least one, for example [Quantize(start=0.7)]")
     names = [phase.name for phase in phases]

@@ -77,6 +77,32 @@ def test_a_second_signal_does_not_end_the_clean_up_after_the_first(tmp_path: Pat
     assert names(tmp_path) == []
 
 
+class Interrupted:
+    """Something that is deleted at the moment of a Ctrl-C: Python lets no exception out of there."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _work(seconds: float) -> None:
+    with unwinding():
+        Interrupted()
+        time.sleep(seconds)
+
+
+@pytest.mark.parametrize("work_s", [0.0, 20.0])
+def test_a_signal_that_python_loses_comes_again(work_s: float) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    hook, begun_s = sys.unraisablehook, time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _work(work_s)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - begun_s < 10
+    assert sys.unraisablehook is hook
+
+
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     process = start(tmp_path)
     process.kill()

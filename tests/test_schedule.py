@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_edge.schedule import Clock, check_moment, check_order
+from lightning_edge.quantization import Quantize
+from lightning_edge.schedule import Clock, check_moment, check_order, check_phases
 
 
 @pytest.mark.parametrize("moment", [-1, 1.5, -0.1, True, "0.5", None])
@@ -30,3 +31,9 @@ def test_moments_of_one_kind_keep_their_order() -> None:
     with pytest.raises(ValueError, match=r"freeze=2 comes before start=3"):
         check_order("start", 3, "freeze", 2)
     check_order("start", 3, "freeze", 0.5)
+
+
+@pytest.mark.parametrize("phases", [Quantize, Quantize(), [Quantize], [Quantize(), "prune"], "quantize"], ids=repr)
+def test_what_is_no_list_of_phases_is_refused(phases: object) -> None:
+    with pytest.raises(TypeError, match=r"phases=.*uantize.* is no list of phases; give for example \[Quantize"):
+        check_phases(phases)  # type: ignore[arg-type]

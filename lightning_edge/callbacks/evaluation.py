@@ -257,6 +257,8 @@ class DeviceEvaluationCallback(Callback):
             with isolate_rng():
                 self.report = self._evaluate(trainer, pl_module, folder)
             _print(self.report)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                print(f"Written: {folder}; {folder / 'report.html'} is for a browser")
             log_report(trainer.loggers, self.report, folder, trainer.global_step)
         for message in over_budget(self.report):
             rank_zero_warn(message)

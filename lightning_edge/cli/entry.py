@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 
@@ -33,6 +34,12 @@ def main() -> None:
         print(_help())
         sys.exit(0 if args else 2)
     commands.run(args)
+    if args[0] not in SUBCOMMANDS and not args[0].startswith("-"):
+        known = [*SUBCOMMANDS, *commands.COMMANDS]
+        close = difflib.get_close_matches(args[0], known, 1)
+        meant = f"  did you mean: {close[0]}\n" if close else ""
+        sys.stderr.write(f"error: there is no command {args[0]!r}\n{meant}  allowed: {', '.join(known)}\n")
+        sys.exit(2)
 
     from lightning_edge.cli.main import main as run
 

@@ -63,6 +63,7 @@ class EdgeTrainer(Trainer):
         options: dict[str, dict[str, Any]] | None = None,
         strict: Strict | None = None,
         jobs: int | None = None,
+        weights_only: bool | None = None,
     ) -> list[Artifact]:
         """Write the network of a checkpoint for each target, int8 if it was trained so, and prove each file.
 
@@ -80,11 +81,13 @@ class EdgeTrainer(Trainer):
             strict: The worst verdict that is no error, see `lightning_edge.export`; broken files are, if not given.
             jobs: How many targets are written at once, each in a process of its own: as the DeviceEvaluationCallback
                 says, or 0, which is in this process.
+            weights_only: A key of configurations that `fit` has written; a checkpoint is read no other way.
 
         Raises:
             EdgeError: If the checkpoint does not load or a file cannot be made; the others are made.
             ValueError: If a target is unknown.
         """
+        _check_weights_only(weights_only)
         given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
         callback = self._callback(targets, strict, dirpath=dirpath, jobs=jobs, **given)
         settings = callback.settings
@@ -130,6 +133,7 @@ class EdgeTrainer(Trainer):
         strict: Strict | None = None,
         devices: list[str] | None = None,
         jobs: int | None = None,
+        weights_only: bool | None = None,
     ) -> Report:
         """Export the network of a checkpoint, validate and time every file, and write the report.
 
@@ -151,12 +155,14 @@ class EdgeTrainer(Trainer):
             devices: Devices to run the files on as well, by name: those of the DeviceEvaluationCallback, if any.
             jobs: How many targets are written at once, each in a process of its own; 0 is in this process, as without a
                 callback.
+            weights_only: A key of configurations that `fit` has written; a checkpoint is read no other way.
 
         Raises:
             EdgeError: If the checkpoint does not load, a device cannot be reached, a file cannot be made, has a worse
                 verdict than ``strict`` allows, or is over its budget; the report has all.
             ValueError: If a target is unknown.
         """
+        _check_weights_only(weights_only)
         given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
         ours = {"budget": budget, "devices": devices, "jobs": jobs}
         callback = self._callback(targets, strict, dirpath=dirpath, **given, **ours)
@@ -223,6 +229,13 @@ class EdgeTrainer(Trainer):
         if compression is not None and compression.module is not None:
             callback.module = compression.module
         return callback
+
+
+def _check_weights_only(weights_only: bool | None) -> None:
+    if weights_only is False:
+        raise ValueError(
+            "weights_only=False is not allowed: a checkpoint is read with weights_only=True, so that nothing in it runs"
+        )
 
 
 def _begun(writers: Writers, network: Deployable, target: str, settings: EvaluationSettings) -> Pending:

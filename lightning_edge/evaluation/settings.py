@@ -69,6 +69,7 @@ class EvaluationSettings:
     jobs: int | None = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         check_targets(self.targets, self.options)
         check_share(self.max_fallback)
         check_jobs(self.jobs)
@@ -76,6 +77,14 @@ class EvaluationSettings:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
         check_names(self.devices)
         check_board(self.budget, self.targets, self.options)
+
+    def _check_types(self) -> None:
+        """Refuse plain dicts, which a configuration takes and Python does not."""
+        kinds = {"tolerance": Tolerance, "timing": Timing, "budget": Budget, "interface": Interface}
+        for name, kind in {**kinds, "on_devices": DeviceSettings}.items():
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, kind):
+                raise TypeError(f"{name}={given!r} is no {kind.__name__}; give {kind.__name__}(...)")
 
     def for_targets(self, targets: Sequence[str]) -> EvaluationSettings:
         """Copy these settings for other targets, without the options of targets that are left out.

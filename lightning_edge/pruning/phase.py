@@ -27,7 +27,8 @@ class Prune(Phase):
     one of ``macs``, ``params``, ``size`` and ``layers``. A float between 0 and 1 is the fraction that is kept of the
     network as it was before the first cut, an int an absolute number.
 
-    What may be cut is tried on a copy with the first batch of training, so that a goal out of reach is refused there.
+    What may be cut is tried on a copy with the first batch of training, so that a network that cannot be traced is
+    refused there. A goal that the layers cannot reach is a warning at the cut.
 
     Moments are epochs (whole numbers from 0) or fractions of training (0.0 to 1.0).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["lightning-edge", "fit", "--config", "settings.yaml"])
         main()
+    shutil.copy(folder / "config.yaml", folder / "written.yaml")
     return folder
 
 
@@ -104,7 +106,7 @@ def test_export_writes_int8_files(
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(trained)
     run(
-        *("export", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
+        *("export", "--config", "written.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),  # as `fit` wrote it
         *("--targets", "[onnx]", "--dirpath", str(tmp_path / "out"), "--batches", "1", "--jobs", "1"),
         *("--interface.layout", "nhwc", "--interface.outputs", "[scores]"),
     )

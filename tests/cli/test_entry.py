@@ -43,6 +43,16 @@ def test_help_names_everything_there_is(capsys: pytest.CaptureFixture[str], monk
     assert microcontroller._ETHOSU == vela.CONFIGURATIONS
 
 
+def test_a_command_that_there_is_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-edge", "sweeep", "a.yaml"])
+    with pytest.raises(SystemExit) as exit_info:
+        entry.main()
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is no command 'sweeep'\n  did you mean: sweep\n  allowed: fit, ")
+    assert all(name in error for name in (*entry.SUBCOMMANDS, *commands.COMMANDS))
+
+
 def test_modules_of_the_current_folder_are_found_behind_all_others(tmp_path: Path) -> None:
     """With a command line that stands for Lightning's; the slow test has a configuration that names the module."""
     (tmp_path / "my_network.py").write_text("NAME = 'mine'\n")

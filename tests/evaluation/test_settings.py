@@ -61,3 +61,10 @@ def test_a_scheme_has_its_own_tolerance_unless_one_is_given() -> None:
     assert EvaluationSettings(["tflite"]).tolerance_for(None) == Tolerance()
     given = Tolerance(max_relative=0.5)
     assert EvaluationSettings(["tflite"], tolerance=given).tolerance_for(scheme) == given
+
+
+@pytest.mark.parametrize("name", ["tolerance", "timing", "budget", "interface", "on_devices"])
+def test_a_dict_in_place_of_settings_is_refused(name: str) -> None:
+    given: dict[str, Any] = {name: {"threads": 1}}
+    with pytest.raises(TypeError, match=rf"{name}={{'threads': 1}} is no \w+; give \w+\(\.\.\.\)"):
+        EvaluationSettings(["onnx"], **given)
