@@ -33,7 +33,11 @@ def test_moments_of_one_kind_keep_their_order() -> None:
     check_order("start", 3, "freeze", 0.5)
 
 
-@pytest.mark.parametrize("phases", [Quantize, Quantize(), [Quantize], [Quantize(), "prune"], "quantize"], ids=repr)
+@pytest.mark.parametrize(
+    "phases",
+    [Quantize, Quantize(), [Quantize], [Quantize(), "prune"], "quantize"],
+    ids=["class", "phase", "classes", "name", "text"],
+)
 def test_what_is_no_list_of_phases_is_refused(phases: object) -> None:
     with pytest.raises(TypeError, match=r"phases=.*uantize.* is no list of phases; give for example \[Quantize"):
         check_phases(phases)  # type: ignore[arg-type]
