@@ -27,7 +27,7 @@ from lightning_edge.schedule import Clock, Phase
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("error:::lightning_edge"),
+    pytest.mark.filterwarnings("error:::lightning_edge", "error::lightning_edge.user_warnings.EdgeWarning"),
 ]
 
 
