@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import final
 
-from lightning_edge.comparison import Comparison
 from lightning_edge.errors import AgreementError, EdgeError
 from lightning_edge.evaluation.counted import CountedValidation
 from lightning_edge.evaluation.on_device import DeviceFile
@@ -138,8 +137,7 @@ class FileRow:
     def _validate(self, artifact: Artifact, files: SideBySide) -> None:
         """Validate a file in its network's place, and judge it."""
         network, reference = self._candidate.network, self._candidate.reference
-        scales = network.output_scales if network.precision == "int8" else ()
-        comparison = Comparison(scales, class_scores=not reference.reconstructs)
+        comparison = reference.comparison(network)
         try:
             answers = reference.answers(files.answers(artifact), comparison, artifact.sees)
             metrics, classes = self._validation.run(answers)

@@ -230,8 +230,7 @@ class OnDevice:
     def _validate(self, artifact: Artifact) -> None:
         """Validate the file there in its network's place, and say so where it computes something else."""
         network, reference = self._file.network, self._file.reference
-        scales = network.output_scales if network.precision == "int8" else ()
-        comparison = Comparison(scales, class_scores=not reference.reconstructs)
+        comparison = reference.comparison(network)
         validation = limited(self._validation, reference, self._settings.on_devices.limit_samples)
         try:
             metrics = validation.run(reference.answers(artifact, comparison, artifact.sees))

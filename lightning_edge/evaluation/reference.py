@@ -43,6 +43,11 @@ class Reference:
         self._kept: dict[int, tuple[int, Any]] = {}
         self._kept_bytes = 0
 
+    def comparison(self, network: Deployable) -> Comparison:
+        """Begin to compare a file with the network it was made of: in quantization steps, where that is int8."""
+        scales = network.output_scales if network.precision == "int8" else ()
+        return Comparison(scales, class_scores=not self.reconstructs)
+
     @property
     def call(self) -> Inputs:
         """The first sample it was fed."""
