@@ -312,7 +312,7 @@ _FIELDS: dict[tuple[str, str], tuple[Mapping[str, _Check], Mapping[str, _Check]]
         },
         {
             **{"layers": _precisions, "linear_weights": _one_of("per_channel", "per_tensor")},
-            **{"written_out": _switch, "quantizers": as_count},
+            **{"written_out": _switch, "recurrent": _switch, "quantizers": as_count},
         },
     ),
     ("quantize", "fold_batch_norm"): ({}, {}),

@@ -196,6 +196,7 @@ def attach(
     live_batch_norm: bool = False,
     plan: Plan | None = None,
     written_out: bool = True,
+    recurrent: bool = True,
     linear_weights: LinearWeights = "per_channel",
 ) -> QuantizedForward:
     """Quantize ``network`` in place: from here on its calls go through fake-quantizers.
@@ -210,6 +211,8 @@ def attach(
         written_out: Whether activations are written in operations that every target has in int8, where the plan has
             no 16-bit activations; False for a checkpoint from before that was done, whose quantizers are those of the
             whole operations.
+        recurrent: Whether GRUs and LSTMs are written out step by step, under the same condition; False for a
+            checkpoint from before that was done.
         linear_weights: Whether the weight of a linear layer has a scale for each output or one for all.
 
     Returns:
@@ -231,7 +234,11 @@ def attach(
     narrow = "int8_a16" not in (plan or {}).values()
     quantizer = EdgeQuantizer(averaging, plan, linear_weights)
     with TRACING:
-        captured = capture(network, inputs, written_out=written_out and narrow, trained=averaging is not None)
+        steps = plan or {} if recurrent and narrow else None
+        trained = averaging is not None
+        captured = capture(
+            network, inputs, written_out=written_out and narrow, trained=trained, steps_written_out=steps
+        )
         with quiet_torchao(), torch.random.fork_rng(devices=[]):  # torchao draws random numbers
             graph = prepare_qat_pt2e(captured.graph, quantizer)
     if not quantizer.quantized:
@@ -317,14 +324,18 @@ def _round_biases(graph: GraphModule) -> None:
     from lightning_edge.quantization.train.quantizer import WEIGHTED
 
     layers = [node for node in graph.graph.nodes if node.target in WEIGHTED and len(node.args) > 2]
+    rounded: dict[tuple[Any, ...], Node] = {}  # steps of a recurrent layer share their bias and its quantizers
     for index, layer in enumerate(layer for layer in layers if layer.args[2] is not None):
         sources = layer.args[:2]
         if all(node.op == "call_module" for node in sources):
-            name = f"rounded_bias_{index}"
-            graph.add_module(name, RoundedBias(*(graph.get_submodule(str(node.target)) for node in sources)))
-            with graph.graph.inserting_before(layer):
-                rounded = graph.graph.call_module(name, (layer.args[2],))
-            layer.update_arg(2, rounded)
+            parts = [graph.get_submodule(str(node.target)) for node in sources]
+            key = (layer.args[2], *parts)
+            if key not in rounded:
+                name = f"rounded_bias_{index}"
+                graph.add_module(name, RoundedBias(*parts))
+                with graph.graph.inserting_before(layer):
+                    rounded[key] = graph.graph.call_module(name, (layer.args[2],))
+            layer.update_arg(2, rounded[key])
 
 
 def _put_back(graph: GraphModule, taken_out: tuple[TakenOut, ...]) -> None:

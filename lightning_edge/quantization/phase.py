@@ -143,6 +143,7 @@ class Quantize(Phase):
                 linear_weights=change.get("linear_weights", "per_channel"),
                 # Not in checkpoints of earlier versions, whose ranges are those of the operations as they were.
                 written_out=change.get("written_out", False),
+                recurrent=change.get("recurrent", False),
             )
             return Succession()
         _, child = quantized_forward(network)
@@ -201,6 +202,7 @@ class Quantize(Phase):
             "progress": clock.progress,
             "averaging": self.averaging,
             "written_out": True,
+            "recurrent": True,
             "layers": {**chosen, **self._layers},
             "linear_weights": self.linear_weights,
             "live_batch_norm": self.fold_batch_norm is not None and not clock.reached(self.fold_batch_norm),

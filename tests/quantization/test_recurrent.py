@@ -1,4 +1,4 @@
-"""Recurrent layers in int8 networks: float in the file as in the network, and no excuse for the layers that are not."""
+"""Files with recurrent layers: int8 step by step, or float as in the network, and no excuse for other layers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from lightning_edge.exporters import ExportWarning
 from lightning_edge.exporters.verify import contents as checks
 from lightning_edge.network import Deployable
 
-# Int8 weights of the convolution and of the head.
+# Int8 weights of the convolution and of the head, and of a GRU and an LSTM, however many steps these make.
 HELD = 4 * 8 * 3 + 6 * 3
+IN_STEPS = {nn.GRU: 3 * 6 * (8 + 6), nn.LSTM: 4 * 6 * (8 + 6)}
 
 
 class Sequence(nn.Module):
@@ -43,7 +44,31 @@ def sounds() -> Tensor:
 @cache
 def network(kind: type[nn.RNNBase]) -> Deployable:
     torch.manual_seed(0)
-    return exporters.deployable(quantize(Sequence(kind).eval(), [sounds()]))
+    return exporters.deployable(quantize(Sequence(kind).eval(), [sounds()], skip=["memory"]))
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("onnx", nn.GRU),
+        *(
+            pytest.param(name, kind, marks=pytest.mark.slow)
+            for name in ("tflite", "executorch", "coreml")
+            for kind in (nn.GRU, nn.LSTM)
+        ),
+    ],
+)
+def test_files_hold_the_steps_in_int8(target: str, kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    module = exporters.target(target)
+    pytest.importorskip(module.needs[0])
+    torch.manual_seed(0)
+    quantized = quantize(Sequence(kind).eval(), [sounds()])
+    artifact = exporters.export(quantized, target, tmp_path / f"net{module.suffix}", batches=[sounds()], isolated=False)
+    assert artifact.agreement is not None
+    assert artifact.agreement.outputs[0].max_steps is not None
+    assert artifact.agreement.outputs[0].max_steps <= 1.01
+    assert artifact.contents.int8_weight_bytes == HELD + IN_STEPS[kind]
+    assert not artifact.contents.float_compute_ops
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ from lightning_edge.quantization.capture.exported import two_samples
 from lightning_edge.quantization.capture.in_place import make_functional
 from lightning_edge.quantization.capture.masks import drop_idle_masks
 from lightning_edge.quantization.capture.nodes import DROPOUTS, SCALED, call, constant, depends_on_input
+from lightning_edge.quantization.capture.recurrent import write_out_recurrent
 from lightning_edge.quantization.capture.regularizers import Regularizer, as_dropouts, find_regularizers
 from lightning_edge.quantization.capture.train_eval_graph import capture_modes
+from lightning_edge.quantization.plan import Plan
 
 aten = torch.ops.aten
 
@@ -97,7 +99,14 @@ class Captured:
     batch_norms: tuple[FoldedBatchNorm, ...]
 
 
-def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True, trained: bool = True) -> Captured:
+def capture(
+    network: nn.Module,
+    inputs: Inputs,
+    *,
+    written_out: bool = True,
+    trained: bool = True,
+    steps_written_out: Plan | None = None,
+) -> Captured:
     """Capture ``network`` as it is in eval mode, for batches of any size.
 
     The network itself is left as it was, and the graph's parameters and buffers are the network's own.
@@ -107,6 +116,7 @@ def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True, tra
         inputs: One call of it; only shapes and types matter, and only two samples are used.
         written_out: Whether activations are written in the operations that every target has in int8.
         trained: Whether the graph will be trained. If not, what the network does in training does not matter.
+        steps_written_out: The plan by which recurrent layers are written out step by step; ``None`` for none.
 
     Raises:
         CompressionError: If torch.export refuses the network, or if it is to be trained and computes something else
@@ -118,6 +128,8 @@ def capture(network: nn.Module, inputs: Inputs, *, written_out: bool = True, tra
         graph = capture_modes(network, inputs, trained=trained)
     make_functional(graph, type(network).__name__)
     drop_idle_masks(graph)
+    if steps_written_out is not None:
+        write_out_recurrent(graph, steps_written_out)
     if written_out:
         decompose(graph)
     batch_norms = tuple(_fold_batch_norms(graph))

@@ -29,6 +29,36 @@ REARRANGES = {
     aten.contiguous.default,
     aten.clone.default,
 }
+# One operand, whose values are all that the result holds, or zeros besides.
+MOVES_VALUES = {
+    *REARRANGES,
+    aten.max_pool1d.default,
+    aten.max_pool2d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.narrow.default,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.repeat.default,
+    aten.tile.default,
+    aten.repeat_interleave.self_int,
+    aten.roll.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest2d.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
+    aten.flip.default,
+    aten.to.dtype,
+}
+# One operand, several results, each read through operator.getitem.
+SPLITTING = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+JOINING = {aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default, aten.hstack.default}
 DROPOUTS = {
     aten.dropout.default,
     aten.feature_dropout.default,
@@ -43,6 +73,12 @@ FIXED_RANGE = "edge_fixed_range"
 SCALED = "edge_scaled"
 # Of a convolution: it stands for a pool and is no layer of the network.
 POOLS = "edge_pools"
+# Of an operation that stays float between int8 values, as the state of a recurrent layer does.
+FLOAT = "edge_float"
+# Of a layer that is one step of many: scale and zero point of what it is fed, whose quantizer all steps share.
+FED_RANGE = "edge_fed_range"
+# Of an operation whose result has one range with those of the same key.
+SHARES = "edge_shares"
 # How the names of constants begin that forward() makes of Python numbers: they are the graph's own.
 LIFTED = "lifted_out_of_"
 # Of attention: the probability with which it drops its weights in training.

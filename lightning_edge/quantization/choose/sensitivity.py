@@ -162,7 +162,10 @@ def sensitivity(
             raise ValueError("calibration_batches is empty; give at least one batch of what the network is fed")
         graph = child.bind()
         gates, others = _gated(graph)
-        layers = {gate.layer: gate.weights for gate in gates}
+        weights = {(gate.layer, gate.quantizer): gate.weights for gate in gates if gate.on_weight}
+        layers = {gate.layer: 0 for gate in gates}
+        for (layer, _), size in weights.items():  # a recurrent layer has several, and many gates on each
+            layers[layer] += size
         if not layers:
             raise CompressionError(f"{type(model).__name__} has no convolution or linear layer with weights to measure")
 

@@ -27,10 +27,11 @@ from torch.fx import Graph, GraphModule, Node
 from torchao.quantization.pt2e.observer import FixedQParamsObserver, MovingAverageMinMaxObserver
 
 from lightning_edge.quantization.capture.graph import FoldedBatchNorm
+from lightning_edge.quantization.capture.nodes import FED_RANGE, MOVES_VALUES
 from lightning_edge.quantization.train.fake_quantize import FakeQuantize
 from lightning_edge.quantization.train.layers import LiveBatchNorm, RoundedBias
 from lightning_edge.quantization.train.memory_format import put_channels_innermost
-from lightning_edge.quantization.train.quantizer import AVERAGES, MOVES_VALUES, WEIGHTED
+from lightning_edge.quantization.train.quantizer import AVERAGES, WEIGHTED
 from lightning_edge.quantization.train.ranges import HIGHEST
 from lightning_edge.quantization.train.weights import LayerWeights, fuses
 
@@ -58,7 +59,13 @@ def fuse(
     # A copy has the same nodes in the same order, though not always by the same names.
     nodes = {node.name: copied for node, copied in zip(prepared.graph.nodes, graph.nodes, strict=True)}
     folded = {nodes[batch_norm.layer]: batch_norm for batch_norm in batch_norms}
+    steps: dict[tuple[Any, ...], Node] = {}
     for index, layer in enumerate([node for node in graph.nodes if node.target in WEIGHTED]):
+        key = (modules.get(layer.args[1]), *layer.args[2:3])
+        if FED_RANGE in layer.meta and key in steps:  # a recurrent layer computes its weight once for all its steps
+            layer.args = (layer.args[0], *steps[key].args[1:])
+            continue
+        steps[key] = layer
         _fuse_weights(graph, layer, modules, nodes, folded.get(layer), runner, f"weights_{index}")
     for node, module in modules.items():
         if isinstance(module, FakeQuantize):

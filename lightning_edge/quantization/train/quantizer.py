@@ -29,9 +29,10 @@ from torchao.quantization.pt2e.quantizer import (
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.quantization.capture.masks import masked_scores
+from lightning_edge.quantization.capture.nodes import FED_RANGE, FLOAT, JOINING, MOVES_VALUES, POOLS, SHARES, SPLITTING
 from lightning_edge.quantization.capture.nodes import FIXED_RANGE as KNOWN_RANGE
-from lightning_edge.quantization.capture.nodes import POOLS, REARRANGES
 from lightning_edge.quantization.capture.norms import logarithms, written_norms
+from lightning_edge.quantization.capture.recurrent import RECURRENT, float_states
 from lightning_edge.quantization.plan import LinearWeights, Plan, check_patterns, node_names, precision_of
 from lightning_edge.quantization.train.fake_quantize import FakeQuantize
 from lightning_edge.quantization.train.histogram import FastHistogramObserver
@@ -88,34 +89,6 @@ FIXED_RANGE: dict[Any, tuple[float, int]] = {
     aten.tanh.default: (1 / 128, 0),
 }
 
-# One operand, whose values are all that the result holds, or zeros besides.
-MOVES_VALUES = {
-    *REARRANGES,
-    aten.max_pool1d.default,
-    aten.max_pool2d.default,
-    aten.adaptive_max_pool2d.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.narrow.default,
-    aten.expand.default,
-    aten.expand_as.default,
-    aten.repeat.default,
-    aten.tile.default,
-    aten.repeat_interleave.self_int,
-    aten.roll.default,
-    aten.upsample_nearest2d.vec,
-    aten.upsample_nearest2d.default,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
-    aten.flip.default,
-    aten.to.dtype,
-}
-
 # One operand, and results within the range of its values.
 AVERAGES = {
     aten.avg_pool1d.default,
@@ -128,11 +101,6 @@ AVERAGES = {
 
 # The result keeps the operand's scale, or a kernel would have to rescale it.
 SAME_RANGE = {*MOVES_VALUES, *AVERAGES, aten.pad.default, aten.constant_pad_nd.default}
-
-# One operand, several results, each read through operator.getitem.
-SPLITTING = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
-
-JOINING = {aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default, aten.hstack.default}
 
 # What a plan can name.
 _QUANTIZABLE = {*WEIGHTED, *BINARY, *UNARY, *FIXED_RANGE, *SAME_RANGE, *SPLITTING, *JOINING}
@@ -159,6 +127,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         self._narrow_activation = activation_spec(FakeQuantize.with_args(observer=observer))
         self._wide_activation = wide_activation_spec(FakeQuantize.with_args(observer=wide))
         self._plan: Plan = plan or {}
+        self._first: dict[Any, Node] = {}
         self._one_scale = {aten.linear.default} if linear_weights == "per_tensor" else set()
         self._float: set[Node] = set()
         self._wide: set[Node] = set()
@@ -175,6 +144,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         self._float |= written_norms(model, activations) | logarithms(model, activations)
         if self._plan:
             self._follow_plan(model, activations)
+        self._float |= float_states(model)
         for node in model.graph.nodes:
             if node not in activations or node in self._float or _annotation(node) is not None or not _is_float(node):
                 continue
@@ -211,7 +181,9 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         quantizable = {node for node in activations if node.target in _QUANTIZABLE or _is_part(node)}
         nodes = [node for node in model.graph.nodes if node in quantizable]
         names = {node: node_names(node) for node in nodes}
-        known = dict.fromkeys(name for node in nodes for name in reversed(names[node]))
+        layers_as_a_whole = [node for node in model.graph.nodes if node.target in RECURRENT]
+        names_of_all = [*names.values(), *map(node_names, layers_as_a_whole)]
+        known = dict.fromkeys(name for found in names_of_all for name in reversed(found))
         check_patterns(self._plan, known, "the network")
         for node in nodes:
             word = precision_of(names[node], self._plan)
@@ -243,7 +215,12 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         axis = WEIGHTED[node.target]
         grouped_transpose = axis == 1 and len(node.args) > 6 and node.args[6] != 1
         whole = grouped_transpose or node.target in self._one_scale
-        inputs = {x: self._activation, weight: weight_spec(None if whole else axis)}
+        inputs = {x: self._state_spec(x), weight: weight_spec(None if whole else axis)}
+        first = self._first.get(node.meta.get(SHARES))
+        if first is not None:
+            inputs[weight] = SharedQuantizationSpec((first.args[1], first))
+        if FED_RANGE in node.meta:
+            inputs[x] = SharedQuantizationSpec((first.args[0], first)) if first else fixed_spec(*node.meta[FED_RANGE])
         self._annotate(node, inputs, self._activation)
 
     def _annotate_op(self, node: Node, operands: list[Any], output: QuantizationSpec | None = None) -> None:
@@ -254,6 +231,9 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
     def _annotate(self, node: Node, inputs: dict[Any, Any], output: QuantizationSpec) -> None:
         """Quantize a node's inputs, and its output: behind the activation that is its only reader, if there is one."""
         self.quantized.append(node.name)
+        if SHARES in node.meta:
+            first = self._first.setdefault(node.meta[SHARES], node)
+            output = output if first is node else SharedQuantizationSpec(first)
         activation = next(iter(node.users)) if len(node.users) == 1 else None
         fused = (
             activation is not None
@@ -274,11 +254,15 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         known = node.meta.get(KNOWN_RANGE)
         return self._activation if known is None or self._activation is self._wide_activation else fixed_spec(*known)
 
+    def _state_spec(self, node: Node) -> QuantizationSpec:
+        """How a value is quantized that is float itself: by the known range of a recurrent layer's state."""
+        return self._spec(node) if FLOAT in node.meta else self._activation
+
     def _annotate_shared(self, node: Node, operands: list[Node]) -> None:
         first, *rest = operands
         if not _is_float(first):
             return
-        shared, spec = SharedQuantizationSpec((first, node)), self._activation
+        shared, spec = SharedQuantizationSpec((first, node)), self._state_spec(first)
         producer = _annotation(first)
         if producer is not None and producer.output_qspec is not None:
             spec = shared = _at_root(SharedQuantizationSpec(first))
