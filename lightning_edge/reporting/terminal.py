@@ -80,22 +80,24 @@ def _device_tables(report: Report, width: int) -> Iterator[RenderableType]:
     """What was found on devices; changes of the first metric only, the others are in report.md."""
     names = devices.metric_names(report.devices)
     first = [name for name in report.metric_names() if name in names][:1]
-    headers = [*devices.HEADERS, *devices.APART_HEADERS, *devices.FIDELITY_HEADERS[:1], *devices.change_headers(first)]
+    changes = [header.replace(" to ", "\nto ") for header in devices.change_headers(first)]
+    headers = [*devices.HEADERS, *devices.APART_HEADERS, *devices.FIDELITY_HEADERS[:1]]
     lines = [
         _Line(
             row.label,
             [
                 *devices.metric_cells(row, names),
+                *devices.change_cells(row, first),
                 *devices.cells(row),
                 *devices.apart_cells(row),
                 *devices.fidelity_cells(row)[:1],
-                *devices.change_cells(row, first),
             ],
             row.error and "red",
         )
         for row in report.devices
     ]
-    yield from _tables("On devices", [*names, *("\n".join(header.rsplit(" ", 1)) for header in headers)], lines, width)
+    broken = ["\n".join(header.rsplit(" ", 1)) for header in headers]
+    yield from _tables("On devices", [*names, *changes, *broken], lines, width)
 
 
 def _tables(title: str, headers: Sequence[str], lines: Sequence[_Line], width: int) -> Iterator[RenderableType]:
