@@ -152,7 +152,7 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
         )
         return 1
     if not any(trial.status == "complete" for trial in outcome.front.trials):
-        sys.stderr.write("error: every trial failed; the reasons are above and in front.json\n")
+        sys.stderr.write("error: no trial gave files; the reasons are above and in front.json\n")
         return 1
     return 0
 

@@ -28,7 +28,7 @@ _NAMED_TOO = 8
 @dataclass(frozen=True)
 class _Trial:
     number: int
-    status: Literal["complete", "failed", "running"]
+    status: Literal["complete", "stopped", "failed", "running"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
     spread: Mapping[str, float] | None = None
@@ -68,7 +68,9 @@ def sweep_page(front: Mapping[str, Any]) -> str:
     names = list(sweep.objectives)
     drawn = [(f"{names[0]} over {name}", _picture(sweep, names[0], name)) for name in names[1 : 1 + _MOST_PICTURES]]
     drawn = [(words, picture) for words, picture in drawn if picture]
+    stopped = sum(trial.status == "stopped" for trial in sweep.trials)
     done = f"{len(sweep.trials):,} trials: {len(best):,} on the front, {len(failed):,} failed"
+    done += f", {stopped:,} stopped early" if stopped else ""
     return page(
         f"Sweep {sweep.study}",
         tag("h1", f"Sweep {sweep.study}"),
@@ -229,7 +231,7 @@ def _rank(trial: _Trial, sweep: _Front) -> tuple[Any, ...]:
     first, way = next(iter(sweep.objectives.items()))
     value = trial.values.get(first)
     order = 0.0 if not known(value) else -value if way == "max" else value
-    status = ("complete", "running", "failed").index(trial.status)
+    status = ("complete", "running", "stopped", "failed").index(trial.status)
     return not trial.front, status, not trial.feasible, not known(value), order, trial.number
 
 
@@ -238,6 +240,8 @@ def _state(trial: _Trial) -> Markup:
         return state("bad", "failed", trial.reason)
     if trial.status == "running":
         return state("unknown", "running")
+    if trial.status == "stopped":
+        return state("warn", "stopped", trial.reason)
     if trial.front:
         return state("good", "front")
     return state("unknown", "beaten") if trial.feasible else state("warn", "breaks a constraint", trial.reason)
