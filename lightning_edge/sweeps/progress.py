@@ -39,7 +39,7 @@ def progress_line(front: Front, trials: int, last: int, workers: int) -> str:
     if left := trials - len(ended):
         # Those that failed at once say nothing of how long one takes.
         seconds = statistics.fmean(trial.seconds for trial in by_status["complete"] or ended)
-        parts.append(f"about {_duration(seconds * left / max(running, workers))} left")
+        parts.append(f"about {duration(seconds * left / max(running, workers))} left")
     return f"trial {last} ended; {', '.join(parts)}"
 
 
@@ -50,7 +50,8 @@ def settings_line(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Give seconds in the unit that suits them."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
