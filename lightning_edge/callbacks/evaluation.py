@@ -169,7 +169,7 @@ class DeviceEvaluationCallback(Callback):
         return {"evaluation": {name: plain(value) for name, value in asked.items() if value is not None}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before training what would fail after it.
+        """Find out before training what would fail after it; what a target lacks is known when its file is written.
 
         Raises:
             ValueError: If there will be nothing to evaluate on.
