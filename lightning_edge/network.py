@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from lightning_edge.contents import Precision
 from lightning_edge.interface import Interface
 from lightning_edge.plain_calls import PlainCalls
+from lightning_edge.quiet import without_graph_dumps
 from lightning_edge.tracing import TRACING
 
 
@@ -169,7 +170,7 @@ class Deployable(nn.Module):
         """
         if self._exported is not None:
             return self._exported
-        with TRACING, torch.no_grad(), PlainCalls():
+        with TRACING, torch.no_grad(), PlainCalls(), without_graph_dumps():
             if self.interface.max_batch > 1:
                 return _without_aliases(_for_any_batch(self.graph, self.inputs, self.interface.max_batch))
             program = torch.export.export(self.graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)
@@ -206,11 +207,13 @@ def fed(network: nn.Module, batch: Any) -> Inputs:
         return inputs
     if isinstance(batch, tuple | list) and batch and _refused(network, first := Inputs.of(batch[0])) is None:
         return first
-    given = ", ".join([*(type(arg).__name__ for arg in inputs.args), *(f"{name}=" for name in inputs.kwargs)]) or "nothing"
+    given = (
+        ", ".join([*(type(arg).__name__ for arg in inputs.args), *(f"{name}=" for name in inputs.kwargs)]) or "nothing"
+    )
     raise ValueError(
-        f"a batch of ({given}) does not fit {type(network).__name__}.forward(): {refused}. Give each batch as the network "
-        "is fed: a tensor, a tuple of positional arguments, or a dict of keyword arguments; labels that stand behind them "
-        "are left out"
+        f"a batch of ({given}) does not fit {type(network).__name__}.forward(): {refused}. Give each batch as the "
+        "network is fed: a tensor, a tuple of positional arguments, or a dict of keyword arguments; labels that stand "
+        "behind them are left out"
     )
 
 

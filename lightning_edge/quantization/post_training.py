@@ -49,7 +49,8 @@ def quantize(
 
     Raises:
         CompressionError: If the network cannot be captured, has nothing to quantize, or a pattern matches nothing.
-        ValueError: If there is no batch, the network does not take it, or ``skip``, ``precisions`` or ``linear_weights`` is not of that form.
+        ValueError: If there is no batch, the network does not take it, or ``skip``, ``precisions`` or
+            ``linear_weights`` is not of that form.
     """
     joined = check_plan(precisions, skip)
     scales = check_linear_weights(linear_weights)

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_edge import CompressionError, exporters
-from lightning_edge.cli.config_errors import explain
+from lightning_edge import CompressionError, DeviceEvaluationCallback, Prune, exporters
+from lightning_edge.cli.config_errors import cause, explain
 from lightning_edge.cli.main import main
 from lightning_edge.cli.recipe_files import recipe_names, recipe_path
 from lightning_edge.interface import Interface
@@ -81,6 +81,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main()
     shutil.copy(folder / "config.yaml", folder / "written.yaml")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (
+            lambda: DeviceEvaluationCallback(["phone"]),
+            "DeviceEvaluationCallback: targets=['phone']: 'phone' is not one",
+        ),
+        (lambda: Prune(macs=0.5, start=0.5, end=0.2), "Prune: end=0.2 comes before start=0.5"),
+    ],
+)
+def test_a_refused_value_is_told_by_the_class_that_the_user_names(build: Callable[[], object], told: str) -> None:
+    with pytest.raises(ValueError, match="=") as refused:
+        build()
+    assert cause(refused.value).startswith(told)
 
 
 def test_fit_writes_a_checkpoint_of_a_quantized_network(trained: Path) -> None:
