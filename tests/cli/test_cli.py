@@ -174,7 +174,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
         run("evaluate", "--config", str(tmp_path / "settings.yaml"), "--ckpt_path", "checkpoints/trained.ckpt")
     assert exit_info.value.code == 3
     error = capfd.readouterr().err
-    assert "error: tflite int8 (trained) is over its budget: size_bytes " in error
+    assert "error: tflite int8 (quantized in training) is over its budget: size_bytes " in error
     assert "above 1,000" in error
     (entry,) = Manifest.read(tmp_path).files  # the file is kept, and said of it
     assert [end.name for end in entry.inputs] == ["digit"]
@@ -202,7 +202,7 @@ def test_fit_ends_with_a_status_of_its_own_where_a_file_is_over_its_budget(
     with pytest.raises(SystemExit) as exit_info, pytest.warns(UserWarning, match="is over its budget"):
         run("fit", "--config", "settings.yaml")
     assert exit_info.value.code == 3
-    assert "error: onnx int8 (trained) is over its budget: size_bytes " in capfd.readouterr().err
+    assert "error: onnx int8 (quantized in training) is over its budget: size_bytes " in capfd.readouterr().err
     assert Path("checkpoints/trained.ckpt").is_file()  # everything was saved before
     assert Path("files/report.html").is_file()
     (entry,) = Manifest.read(Path("files")).files
