@@ -78,8 +78,9 @@ class DeviceEvaluationCallback(Callback):
         mode: ``"max"`` if higher is better, ``"min"`` if lower; needed where the metric's name does not tell.
         metrics: Metrics by name, updated with ``(outputs, target)`` of batches ``(inputs, target)``, in place of the
             module's own step.
-        strict: What is an error after the report is written, and else a warning. ``True``: a target that fails, and a
-            broken file. ``"close"`` or ``"exact"``: also a file with a worse verdict. ``False``: nothing.
+        strict: What is an error after the report is written. ``True``: a target that fails, and a broken file.
+            ``"close"`` or ``"exact"``: also a file with a worse verdict. ``False``: nothing. A target that fails is
+            told when it does and is in the table; other files that differ are warned of.
         budget: What a file may cost. One that costs more is kept, said to in the report, and warned of.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that a file may leave to its runtime's own CPU
             kernels; a target with more fails. Any if not given.
@@ -169,7 +170,7 @@ class DeviceEvaluationCallback(Callback):
         return {"evaluation": {name: plain(value) for name, value in asked.items() if value is not None}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before training what would fail after it.
+        """Find out before training what would fail after it; what a target lacks is known when its file is written.
 
         Raises:
             ValueError: If there will be nothing to evaluate on.
@@ -262,14 +263,13 @@ class DeviceEvaluationCallback(Callback):
             log_report(trainer.loggers, self.report, folder, trainer.global_step)
         for message in over_budget(self.report):
             rank_zero_warn(message)
+        refused = [] if self.strict is False else self.report.refused(self.strict)
         for row in self.report.rows:
-            if row.verdict in ("differs", "broken"):
+            if row.verdict in ("differs", "broken") and row not in refused:
                 rank_zero_warn(f"{row.label} {row.judgement}")
         if self.strict is not False:
             raise_failures(self.report, self.strict)
             raise_device_failures(self.report)
-        for row in self.report.failures:
-            rank_zero_warn(f"{row.label} failed: {row.error}")
         for line in failures(self.report.devices):
             rank_zero_warn(f"failed on a device: {line}")
 

@@ -152,7 +152,12 @@ class Row:
         """What this row is, in words."""
         if self.precision == "fp32":
             return f"{self.target} fp32"
-        return f"{self.target} int8 ({self.source})"
+        return f"{self.target} int8 (quantized {self.when_quantized})"
+
+    @property
+    def when_quantized(self) -> str:
+        """When an int8 network got its ranges, in words."""
+        return "in training" if self.source == "trained" else "after training"
 
     @property
     def fallback_share(self) -> float | None:

@@ -40,7 +40,7 @@ def test_names_are_never_markup() -> None:
 
 def test_headline_says_what_to_ship_against_what() -> None:
     found = words(report_page(REPORT))
-    assert "Digits is a network of 12,058 parameters. To ship: tflite int8 (trained)" in found
+    assert "Digits is a network of 12,058 parameters. To ship: tflite int8 (quantized in training)" in found
     assert "Against tflite fp32: 3.1 times smaller, val_acc 0.02 better, 2.5 times faster." in found
     assert "16,000 was 50,000" in found
     assert "1 ready" in found
@@ -87,9 +87,12 @@ def test_page_tells_what_was_measured_on_devices() -> None:
 
 def test_trouble_comes_before_the_pictures() -> None:
     for name, told in (
-        ("failed", "coreml int8 (trained) failed: no such operation: roll"),
-        ("not run", "executorch int8 (trained) was not run here: needs an NPU"),
-        ("over budget", "onnx int8 (trained) is over its budget: size_bytes 16,000 is 6,000 above 10,000"),
+        ("failed", "coreml int8 (quantized in training) failed: no such operation: roll"),
+        ("not run", "executorch int8 (quantized in training) was not run here: needs an NPU"),
+        (
+            "over budget",
+            "onnx int8 (quantized in training) is over its budget: size_bytes 16,000 is 6,000 above 10,000",
+        ),
     ):
         found = words(report_page(REPORTS[name]))
         assert told in found
@@ -224,7 +227,7 @@ def test_side_by_side_tells_differences_and_what_makes_them_unfair() -> None:
     assert "12,000 -25.0%" in found
     assert "-0.01" in found
     assert "Latencies are not comparable: cpus of the machines differ." in found
-    assert "after: onnx int8 (trained) failed: too new" in found
+    assert "after: onnx int8 (quantized in training) failed: too new" in found
     assert "cpus (version) 2 8" in found
     assert "seed 0 1" in found
     assert "torch (version)" not in found
