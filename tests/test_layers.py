@@ -34,6 +34,7 @@ ROWS = [
     {
         "yaml_files",
         "reporting.rendering",
+        "reporting.device_entry",
         "schedule",
         "contents",
         "macs",
@@ -74,7 +75,7 @@ WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files",
 WITHOUT_TORCH |= {"quiet", "user_warnings", "boards", "cores", "condition"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
 WITHOUT_TORCH |= {"devices.runner", "devices.runtimes", "devices.sensors"}
-WITHOUT_TORCH |= {"reporting.devices", "reporting.classes", "reporting.layers"}
+WITHOUT_TORCH |= {"reporting.devices", "reporting.device_entry", "reporting.classes", "reporting.layers"}
 WITHOUT_TORCH |= {
     f"reporting.{name}"
     for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")

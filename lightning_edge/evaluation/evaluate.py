@@ -133,7 +133,7 @@ class _Evaluation:
         self._counted = CountedValidation(self._validation, float_reference)
         metrics = self._torch_row("fp32", "float", float_reference, float_network)
         self._choose_monitor(watched)
-        floats = Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics)
+        floats = Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics, metrics)
         calibration_batches, int8 = self._int8_candidates(trained, floats, calibration)
         self._compare_quantizations()
         candidates = [floats] * settings.fp32_files + int8[-1:]
@@ -201,7 +201,7 @@ class _Evaluation:
         label, float_network, calls = self._rows[-1].label, floats.reference.network, floats.reference.calls
         if message := noise_warning(label, comparison.result(), change, float_network, calls):
             self._warn(message)
-        return Candidate(network, source, reference, metrics)
+        return Candidate(network, source, reference, metrics, floats.metrics)
 
     def _torch_row(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import ceil
+from statistics import median
 from typing import Any, final
 
 from torch import Tensor
@@ -32,10 +33,25 @@ from lightning_edge.reporting.report import Row
 # Stretches of a long run, and how many times of each are logged.
 _STRETCHES = 60
 _KEPT_TIMES = 2000
+# Samples whose way is timed.
+_APART_CALLS = 20
 # How often a device that is to cool down is asked, seconds.
 _COOL_STEP_S = 5.0
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What the metrics of a device are held against, over the samples that devices get.
+
+    Attributes:
+        here: Metrics of the file on this machine; none where it gave no numbers here.
+        floats: Metrics of the float network.
+    """
+
+    here: Mapping[str, float]
+    floats: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,7 @@ class DeviceFile:
         network: The network that it came from.
         reference: That network's outputs.
         tolerance: How far it may lie from them.
+        beside: What its metrics are held against.
     """
 
     row: Row
@@ -55,14 +72,21 @@ class DeviceFile:
     network: Deployable
     reference: Reference
     tolerance: Tolerance
+    beside: Beside
 
     @classmethod
     def of(
-        cls, row: Row, artifact: Artifact, network: Deployable, reference: Reference, tolerance: Tolerance
+        cls,
+        row: Row,
+        artifact: Artifact,
+        network: Deployable,
+        reference: Reference,
+        tolerance: Tolerance,
+        beside: Beside,
     ) -> DeviceFile:
         """Keep a file for devices, and let go of what runs it here."""
         waiting = NotRun(artifact.path.name, artifact.contents, "it runs on devices")
-        return cls(row, replace(artifact, runner=waiting), network, reference, tolerance)
+        return cls(row, replace(artifact, runner=waiting), network, reference, tolerance, beside)
 
 
 def device_row(device: str, row: Row, error: str | None = None) -> DeviceRow:
@@ -121,6 +145,8 @@ class OnDevice:
             self.row = replace(
                 self.row, about=runner.about, runtime=runner.runtime, session=session, load_ms=runner.load_ms
             )
+            if _version(runner.runtime) == _version(self._file.row.runtime):
+                self.row = replace(self.row, fallback_share=self._file.row.fallback_share)
             artifact = replace(given, runner=runner, load_ms=runner.load_ms)
             if self._device.times:
                 self._measure_speed(artifact, runner)
@@ -138,6 +164,7 @@ class OnDevice:
         if "latency" in settings.measure:
             self._cool(lambda: runner.state().temperature_c)
             self._time(sample, runner)
+            self._time_apart(artifact, runner)
         if "energy" in settings.measure:
             self._cool(lambda: runner.state().temperature_c)
             self._count_energy(sample, runner)
@@ -212,9 +239,23 @@ class OnDevice:
                 p50_ms=latency.p50_ms,
                 p95_ms=latency.p95_ms,
                 p99_ms=latency.p99_ms,
+                jitter_ms=latency.jitter_ms,
                 throughput=latency.throughput,
                 repeats=len(warm),
             )
+
+    def _time_apart(self, artifact: Artifact, runner: RemoteRunner) -> None:
+        """Time what a sample takes beside the runtime's own time."""
+        tensors = sort_keywords(self._file.reference.call).tensors
+        found: list[tuple[float, float, float]] = []
+        for _ in range(min(_APART_CALLS, self._settings.timing.repeats)):
+            start = time.perf_counter()
+            ready = artifact.ready(tensors)
+            arranged_ms = (time.perf_counter() - start) * 1000
+            apart = runner.apart(ready)
+            found.append((arranged_ms + apart.quantize_ms, apart.transfer_ms, apart.dequantize_ms))
+        before, way, after = (median(times) for times in zip(*found, strict=True))
+        self.row = replace(self.row, preprocess_ms=before, transfer_ms=way, postprocess_ms=after)
 
     def _sustain(self, sample: list[Tensor], runner: RemoteRunner, seconds: float) -> None:
         """Make calls without a pause; the row has every stretch as soon as it is over."""
@@ -238,7 +279,13 @@ class OnDevice:
             with suppress(ValueError):  # not one sample came back
                 self._fill_agreement(comparison)
             raise
-        self.row = replace(self.row, metrics=metrics)
+        beside = self._file.beside
+        self.row = replace(
+            self.row,
+            metrics=metrics,
+            change_to_host=_changes(metrics, beside.here),
+            change_to_float=_changes(metrics, beside.floats),
+        )
         self._fill_agreement(comparison)
         judgement = judge(
             comparison.result(),
@@ -282,6 +329,15 @@ def energy_of(idle: Spent, busy: Spent) -> tuple[float | None, str]:
     if idle_w < 0 or more <= 0:
         return None, f"not measured: {busy.source} told {told}. Give a larger energy_seconds"
     return more / busy.calls * 1000, f"{busy.source}: {told}"
+
+
+def _changes(metrics: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
+    return {name: value - others[name] for name, value in metrics.items() if name in others}
+
+
+def _version(runtime: str | None) -> str | None:
+    """Name and version of a runtime, without its delegate and threads."""
+    return None if runtime is None else runtime.partition(",")[0]
 
 
 def _flat(session: Mapping[str, Any]) -> dict[str, str]:

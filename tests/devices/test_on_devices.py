@@ -149,6 +149,11 @@ def test_what_is_computed_there_is_what_is_computed_here(report: Report, device:
     for row in rows(report, device):
         assert row.error is None
         assert row.metrics == here[row.target].metrics
+        assert row.change_to_host == {"val_acc": 0.0, "val_loss": 0.0}
+        floats = next(other.metrics for other in report.rows if other.source == "float")
+        assert row.change_to_float == {name: value - floats[name] for name, value in row.metrics.items()}
+        assert row.fallback_share == here[row.target].fallback_share  # ONNX Runtime has no delegate
+        assert (row.fallback_share is None) == (row.target == "onnx")
         assert set(row.metrics) == {"val_acc", "val_loss"}
         assert row.samples == 56
         assert row.max_steps == here[row.target].max_steps
@@ -160,7 +165,8 @@ def test_what_was_measured_there(report: Report, device: str) -> None:
     for row in rows(report, device):
         assert row.repeats == TIMING.repeats
         times = (row.p50_ms, row.p95_ms, row.p99_ms, row.first_ms, row.load_ms, row.throughput, row.peak_memory_bytes)
-        assert all(value is not None and value > 0 for value in times)
+        apart = (row.preprocess_ms, row.transfer_ms, row.postprocess_ms, row.jitter_ms)
+        assert all(value is not None and value > 0 for value in (*times, *apart))
         assert row.p50_ms is not None
         assert row.p99_ms is not None
         assert row.p50_ms <= row.p99_ms
@@ -205,6 +211,8 @@ def test_devices_are_in_every_form_of_the_report(report: Report) -> None:
     found = rows(report, "board")[1]
     assert flat["edge/board/tflite/latency_p50_ms"] == found.p50_ms
     assert flat["edge/board/tflite/val_acc"] == found.metrics["val_acc"]
+    assert flat["edge/board/tflite/val_acc_change_to_host"] == 0.0
+    assert flat["edge/board/tflite/transfer_ms"] == found.transfer_ms
     assert not [name for name in flat if name.startswith("edge/away/")]
 
 
@@ -456,6 +464,10 @@ def test_a_fit_ends_with_figures_of_the_device_in_the_logger(tmp_path: Path, ser
     assert callback.report is not None
     (row,) = callback.report.devices
     assert row.error is None
+    here = next(other.metrics for other in callback.report.rows if other.target == "onnx")
+    assert row.metrics["val_loss"] != here["val_loss"]  # those of 16 samples and of all
+    assert row.change_to_host == {"val_acc": 0.0, "val_loss": 0.0}
+    assert set(row.change_to_float) == {"val_acc", "val_loss"}
     assert "edge/127.0.0.1/onnx/latency_p50_ms" in next(tmp_path.glob("log/*/metrics.csv")).read_text()
 
 
