@@ -40,6 +40,7 @@ from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import is_quantized
 from lightning_edge.quiet import quiet_libraries
+from lightning_edge.record import settings_of
 from lightning_edge.reporting.budget import Budget
 from lightning_edge.reporting.devices import failures
 from lightning_edge.reporting.monitor import Mode, Monitor, direction
@@ -72,7 +73,7 @@ class DeviceEvaluationCallback(Callback):
         options: A target's own options, by target: ``{"tflite": {"io": "float"}}``.
         timing: Warm-up, repeats and threads of the latency measurement, and the time limit of a call.
         calibration_batches: Batches of training data for post-training quantization; 0 for none.
-        fp32_files: Whether to export the float network as well, as the baseline.
+        fp32_files: Whether to export the float network as well, to compare with.
         metric: The metric by which trained and post-training quantization are compared. If not given: what the
             Trainer's checkpoints and early stopping monitor, else one whose name tells.
         mode: ``"max"`` if higher is better, ``"min"`` if lower; needed where the metric's name does not tell.
@@ -290,6 +291,7 @@ class DeviceEvaluationCallback(Callback):
             baseline=compression.baseline(pl_module) if compression is not None and trained else None,
             watched=_watched(trainer),
             recipe=recipe_of(trainer),
+            phases=None if compression is None else settings_of(compression.phases),
             tell=rank_zero_info,
         )
 

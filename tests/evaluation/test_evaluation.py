@@ -34,7 +34,7 @@ from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import TARGETS, Contents, ExportWarning, Target, TensorSpec, load, options_of
 from lightning_edge.exporters.run.runner import Runner
-from lightning_edge.measure import Timing, Tolerance
+from lightning_edge.measure import Timing, Tolerance, parameter_count
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 from lightning_edge.reporting.budget import Budget
 from lightning_edge.reporting.manifest import Manifest
@@ -395,6 +395,14 @@ def test_report_and_page_tell_what_was_cut(stub: Stub, tmp_path: Path) -> None:
     assert module.net[0].out_channels < 8
     assert json.loads((tmp_path / "report.json").read_text())["channels"] == {"0": [8, module.net[0].out_channels]}
     assert "What was cut" in (tmp_path / "report.html").read_text()
+    original = evaluation.report.original
+    assert original is not None
+    assert original.parameters == parameter_count(Classifier().net) > (evaluation.report.parameters or 0)
+    assert original.macs is not None
+    assert original.macs > (evaluation.report.macs or 0) > 0
+    # A run from Python says what was asked of it, as a run of a configuration does.
+    assert read_report(tmp_path).report.phases["prune"]["params"] == 0.5
+    assert Manifest.read(tmp_path).phases["quantize"]["start"] == 0.5
 
 
 def test_file_with_outputs_of_another_shape_is_broken(stub: Stub, tmp_path: Path) -> None:
@@ -535,7 +543,7 @@ def test_the_post_training_baseline_keeps_the_same_layers_in_float(stub: Stub, t
     trainer(EdgeCompressionCallback([phase]), max_epochs=1).fit(module, TRAINING, VALIDATION)
     report = evaluate(tmp_path, module, calibration=calibration)
     trained, after = (
-        next(row.size_bytes for row in report.rows if row.label == f"torch int8 ({source})")
+        next(row.size_bytes for row in report.rows if (row.target, row.source) == ("torch", source))
         for source in ("trained", "post-training")
     )
     assert trained == after
