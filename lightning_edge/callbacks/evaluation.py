@@ -132,6 +132,8 @@ class DeviceEvaluationCallback(Callback):
             raise ValueError(f"calibration_batches={calibration_batches} is not allowed; give 0 or more")
         if every_n_epochs is not None and every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs} is not allowed; give 1 or more, or leave it out")
+        if metric is not None and metrics and not metric.startswith(tuple(metrics)):
+            raise ValueError(f"metric={metric!r} is none of metrics={list(metrics)}; give the name of one")
         self.settings = EvaluationSettings(
             targets=targets,
             dirpath=dirpath,
@@ -155,6 +157,7 @@ class DeviceEvaluationCallback(Callback):
         self.strict = strict
         self.every_n_epochs = every_n_epochs
         self.report: Report | None = None
+        self._knows_metrics = True  # outside of a fit nothing is asked
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log what is asked for."""
@@ -182,7 +185,7 @@ class DeviceEvaluationCallback(Callback):
             EdgeError: If the folder cannot be written to.
         """
         quiet_libraries()
-        self.report = None
+        self.report, self._knows_metrics = None, False
         check_data(trainer, self.split)
         find_network(pl_module, self._module(trainer))
         self._check_installed()
@@ -220,6 +223,15 @@ class DeviceEvaluationCallback(Callback):
             raise DeviceError("\n".join(problems))
         for problem in problems:
             rank_zero_warn(f"Nothing may be measured on {problem}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of a metric that the loop does not log, the first time it has run: in the sanity check, as a rule."""
+        if self._knows_metrics or self.split != "validate" or self.metrics or not trainer.callback_metrics:
+            return
+        self._knows_metrics = True
+        asked, names = self.settings.monitor, list(trainer.callback_metrics)
+        if asked is not None and asked.metric not in names:
+            rank_zero_warn(f"metric={asked.metric!r} is not among the metrics of validation_step: {names}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate during training where that is asked for; nothing that fails here ends the training."""

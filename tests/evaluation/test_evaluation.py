@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import Accuracy, MeanSquaredError
+from torchmetrics import Accuracy, MeanMetric, MeanSquaredError
 
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Prune, Quantize
 from lightning_edge.contents import Placements
@@ -559,6 +559,18 @@ def test_metric_that_early_stopping_watches_decides(stub: Stub, tmp_path: Path) 
     assert evaluation.report.monitor == "val_loss"
     assert evaluation.report.calibration_batches == 1
     assert [row.label for row in evaluation.report.rows][-1] == "stub int8 (quantized after training)"
+
+
+def test_a_metric_that_is_not_logged_is_told_before_training(tmp_path: Path) -> None:
+    evaluation = DeviceEvaluationCallback(["onnx"], str(tmp_path), metric="val_accuracy")
+    trainer = SimpleNamespace(callback_metrics={"val_acc": 1.0})
+    evaluation.on_validation_end(trainer, Classifier())  # type: ignore[arg-type]
+    evaluation._knows_metrics = False  # as when a fit begins
+    with pytest.warns(UserWarning, match=r"metric='val_accuracy' is not among .*: \['val_acc'\]"):
+        evaluation.on_validation_end(trainer, Classifier())  # type: ignore[arg-type]
+    evaluation.on_validation_end(trainer, Classifier())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"metric='acc' is none of metrics=\['accuracy'\]"):
+        DeviceEvaluationCallback(["onnx"], metric="acc", metrics={"accuracy": MeanMetric()})
 
 
 def test_limit_of_validation_batches_is_kept(stub: Stub, tmp_path: Path) -> None:
