@@ -289,8 +289,9 @@ class EdgeCompressionCallback(Callback):
         self._never = [] if trainer.fast_dev_run else self._that_never_begin(trainer)  # type: ignore[attr-defined]
         for phase in self._never:
             rank_zero_warn(
-                f"{type(phase).__name__} will never begin: it begins at {phase.first_moment()!r}, and this training ends "
-                f"before that (max_epochs={trainer.max_epochs}; 1.0 is the end). Let it begin earlier, or train longer."
+                f"{type(phase).__name__} will never begin: it begins at {phase.first_moment()!r}, and this training "
+                f"ends before that (max_epochs={trainer.max_epochs}; 1.0 is the end). Let it begin earlier, or train "
+                "longer."
             )
 
     def _that_never_begin(self, trainer: Trainer) -> list[Phase]:

@@ -16,7 +16,7 @@ from lightning_edge.files import replace_text
 from lightning_edge.sweeps.objectives import Direction
 
 FILE = "front.json"
-Status = Literal["complete", "failed", "running"]
+Status = Literal["complete", "failed", "running", "stopped"]
 _MOST_BYTES = 256_000_000
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _CONDITION = re.compile(rf"\s*(?P<name>[^\s<>=]+)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>{_NUMBER})\s*")
@@ -34,7 +34,7 @@ class TrialRecord:
 
     Attributes:
         number: Its number in the study.
-        status: ``"complete"``, ``"failed"`` or ``"running"``.
+        status: ``"complete"``, ``"failed"``, ``"running"``, or ``"stopped"``: it begins anew when the sweep goes on.
         settings: Its values by the names of the space.
         values: Its objectives; the mean over seeds, if there are several.
         spread: Their standard deviation over seeds; ``None`` for one seed.
@@ -44,6 +44,7 @@ class TrialRecord:
         reason: Why it failed.
         seconds: How long it took, or has taken.
         url: Where its run of Weights & Biases is.
+        limited: The figures that have constraints, by name.
     """
 
     number: int
@@ -57,6 +58,7 @@ class TrialRecord:
     reason: str | None
     seconds: float
     url: str | None = None
+    limited: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,12 @@ class Front:
     def front(self) -> list[TrialRecord]:
         """The trials on the Pareto front, the best in the first objective first."""
         return sorted((trial for trial in self.trials if trial.front), key=self._rank)
+
+    @property
+    def breaking(self) -> list[TrialRecord]:
+        """The complete trials that break a constraint, the best in the first objective first."""
+        found = (trial for trial in self.trials if trial.status == "complete" and not trial.feasible)
+        return sorted(found, key=self._rank)
 
     def best(self, condition: Condition | None = None) -> TrialRecord:
         """Choose the feasible trial that is best in the first objective.

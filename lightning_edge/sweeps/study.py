@@ -179,6 +179,7 @@ class Study:
             reason=attributes.get("reason", _SILENT if status == "failed" else None),
             seconds=float(attributes.get("seconds", running)),
             url=attributes.get("url"),
+            limited={limit.figure.name: measured[limit.figure.name] for limit in limits},
         )
 
     def _trials(self) -> Sequence[FrozenTrial]:
