@@ -73,7 +73,7 @@ class ReportTable:
         for line in devices.failures(report.devices):
             yield Text(f"FAILED on {line}", style="red")
         notes = [f"* {REFERENCE_FOOTNOTE}"] if any(row.is_reference for row in report.rows) else []
-        yield Text("\n".join([*notes, *report.settings()]), style="dim")
+        yield Text("\n".join([*notes, *report.float_networks(), *report.settings()]), style="dim")
 
 
 def _device_tables(report: Report, width: int) -> Iterator[RenderableType]:

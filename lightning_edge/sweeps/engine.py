@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -79,6 +79,8 @@ class Engine:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._running: dict[int, Claim] = {}
+        # What this process began and did not finish; in the study it runs until somebody takes it on.
+        self._stopped: set[int] = set()
         self._cause: str | None = None
         self._failures: list[str] = []
         self._error: BaseException | None = None
@@ -161,15 +163,17 @@ class Engine:
                 self.tell(f"trial {claim.number} was given to another machine, for this one had not been heard of")
                 return
         except InterruptedFitError:
+            self._stopped.add(claim.number)
             return
         except (TrialFailedError, NoSuchFigureError) as error:
             reason, hopeless = str(error), isinstance(error, NoSuchFigureError)
             if self.stop.is_set():  # it was stopped by the same signal as this process
+                self._stopped.add(claim.number)
                 return
             self.study.fail(claim, reason, time.monotonic() - begun, run_address(self._folders(claim)[0]))
         except TrialStoppedError as error:
             self.study.stop(claim, str(error), time.monotonic() - begun, run_address(self._folders(claim)[0]))
-            self.tell(f"trial {claim.number} is stopped: {error}")
+            self.tell(f"trial {claim.number} is ended early: {error}")
         with self._lock:
             self._running.pop(claim.number, None)
             self._judge(claim, reason, hopeless)
@@ -228,7 +232,10 @@ class Engine:
 
     def _write(self) -> Front:
         definition = self.sweep.definition
-        records = self.study.records()
+        records = [
+            replace(trial, status="stopped") if trial.status == "running" and trial.number in self._stopped else trial
+            for trial in self.study.records()
+        ]
         front = Front(definition.study, definition.objectives, definition.constraints, definition.base, records)
         front.write(self.study.folder)
         return front

@@ -15,7 +15,7 @@ from lightning_edge.files import replace_text
 from lightning_edge.sweeps.objectives import Direction
 
 FILE = "front.json"
-Status = Literal["complete", "stopped", "failed", "running"]
+Status = Literal["complete", "ended early", "failed", "running", "stopped"]
 _MOST_BYTES = 256_000_000
 
 
@@ -25,16 +25,18 @@ class TrialRecord:
 
     Attributes:
         number: Its number in the study.
-        status: ``"complete"``, ``"stopped"`` by ``stop_early``, ``"failed"`` or ``"running"``.
+        status: ``"complete"``, ``"ended early"`` by ``stop_early``, ``"failed"``, ``"running"``, or ``"stopped"``: it
+            begins anew when the sweep goes on.
         settings: Its values by the names of the space.
         values: Its objectives; the mean over seeds, if there are several.
         spread: Their standard deviation over seeds; ``None`` for one seed.
         feasible: Whether it is complete and keeps all constraints.
         front: Whether no feasible trial is at least as good in everything and better in something.
         folder: Its folder within that of the sweep.
-        reason: Why it was stopped or failed.
+        reason: Why it was ended early or failed.
         seconds: How long it took, or has taken.
         url: Where its run of Weights & Biases is.
+        limited: The figures that have constraints, by name.
     """
 
     number: int
@@ -48,6 +50,7 @@ class TrialRecord:
     reason: str | None
     seconds: float
     url: str | None = None
+    limited: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ class Front:
     def front(self) -> list[TrialRecord]:
         """The trials on the Pareto front, the best in the first objective first."""
         return sorted((trial for trial in self.trials if trial.front), key=self._rank)
+
+    @property
+    def breaking(self) -> list[TrialRecord]:
+        """The complete trials that break a constraint, the best in the first objective first."""
+        found = (trial for trial in self.trials if trial.status == "complete" and not trial.feasible)
+        return sorted(found, key=self._rank)
 
     def best(self, condition: Condition | None = None) -> TrialRecord:
         """Choose the feasible trial that is best in the first objective.

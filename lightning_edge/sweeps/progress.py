@@ -20,14 +20,14 @@ def progress_line(front: Front, trials: int, last: int, workers: int) -> str:
     """
     by_status = {
         status: [t for t in front.trials if t.status == status]
-        for status in ("complete", "running", "stopped", "failed")
+        for status in ("complete", "running", "ended early", "failed")
     }
-    ended = [*by_status["complete"], *by_status["stopped"], *by_status["failed"]]
+    ended = [*by_status["complete"], *by_status["ended early"], *by_status["failed"]]
     running = len(by_status["running"])
     parts = [
         f"{len(by_status['complete'])} of {trials} done",
         f"{running} running",
-        *([f"{len(by_status['stopped'])} stopped"] if by_status["stopped"] else []),
+        *([f"{len(by_status['ended early'])} ended early"] if by_status["ended early"] else []),
         f"{len(by_status['failed'])} failed",
     ]
     if any(trial.feasible for trial in front.trials):

@@ -169,7 +169,7 @@ class Study:
         states = self._states
         statuses: dict[Any, Status] = {
             states.COMPLETE: "complete",
-            states.PRUNED: "stopped",
+            states.PRUNED: "ended early",
             states.FAIL: "failed",
         }
         status = statuses.get(trial.state, "running")
@@ -191,6 +191,7 @@ class Study:
             reason=attributes.get("reason", _SILENT if status == "failed" else None),
             seconds=float(attributes.get("seconds", running)),
             url=attributes.get("url"),
+            limited={limit.figure.name: measured[limit.figure.name] for limit in limits},
         )
 
     def _trials(self) -> Sequence[FrozenTrial]:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import Accuracy, MeanSquaredError
+from torchmetrics import Accuracy, MeanMetric, MeanSquaredError
 
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Prune, Quantize
 from lightning_edge.contents import Placements
@@ -34,7 +34,7 @@ from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import TARGETS, Contents, ExportWarning, Target, TensorSpec, load, options_of
 from lightning_edge.exporters.run.runner import Runner
-from lightning_edge.measure import Timing, Tolerance
+from lightning_edge.measure import Timing, Tolerance, parameter_count
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 from lightning_edge.reporting.budget import Budget
 from lightning_edge.reporting.manifest import Manifest
@@ -395,6 +395,14 @@ def test_report_and_page_tell_what_was_cut(stub: Stub, tmp_path: Path) -> None:
     assert module.net[0].out_channels < 8
     assert json.loads((tmp_path / "report.json").read_text())["channels"] == {"0": [8, module.net[0].out_channels]}
     assert "What was cut" in (tmp_path / "report.html").read_text()
+    original = evaluation.report.original
+    assert original is not None
+    assert original.parameters == parameter_count(Classifier().net) > (evaluation.report.parameters or 0)
+    assert original.macs is not None
+    assert original.macs > (evaluation.report.macs or 0) > 0
+    # A run from Python says what was asked of it, as a run of a configuration does.
+    assert read_report(tmp_path).report.phases["prune"]["params"] == 0.5
+    assert Manifest.read(tmp_path).phases["quantize"]["start"] == 0.5
 
 
 def test_file_with_outputs_of_another_shape_is_broken(stub: Stub, tmp_path: Path) -> None:
@@ -535,7 +543,7 @@ def test_the_post_training_baseline_keeps_the_same_layers_in_float(stub: Stub, t
     trainer(EdgeCompressionCallback([phase]), max_epochs=1).fit(module, TRAINING, VALIDATION)
     report = evaluate(tmp_path, module, calibration=calibration)
     trained, after = (
-        next(row.size_bytes for row in report.rows if row.label == f"torch int8 ({source})")
+        next(row.size_bytes for row in report.rows if (row.target, row.source) == ("torch", source))
         for source in ("trained", "post-training")
     )
     assert trained == after
@@ -551,6 +559,18 @@ def test_metric_that_early_stopping_watches_decides(stub: Stub, tmp_path: Path) 
     assert evaluation.report.monitor == "val_loss"
     assert evaluation.report.calibration_batches == 1
     assert [row.label for row in evaluation.report.rows][-1] == "stub int8 (quantized after training)"
+
+
+def test_a_metric_that_is_not_logged_is_told_before_training(tmp_path: Path) -> None:
+    evaluation = DeviceEvaluationCallback(["onnx"], str(tmp_path), metric="val_accuracy")
+    trainer = SimpleNamespace(callback_metrics={"val_acc": 1.0})
+    evaluation.on_validation_end(trainer, Classifier())  # type: ignore[arg-type]
+    evaluation._knows_metrics = False  # as when a fit begins
+    with pytest.warns(UserWarning, match=r"metric='val_accuracy' is not among .*: \['val_acc'\]"):
+        evaluation.on_validation_end(trainer, Classifier())  # type: ignore[arg-type]
+    evaluation.on_validation_end(trainer, Classifier())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"metric='acc' is none of metrics=\['accuracy'\]"):
+        DeviceEvaluationCallback(["onnx"], metric="acc", metrics={"accuracy": MeanMetric()})
 
 
 def test_limit_of_validation_batches_is_kept(stub: Stub, tmp_path: Path) -> None:

@@ -183,8 +183,8 @@ def test_markdown_says_what_runs_where_and_which_limit_is_not_kept() -> None:
         "| tflite int8 (quantized in training) | 12,000 | 0.00% | 9 x CONV_2D | 1 x SOFTMAX | the runtime |" in text
     ), text
     assert (
-        "tflite int8 (quantized in training): size_bytes 98,496 is 496 above 98,000; not measurable here: peak_memory_bytes"
-        in text
+        "tflite int8 (quantized in training): size_bytes 98,496 is 496 above 98,000; "
+        "not measurable here: peak_memory_bytes" in text
     )
 
 

@@ -102,15 +102,15 @@ def test_a_stopped_trial_counts_is_told_and_is_no_failure(tmp_path: Path, sample
         warnings.simplefilter("error")
         front = engine(tmp_path, f"{GRID}{RULE}sampler: {sampler}\n", runner).run().front
     by_status = {trial.number: trial.status for trial in front.trials}
-    assert [*by_status.values()].count("stopped") >= 3  # three failures of a cause would end the sweep
+    assert [*by_status.values()].count("ended early") >= 3  # three failures of a cause would end the sweep
     assert len(by_status) == 6
-    stopped = next(trial for trial in front.trials if trial.status == "stopped")
+    stopped = next(trial for trial in front.trials if trial.status == "ended early")
     assert stopped.reason is not None
     assert stopped.reason.startswith("val_acc is 0.5")
     assert not stopped.feasible
-    assert f"{[*by_status.values()].count('stopped')} stopped" in progress_line(front, 6, 5, 1)
+    assert f"{[*by_status.values()].count('ended early')} ended early" in progress_line(front, 6, 5, 1)
     page = sweep_page(yaml.safe_load((tmp_path / "front.json").read_text()))
-    assert "stopped early" in page
+    assert "ended early" in page
     assert engine(tmp_path, f"{GRID}{RULE}sampler: {sampler}\n", runner).run().front.trials == front.trials
 
 

@@ -233,7 +233,7 @@ def test_a_sweep_of_real_trainings_is_stopped_and_goes_on(folder: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM, told
     assert f"To go on: {'lightning-edge'} sweep sweep.yaml" in told
     front = json.loads((folder / "sweeps" / "sweep" / "front.json").read_text())
-    assert [trial["status"] for trial in front["trials"]] == ["complete", "running"]
+    assert [trial["status"] for trial in front["trials"]] == ["complete", "stopped"]
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(folder) not in left  # every training names its folder
 
