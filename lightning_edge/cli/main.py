@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -38,6 +39,8 @@ _OF_FILES = (
 # Status of a run whose files are all written, and over their budget.
 OVER_BUDGET = 3
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
+# Arguments that are true when they are given, without a value as with one.
+_SWITCHES = ("--resume",)
 _DEBUG = "JSONARGPARSE_DEBUG=true shows the whole of it, and where it was raised"
 # How torch begins when the weights of a checkpoint are not those of the module.
 _MISFIT = "Error(s) in loading state_dict"
@@ -45,6 +48,18 @@ _MISFIT = "Error(s) in loading state_dict"
 
 class EdgeParser(LightningArgumentParser):
     """A parser whose errors start with the innermost line, and do not print every option there is."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **options: Any
+    ) -> Any:
+        """Parse arguments, among them `_SWITCHES`, which need no value."""
+        given = sys.argv[1:] if args is None else list(args)
+        following = [*given, "--"][1:]
+        plain = [
+            f"{word}=true" if word in _SWITCHES and after.startswith("-") else word
+            for word, after in zip(given, following, strict=True)
+        ]
+        return super().parse_args(plain, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong with the arguments and exit with status 2."""

@@ -10,7 +10,7 @@ from typing import final
 
 from lightning_edge.errors import AgreementError, EdgeError
 from lightning_edge.evaluation.counted import CountedValidation
-from lightning_edge.evaluation.on_device import Beside, DeviceFile, limited
+from lightning_edge.evaluation.device_file import Beside, DeviceFile, limited
 from lightning_edge.evaluation.reference import Reference
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.side_by_side import SideBySide

@@ -30,8 +30,9 @@ from lightning_edge.devices.conversation import Conversation
 from lightning_edge.devices.remote import RemoteRunner, Times
 from lightning_edge.devices.settings import Cool, DeviceSettings, Sustained
 from lightning_edge.errors import DeviceError
+from lightning_edge.evaluation.device_file import DeviceFile, limited
 from lightning_edge.evaluation.evaluate import evaluate_module
-from lightning_edge.evaluation.on_device import DeviceFile, limited
+from lightning_edge.evaluation.journal import Journal
 from lightning_edge.evaluation.on_devices import check_devices, left_out, raise_device_failures, run_on_devices
 from lightning_edge.evaluation.reference import Reference
 from lightning_edge.evaluation.settings import EvaluationSettings
@@ -439,6 +440,60 @@ def test_what_was_measured_before_the_connection_broke_is_kept(
     assert first.metrics == {}
     assert second.error is None
     assert second.samples == 56
+
+
+def test_a_run_that_broke_off_measures_only_what_is_missing(
+    server: Server, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+    run, init = RemoteRunner.__call__, RemoteRunner.__init__
+
+    def counted(self: RemoteRunner, tensors: list[Tensor]) -> list[Tensor]:
+        calls.append("run")
+        if len(calls) == 1 + 40:
+            os.kill(self._asked._pids[1], signal.SIGKILL)
+        return run(self, tensors)
+
+    def begun(self: RemoteRunner, *given: Any) -> None:
+        calls.append("load")
+        init(self, *given)
+
+    monkeypatch.setattr(RemoteRunner, "__call__", counted)
+    monkeypatch.setattr(RemoteRunner, "__init__", begun)
+    settings = replace(evaluated.settings, dirpath=tmp_path, devices=[server.device()], on_devices=DeviceSettings())
+    told: list[str] = []
+
+    def measured(
+        files: list[DeviceFile] = evaluated.files, validation: Validation = evaluated.validation, resume: bool = True
+    ) -> tuple[DeviceRow, ...]:
+        calls.clear()
+        return run_on_devices(files, validation, settings, told.append, Journal(settings, resume))
+
+    broken, whole = measured(resume=False)
+    assert broken.error is not None
+    assert (broken.samples, whole.error, whole.samples) == (32, None, 56)
+    assert (tmp_path / "devices.journal").exists()
+    other = replace(evaluated.files[0], row=replace(evaluated.files[0].row, sha256="0" * 64))
+    (row,) = measured([other])
+    assert row.error is not None
+    assert row.error.startswith("model-int8.onnx is another file than the one that was measured before the run broke")
+    assert calls == []
+    row, again = measured(validation=replace(evaluated.validation, dataloaders=data(56, 2)))
+    assert row.error is not None
+    assert row.error.startswith("the samples are not those that ran before the run broke off (batch 1)")
+    assert again.error == row.error  # although nothing was missing
+    assert calls == ["load"]
+    told.clear()
+    row, again = measured()
+    assert (row.error, again.error) == (None, None)
+    assert told == ["Going on with 127.0.0.1: onnx int8", "Going on with 127.0.0.1: tflite int8"]
+    assert calls == ["load", *["run"] * 24]  # of one file, what is behind the two batches
+    assert (row.p50_ms, row.first_ms, row.jitter_ms) == (broken.p50_ms, broken.first_ms, broken.jitter_ms)
+    for found, board in zip((row, again), rows(evaluated.report, "board"), strict=True):
+        assert (found.metrics, found.samples, found.max_steps) == (board.metrics, 56, board.max_steps)
+        assert (found.verdict, found.change_to_host) == (board.verdict, board.change_to_host)
+    assert again == replace(whole, load_ms=again.load_ms)
+    assert not (tmp_path / "devices.journal").exists()
 
 
 def fit(folder: Path, *, strict: bool = True, **options: Any) -> DeviceEvaluationCallback:
