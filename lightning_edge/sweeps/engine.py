@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
+from lightning_edge.cores import cores
 from lightning_edge.errors import SweepError, first_line
 from lightning_edge.sweeps.base import in_folder
 from lightning_edge.sweeps.definition import Sweep
@@ -211,7 +212,7 @@ class Engine:
         """Share the cores among trainings at once, each of which would take all of them."""
         if self.workers == 1 or "OMP_NUM_THREADS" in os.environ:
             return {}
-        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.workers))}
+        return {"OMP_NUM_THREADS": str(max(1, cores() // self.workers))}
 
     def _folders(self, claim: Claim) -> list[Path]:
         seeds = self.sweep.definition.seeds
