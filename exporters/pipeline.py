@@ -155,8 +155,8 @@ def export(
         target: A key of `TARGETS`.
         path: The file to write, with the target's suffix; missing folders are made.
         inputs: One call's arguments, for a module that is not quantized.
-        batches: Inputs to compare on, each what `Inputs.of` reads. If not given: those a quantized module was
-            calibrated on, as far as it keeps them, else the network's own sample.
+        batches: Inputs to compare on, each what `Inputs.of` reads, or ``(inputs, target)``. If not given: those a
+            quantized module was calibrated on, as far as it keeps them, else the network's own sample.
         tolerance: How far a close file may lie from the network; by its scheme if not given.
         threads: Threads to run it with.
         isolated: As for `load`.

@@ -22,7 +22,7 @@ from lightning_edge.cli import commands
 from lightning_edge.cli.config_errors import cause, explain
 from lightning_edge.cli.config_files import ConfigFile, strict_values
 from lightning_edge.cli.trainer import EdgeTrainer
-from lightning_edge.errors import BudgetError, EdgeError, first_line
+from lightning_edge.errors import HOPELESS, BudgetError, EdgeError, HopelessError, first_line
 from lightning_edge.evaluation.refusals import raise_over_budget
 from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.quantization.network import CHILD
@@ -190,8 +190,8 @@ def main(args: list[str] | None = None) -> None:
         args: Arguments without the program's name, ``sys.argv`` if not given.
 
     Raises:
-        SystemExit: With status 2 for a mistake in the arguments, 3 for files over their budget, after all is written, 1
-            for a failure of our own making.
+        SystemExit: With status 2 for a mistake in the arguments, 3 for files over their budget, after all is written, 4
+            for a trial of a sweep that is not worth the rest, 1 for a failure of our own making.
     """
     quiet_libraries()
     print_messages_only()
@@ -205,6 +205,9 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(error, BudgetError):
             sys.stderr.write(f"error: {error}\n")
             sys.exit(OVER_BUDGET)
+        if isinstance(error, HopelessError):
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(HOPELESS)
         sys.stderr.write(f"error: {_told(error)}\n({_DEBUG})\n")
         sys.exit(1)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from lightning_edge.evaluation.hooks import call_hooks
 from lightning_edge.evaluation.journal import Journal
 from lightning_edge.evaluation.notes import metrics_note
 from lightning_edge.evaluation.on_devices import left_out, run_on_devices
+from lightning_edge.evaluation.original import sizes
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference, compared_with
 from lightning_edge.evaluation.settings import EvaluationSettings
@@ -36,7 +37,7 @@ from lightning_edge.exporters.jobs import Pending, Writers
 from lightning_edge.exporters.program import check_numbers
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.interrupts import unwinding
-from lightning_edge.measure import interleaved_latency, module_bytes, parameter_count, stopwatch, torch_threads
+from lightning_edge.measure import interleaved_latency, module_bytes, stopwatch, torch_threads
 from lightning_edge.network import Deployable, Inputs
 from lightning_edge.one_run import only_run
 from lightning_edge.pruning import Prune
@@ -70,6 +71,7 @@ def evaluate_module(
     baseline: nn.Module | None = None,
     watched: Sequence[Monitor] = (),
     recipe: str | None = None,
+    phases: Mapping[str, Mapping[str, Any]] | None = None,
     tell: Callable[[str], None] = _log.info,
     resume: bool = False,
 ) -> Report:
@@ -86,6 +88,7 @@ def evaluate_module(
         baseline: The float network that quantization-aware training began with; the present weights if not given.
         watched: What the training watched, the first choice where ``settings`` names no monitor.
         recipe: Text of the configuration, for the manifest.
+        phases: Settings of the phases that it was trained with, by name.
         tell: Is called with a line before each step.
         resume: Whether to measure on devices only what is missing of an evaluation into the same folder that broke off
             there.
@@ -97,7 +100,7 @@ def evaluate_module(
     with unwinding(), only_run(Path(settings.dirpath)):
         journal = Journal(settings, resume)
         report = _Evaluation(validation, settings, tell, journal).run(calibration, baseline, watched)
-        written = write(report, Path(settings.dirpath), recipe)
+        written = write(replace(report, phases=phases or {}), Path(settings.dirpath), recipe)
     call_hooks(settings.hooks, written, Path(settings.dirpath))
     return written
 
@@ -146,6 +149,7 @@ class _Evaluation:
         self._compare_quantizations()
         candidates = [floats] * settings.fp32_files + int8[-1:]
         to_ship = int8[-1].network if int8 else None
+        now, original = sizes(trained, float_network, float_reference.call)
         layers, unmeasured = layer_rows(trained, float_network, float_reference.calls, to_ship)
         self._notes += [unmeasured] if unmeasured is not None else []
 
@@ -159,7 +163,9 @@ class _Evaluation:
             model=type(self._validation.pl_module).__name__,
             split=self._validation.split,
             rows=tuple(judged(self._rows, settings.budget, monitor, on_devices)),
-            parameters=parameter_count(float_network),
+            parameters=now.parameters,
+            macs=now.macs,
+            original=original,
             monitor=monitor.metric if monitor else None,
             warmup=settings.timing.warmup,
             repeats=settings.timing.repeats,
@@ -191,7 +197,7 @@ class _Evaluation:
                 found.append(self._int8_candidate(convert(quantized), "post-training", floats))
             except EdgeError as error:
                 if is_quantized(trained):
-                    self._warn(f"There is no post-training baseline to compare with: {error}")
+                    self._warn(f"The network could not be quantized after training as well, to compare: {error}")
                 else:
                     self._rows.append(Row("torch", "int8", "post-training", error=str(error)))
                     self._tell(f"FAILED: {self._rows[-1].label}: {first_line(error)}")

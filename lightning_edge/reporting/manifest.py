@@ -149,6 +149,7 @@ class Manifest:
         git: Commit of the working directory; ``None`` where there is none.
         recipe: Text of the configuration, where `lightning-edge` ran one.
         schema: Version of the form of a manifest.
+        phases: Settings of the phases that the network was trained with, by name.
     """
 
     model: str
@@ -157,13 +158,14 @@ class Manifest:
     git: Commit | None = None
     recipe: str | None = None
     schema: int = SCHEMA
+    phases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, report: Report, git: Commit | None = None, recipe: str | None = None) -> Manifest:
         """Take over every finished file of a report."""
         finished = [row for row in report.rows if row.path is not None and row.error is None]
         files = tuple(FileEntry.of(row, report.devices) for row in finished)
-        return cls(report.model, files, report.versions, git, recipe)
+        return cls(report.model, files, report.versions, git, recipe, phases=report.phases)
 
     def to_json(self) -> str:
         """Write as JSON; a number that is not finite becomes ``null``."""
@@ -262,6 +264,7 @@ def _manifest(value: Any) -> Manifest:
     if schema != SCHEMA:
         newer = "a newer lightning-edge wrote it; update to read it" if schema > SCHEMA else "there is none such"
         raise ValueError(f"its schema is {shortened(schema)} and this version reads {SCHEMA}: {newer}")
+    given = {"phases": {}, **given}  # earlier versions did not write them
     _keys(given, Manifest, "it")
     files = tuple(_file(entry, f"files[{index}]") for index, entry in enumerate(as_list(given["files"], "files")))
     paths = [entry.path for entry in files]
@@ -274,6 +277,10 @@ def _manifest(value: Any) -> Manifest:
         versions={name: as_typed(text, str, f"versions.{name}") for name, text in versions.items()},
         git=_commit(given["git"]),
         recipe=as_optional(given["recipe"], str, "recipe"),
+        phases={
+            name: as_object(settings, f"phases.{name}")
+            for name, settings in as_object(given["phases"], "phases").items()
+        },
     )
 
 

@@ -73,7 +73,7 @@ class ReportTable:
         for line in devices.failures(report.devices):
             yield Text(f"FAILED on {line}", style="red")
         notes = [f"* {REFERENCE_FOOTNOTE}"] if any(row.is_reference for row in report.rows) else []
-        yield Text("\n".join([*notes, *report.settings()]), style="dim")
+        yield Text("\n".join([*notes, *report.float_networks(), *report.settings()]), style="dim")
 
 
 def _device_tables(report: Report, width: int) -> Iterator[RenderableType]:
@@ -112,7 +112,7 @@ def _tables(title: str, headers: Sequence[str], lines: Sequence[_Line], width: i
 
 def _packed(places: Sequence[int], headers: Sequence[str], lines: Sequence[_Line], width: int) -> list[list[int]]:
     """Share columns out over as few tables as fit the width, in their order."""
-    label = max((len(line.label) for line in lines), default=0) + _GAP
+    label = max((len(part) for line in lines for part in line.label.splitlines()), default=0) + _GAP
     parts: list[list[int]] = []
     left = 0
     for place in places:
@@ -181,4 +181,5 @@ def _short_label(row: Row) -> str:
     """Files have one source for all, so that only the networks in torch are told apart by it."""
     if row.target != "torch":
         return f"{row.target} {row.precision}"
-    return {"float": "torch fp32", "post-training": "torch int8 (PTQ)", "trained": "torch int8 (QAT)"}[row.source]
+    # Two lines, so that 80 columns hold more numbers.
+    return "torch fp32" if row.source == "float" else f"torch int8,\n{row.when_quantized}"

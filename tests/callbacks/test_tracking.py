@@ -138,9 +138,9 @@ def test_offline_run_holds_metrics_table_and_files_with_their_hashes(
     (table,) = tmp_path.rglob("offline-run-*/files/media/table/**/*.table.json")
     content = json.loads(table.read_text())
     rows = {row[0]: dict(zip(content["columns"], row, strict=True)) for row in content["data"]}
-    assert rows["tflite int8 (trained)"]["val_acc"] == 0.25
-    assert rows["tflite int8 (trained)"]["float_ops"] == "a, b"
-    assert rows["executorch int8 (trained)"]["error"] == "refused"
+    assert rows["tflite int8 (quantized in training)"]["val_acc"] == 0.25
+    assert rows["tflite int8 (quantized in training)"]["float_ops"] == "a, b"
+    assert rows["executorch int8 (quantized in training)"]["error"] == "refused"
 
     (page,) = tmp_path.rglob("offline-run-*/files/media/html/**/*.html")
     assert page.read_text() == (folder / "report.html").read_text()
