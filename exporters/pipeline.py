@@ -116,7 +116,9 @@ def opened(
     check_contents(asked.network, contents, target, wants_delegate=options.get("backend") != "portable")
     if options.get("scheme") is not None:
         warn_if(target, schemes.check_scheme(contents, options["scheme"], target))
-    check_fallback(contents.placements, asked.max_fallback, target)
+    # A microcontroller has no delegate to hand anything to.
+    placements = contents.placements if running.kernels == "delegate" else None
+    check_fallback(placements, asked.max_fallback, target)
     artifact = open_file(target, place.staged, contents, running, JUST_WRITTEN, child)
     warn_not_run(artifact)
     check_batches(asked.network, artifact)

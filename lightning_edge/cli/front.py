@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_edge.condition import Condition, read_condition
 from lightning_edge.errors import EdgeError, SweepError
 from lightning_edge.sweeps.base import ARTIFACTS
 from lightning_edge.sweeps.chosen import copy_files, training_folder
 from lightning_edge.sweeps.fit import CONFIG
-from lightning_edge.sweeps.front import Front, TrialRecord, read_condition, read_front
+from lightning_edge.sweeps.front import Front, TrialRecord, read_front
 
 # So many trials that break a constraint are listed behind the front.
 _MOST_BREAKING = 10
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.to is not None and given.best is None:
             raise SweepError("--to: which trial? Give a --best with it, such as --best 'tflite.size_bytes < 60000'")
-        condition = None if given.best is None else read_condition(given.best)
+        condition = None if given.best is None else _condition(given.best)
         front = read_front(given.folder)
         if condition is None:
             Console().print(table(front))
@@ -69,6 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _condition(text: str) -> Condition:
+    try:
+        return read_condition(text)
+    except ValueError as error:
+        raise SweepError(f"--best: {error}") from None
+
+
 def table(front: Front, trials: Sequence[TrialRecord] | None = None) -> Table:
     """Lay trials out: if none are given, those of the front, and behind them those that break a constraint, marked.
 
@@ -80,7 +88,7 @@ def table(front: Front, trials: Sequence[TrialRecord] | None = None) -> Table:
     shown = [*front.front, *breaking[:_MOST_BREAKING]] if trials is None else trials
     counts = Counter(trial.status for trial in front.trials)
     told = [f"{counts[status]} {status}" for status in ("complete", "failed")]
-    told += [f"{counts[status]} {status}" for status in ("running", "stopped") if counts[status]]
+    told += [f"{counts[status]} {status}" for status in ("ended early", "running", "stopped") if counts[status]]
     laid = Table(title=f"{front.study}: {', '.join(told)}, {len(front.front)} on the front", title_justify="left")
     settings = list(dict.fromkeys(key for trial in shown for key in trial.settings))
     laid.add_column("trial", justify="right")

@@ -136,6 +136,7 @@ class EdgeTrainer(Trainer):
         devices: list[str] | None = None,
         jobs: int | None = None,
         name: str | None = None,
+        resume: bool = False,
         weights_only: bool | None = None,
     ) -> Report:
         """Export the network of a checkpoint, validate and time every file, and write the report.
@@ -159,6 +160,8 @@ class EdgeTrainer(Trainer):
             jobs: How many targets are written at once, each in a process of its own; 0 is in this process, as without a
                 callback.
             name: First part of each file's name, ``model`` without a callback.
+            resume: Whether to measure on devices only what is missing of an evaluation into the same folder that broke
+                off there.
             weights_only: A key of configurations that `fit` has written; a checkpoint is read no other way.
 
         Raises:
@@ -193,6 +196,7 @@ class EdgeTrainer(Trainer):
             recipe=recipe_of(self),
             phases=saved.get("settings"),
             tell=print,
+            resume=resume,
         )
         Console().print(report.table())
         raise_failures(report, callback.strict)

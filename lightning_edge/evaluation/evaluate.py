@@ -19,10 +19,11 @@ from lightning_edge.cores import cores
 from lightning_edge.errors import EdgeError, first_line
 from lightning_edge.evaluation.by_layer import layer_rows
 from lightning_edge.evaluation.counted import CountedValidation
+from lightning_edge.evaluation.device_file import DeviceFile
 from lightning_edge.evaluation.file_rows import Candidate, FileRow, metric_change
 from lightning_edge.evaluation.hooks import call_hooks
+from lightning_edge.evaluation.journal import Journal
 from lightning_edge.evaluation.notes import metrics_note
-from lightning_edge.evaluation.on_device import DeviceFile
 from lightning_edge.evaluation.on_devices import left_out, run_on_devices
 from lightning_edge.evaluation.original import sizes
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
@@ -73,6 +74,7 @@ def evaluate_module(
     recipe: str | None = None,
     phases: Mapping[str, Mapping[str, Any]] | None = None,
     tell: Callable[[str], None] = _log.info,
+    resume: bool = False,
 ) -> Report:
     """Export a trained network to every target, validate and time each file, and write report and manifest beside them.
 
@@ -89,13 +91,16 @@ def evaluate_module(
         recipe: Text of the configuration, for the manifest.
         phases: Settings of the phases that it was trained with, by name.
         tell: Is called with a line before each step.
+        resume: Whether to measure on devices only what is missing of an evaluation into the same folder that broke off
+            there.
 
     Raises:
         EdgeError: If the network is not found, holds values that are no numbers or is not called by the loop, another
-            run evaluates into the folder at the same time, or the report cannot be written.
+            run evaluates into the folder at the same time, there is nothing to resume, or the report cannot be written.
     """
     with unwinding(), only_run(Path(settings.dirpath)):
-        report = _Evaluation(validation, settings, tell).run(calibration, baseline, watched)
+        journal = Journal(settings, resume)
+        report = _Evaluation(validation, settings, tell, journal).run(calibration, baseline, watched)
         written = write(replace(report, phases=phases or {}), Path(settings.dirpath), recipe)
     call_hooks(settings.hooks, written, Path(settings.dirpath))
     return written
@@ -105,10 +110,13 @@ def evaluate_module(
 class _Evaluation:
     """One evaluation: the rows so far, and the call by which each of them is timed."""
 
-    def __init__(self, validation: Validation, settings: EvaluationSettings, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, validation: Validation, settings: EvaluationSettings, tell: Callable[[str], None], journal: Journal
+    ) -> None:
         self._validation = validation
         self._settings = settings
         self._tell = tell
+        self._journal = journal
         self._rows: list[Row] = []
         self._timed: dict[int, Callable[[], int]] = {}
         self._warnings: list[str] = []
@@ -137,7 +145,7 @@ class _Evaluation:
         self._counted = CountedValidation(self._validation, float_reference)
         metrics = self._torch_row("fp32", "float", float_reference, float_network)
         self._choose_monitor(watched)
-        floats = Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics)
+        floats = Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics, metrics)
         calibration_batches, int8 = self._int8_candidates(trained, floats, calibration)
         self._compare_quantizations()
         candidates = [floats] * settings.fp32_files + int8[-1:]
@@ -148,7 +156,7 @@ class _Evaluation:
 
         self._file_rows([(target, candidate) for target in settings.targets for candidate in candidates])
         self._time()
-        on_devices = run_on_devices(self._accepted, self._validation, settings, self._tell)
+        on_devices = run_on_devices(self._accepted, self._validation, settings, self._tell, self._journal)
         self._notes += without_gain(self._rows)
         monitor = self._monitor
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -208,7 +216,7 @@ class _Evaluation:
         label, float_network, calls = self._rows[-1].label, floats.reference.network, floats.reference.calls
         if message := noise_warning(label, comparison.result(), change, float_network, calls):
             self._warn(message)
-        return Candidate(network, source, reference, metrics)
+        return Candidate(network, source, reference, metrics, floats.metrics)
 
     def _torch_row(
         self,

@@ -77,14 +77,25 @@ def _device_section(report: Report) -> list[str]:
     if not rows:
         return []
     names = devices.metric_names(rows)
+    headers = ["Device and file", *devices.APART_HEADERS, *devices.FIDELITY_HEADERS, *devices.change_headers(names)]
     return [
         "",
         "## On devices",
         "",
         *_markdown_table(
-            ["Device and file", *names, *devices.HEADERS, *devices.FIDELITY_HEADERS],
+            ["Device and file", *names, *devices.HEADERS],
+            [[row.label, *devices.metric_cells(row, names), *devices.cells(row)] for row in rows],
+        ),
+        "",
+        *_markdown_table(
+            headers,
             [
-                [row.label, *devices.metric_cells(row, names), *devices.cells(row), *devices.fidelity_cells(row)]
+                [
+                    row.label,
+                    *devices.apart_cells(row),
+                    *devices.fidelity_cells(row),
+                    *devices.change_cells(row, names),
+                ]
                 for row in rows
             ],
         ),

@@ -58,14 +58,7 @@ class ReportTable:
         lines = [_Line(_short_label(row), [cell(row) for _, cell in columns], _style(row)) for row in report.rows]
         yield from _tables(report.model, [header for header, _ in columns], lines, width)
         if report.devices:
-            names = devices.metric_names(report.devices)
-            headers = [*names, *(header.replace(" ", "\n", 1) for header in (*devices.HEADERS, "Samples"))]
-            lines = [
-                _Line(row.label, [*devices.metric_cells(row, names), *devices.cells(row), samples], row.error and "red")
-                for row in report.devices
-                for samples in devices.fidelity_cells(row)[:1]
-            ]
-            yield from _tables("On devices", headers, lines, width)
+            yield from _device_tables(report, width)
             yield Text("\n".join(devices.described(report.devices)), style="dim")
         for row in report.rows:
             if row.error is not None:
@@ -81,6 +74,28 @@ class ReportTable:
             yield Text(f"FAILED on {line}", style="red")
         notes = [f"* {REFERENCE_FOOTNOTE}"] if any(row.is_reference for row in report.rows) else []
         yield Text("\n".join([*notes, *report.float_networks(), *report.settings()]), style="dim")
+
+
+def _device_tables(report: Report, width: int) -> Iterator[RenderableType]:
+    """What was found on devices; changes of the first metric only, the others are in report.md."""
+    names = devices.metric_names(report.devices)
+    first = [name for name in report.metric_names() if name in names][:1]
+    headers = [*devices.HEADERS, *devices.APART_HEADERS, *devices.FIDELITY_HEADERS[:1], *devices.change_headers(first)]
+    lines = [
+        _Line(
+            row.label,
+            [
+                *devices.metric_cells(row, names),
+                *devices.cells(row),
+                *devices.apart_cells(row),
+                *devices.fidelity_cells(row)[:1],
+                *devices.change_cells(row, first),
+            ],
+            row.error and "red",
+        )
+        for row in report.devices
+    ]
+    yield from _tables("On devices", [*names, *("\n".join(header.rsplit(" ", 1)) for header in headers)], lines, width)
 
 
 def _tables(title: str, headers: Sequence[str], lines: Sequence[_Line], width: int) -> Iterator[RenderableType]:

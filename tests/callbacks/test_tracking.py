@@ -22,12 +22,14 @@ from lightning_edge import Budget, DeviceEvaluationCallback, EdgeCompressionCall
 from lightning_edge.callbacks.tracking import (
     OfflineFallbackWandbLogger,
     answers,
+    device_table_of,
     hashes,
     is_wandb,
     log_report,
     table_of,
 )
 from lightning_edge.errors import ExportError
+from lightning_edge.reporting.devices import DeviceRow
 from lightning_edge.reporting.report import Report, Row, digest
 
 wandb = pytest.importorskip("wandb")
@@ -253,6 +255,28 @@ def test_table_has_a_value_for_every_column(report: Report) -> None:
     assert columns[:2] == ["candidate", "val_acc"]
     assert {len(row) for row in data} == {len(columns)}
     assert table_of(Report("m", "validate", ())) == (["candidate"], [])
+
+
+def test_table_of_devices_has_a_value_or_none_for_every_column() -> None:
+    rows = [
+        DeviceRow("pi4", "onnx", "int8", "trained", metrics={"val_acc": 0.5}, change_to_host={"val_acc": 0.25}),
+        DeviceRow("pi5", "onnx", "int8", "trained", "it is off"),
+    ]
+    columns, data = device_table_of(Report("m", "validate", (), devices=rows))
+    assert columns == [
+        "device",
+        "target",
+        "precision",
+        "verdict",
+        "error",
+        "runtime",
+        "val_acc",
+        "val_acc_change_to_host",
+    ]
+    assert data == [
+        ["pi4", "onnx", "int8", None, None, None, 0.5, 0.25],
+        ["pi5", "onnx", "int8", None, "it is off", None, None, None],
+    ]
 
 
 def test_hashes_leave_out_files_that_were_not_made(report: Report, folder: Path) -> None:

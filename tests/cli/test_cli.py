@@ -245,6 +245,13 @@ def test_evaluate_writes_the_report_and_runs_on_the_devices_of_a_file(
     printed = capfd.readouterr().out
     assert "onnx int8" in printed
     assert "bench: onnx int8" in printed
+    with pytest.raises(SystemExit) as exit_info:  # a switch, without a value
+        run(
+            *("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
+            *("--targets", "[onnx]", "--dirpath", str(tmp_path), "--resume", "--devices", "[bench]"),
+        )
+    assert exit_info.value.code == 1
+    assert "error: there is nothing to resume" in capfd.readouterr().err
 
 
 def test_evaluate_on_a_device_that_the_file_does_not_describe(

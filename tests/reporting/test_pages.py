@@ -76,6 +76,8 @@ def test_page_tells_what_was_measured_on_devices() -> None:
         "pi4: tflite int8 0.9700 close",
         "pi4: tflite int8, energy: 2.5 mJ an inference; RAPL, package-0: 3 J",
         "p50 1.011 ms at first, 1.606 ms at the end of 60 s, 40 to 47 °C",
+        "pi4: tflite int8 0.125 2.500 0.250 21.00%",
+        "pi4: tflite int8 64 - 1.00 - - +0.0000 -0.0100",
         "Median latency of a sample, one call after another",
         "The hottest temperature",
         "pi5: tflite int8, 60 s: 1.667 ms",

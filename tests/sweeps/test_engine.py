@@ -230,6 +230,20 @@ def test_a_metric_that_no_training_logs_ends_it_at_once(tmp_path: Path) -> None:
     assert len(outcome.front.trials) == 1
 
 
+def test_workers_share_the_cores_that_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    given: list[Any] = []
+
+    def noted(fit: Fit) -> dict[str, Any]:
+        given.append(dict(fit.environment))
+        return quick(fit)
+
+    engine(tmp_path / "sweep", runner=noted, workers=2).run()
+    assert given == [{"OMP_NUM_THREADS": "3"}] * 6
+
+
 def test_what_goes_wrong_outside_of_a_trial_is_raised(tmp_path: Path) -> None:
     def breaks(fit: Fit) -> dict[str, Any]:
         raise OSError("the disk is gone")

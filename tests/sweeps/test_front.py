@@ -14,9 +14,10 @@ import yaml
 from sweep_files import CONFIG, GRID, engine, report_of
 
 from lightning_edge.cli.front import main, table
+from lightning_edge.condition import read_condition
 from lightning_edge.errors import SweepError
 from lightning_edge.sweeps.fit import Fit
-from lightning_edge.sweeps.front import Front, TrialRecord, read_condition, read_front, with_front
+from lightning_edge.sweeps.front import Front, TrialRecord, read_front, with_front
 from lightning_edge.sweeps.objectives import (
     Figure,
     NoSuchFigureError,
@@ -73,7 +74,7 @@ def test_the_best_under_a_condition() -> None:
     "text", ["", "a < b", "a == 3", "a < 3 < 4", "a 3", "< 3", "a < 1e999", "a < nan", "__import__('os') < 1 and a < 2"]
 )
 def test_what_is_no_condition(text: str) -> None:
-    with pytest.raises(SweepError, match=r"--best: given .*allowed: an objective, one of < <= > >="):
+    with pytest.raises(ValueError, match=r"given .*allowed: a name, one of < <= > >=, a number"):
         read_condition(text)
 
 

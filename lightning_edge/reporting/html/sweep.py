@@ -26,12 +26,13 @@ _MOST_PICTURES = 6
 _LONGEST_VALUE = 40
 _NAMED_TOO = 8
 _UNFINISHED = {"running": "still running", "stopped": "stopped"}
+_COUNTED = {"ended early": "ended early", **_UNFINISHED}
 
 
 @dataclass(frozen=True)
 class _Trial:
     number: int
-    status: Literal["complete", "failed", "running", "stopped"]
+    status: Literal["complete", "ended early", "failed", "running", "stopped"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
     spread: Mapping[str, float] | None = None
@@ -69,7 +70,7 @@ def sweep_page(front: Mapping[str, Any]) -> str:
     best = [trial for trial in sweep.trials if trial.front]
     failed = [trial for trial in sweep.trials if trial.status == "failed"]
     counts = Counter[str](trial.status for trial in sweep.trials)
-    running = [f"{counts[status]:,} {word}" for status, word in _UNFINISHED.items() if counts[status]]
+    others = [f"{counts[status]:,} {word}" for status, word in _COUNTED.items() if counts[status]]
     names = list(sweep.objectives)
     drawn = [(f"{names[0]} over {name}", _picture(sweep, names[0], name)) for name in names[1 : 1 + _MOST_PICTURES]]
     drawn = [(words, picture) for words, picture in drawn if picture]
@@ -77,7 +78,7 @@ def sweep_page(front: Mapping[str, Any]) -> str:
     return page(
         f"Sweep {sweep.study}",
         tag("h1", f"Sweep {sweep.study}"),
-        tag("p", f"{', '.join([done, *running])}.", class_="lead"),
+        tag("p", f"{', '.join([done, *others])}.", class_="lead"),
         quiet(_aims(sweep)),
         section(
             "The front",
@@ -234,13 +235,15 @@ def _rank(trial: _Trial, sweep: _Front) -> tuple[Any, ...]:
     first, way = next(iter(sweep.objectives.items()))
     value = trial.values.get(first)
     order = 0.0 if not known(value) else -value if way == "max" else value
-    status = ("complete", "running", "stopped", "failed").index(trial.status)
+    status = ("complete", "running", "stopped", "ended early", "failed").index(trial.status)
     return not trial.front, status, not trial.feasible, not known(value), order, trial.number
 
 
 def _state(trial: _Trial) -> Markup:
     if trial.status == "failed":
         return state("bad", "failed", trial.reason)
+    if trial.status == "ended early":
+        return state("warn", "ended early", trial.reason)
     if trial.status in _UNFINISHED:
         return state("unknown", trial.status)
     if trial.front:
