@@ -32,6 +32,7 @@ from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance
 from lightning_edge.quiet import quiet_libraries
 from lightning_edge.verdict import Judgement, Strict, check_strict
+from lightning_edge.wording import counted
 
 
 def stage(
@@ -227,7 +228,7 @@ def _raise_or_warn(staged: Staged, agreement: Agreement | None, judgement: Judge
     """
     file = f"{staged.artifact.target}: {staged.artifact.path.name}"
     samples = 0 if agreement is None else agreement.samples
-    verdict = f"{judgement} (over {samples} sample{'s' * (samples != 1)})"
+    verdict = f"{judgement} (over {counted(samples, 'sample')})"
     if not judgement.allowed(strict):
         raise AgreementError(
             f"{file} computes something else than the network it came from: {verdict}. Nothing was written. "

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_edge.contents import Precision
 from lightning_edge.errors import EdgeError
+from lightning_edge.wording import counted
 
 # Steps come from outputs in float32, and three of them come to 3.000001.
 _ROUNDING_STEPS = 1e-3
@@ -83,8 +84,8 @@ class Tolerance:
             found += [f"{at}{line}" for line in self._of_output(output, precision, own)]
         if self.top1 is not None and agreement.top1 is not None and not agreement.top1 >= self.top1:
             found.append(
-                f"same top class for {agreement.top1:.2%} of {agreement.samples} samples, allowed from {self.top1:.2%}"
-                " (top1=None if the outputs are not class scores)"
+                f"same top class for {agreement.top1:.2%} of {counted(agreement.samples or 0, 'sample')}, allowed "
+                f"from {self.top1:.2%} (top1=None if the outputs are not class scores)"
             )
         return found
 

@@ -28,6 +28,7 @@ ROWS = [
         "quiet",
         "user_warnings",
         "cores",
+        "wording",
         "condition",
     },
     {"reporting.devices", "reporting.classes", "reporting.layers", "reporting.network_size", "plain_calls"},
@@ -72,7 +73,7 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"quiet", "user_warnings", "boards", "cores", "condition"}
+WITHOUT_TORCH |= {"quiet", "user_warnings", "boards", "cores", "wording", "condition"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
 WITHOUT_TORCH |= {"devices.runner", "devices.runtimes", "devices.sensors"}
 WITHOUT_TORCH |= {"reporting.devices", "reporting.device_entry", "reporting.classes", "reporting.layers"}

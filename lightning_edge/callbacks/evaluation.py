@@ -93,6 +93,7 @@ class DeviceEvaluationCallback(Callback):
             float file is left out there, and failures are warnings. The training goes on as it would without.
         jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one;
             ``None``: one a core, and in this process where there is one core only.
+        name: First part of each file's name: ``<name>-int8.tflite``.
 
     Attributes:
         settings: The arguments that say which files are made, and how they are tested, timed and judged.
@@ -125,6 +126,7 @@ class DeviceEvaluationCallback(Callback):
         hooks: list[EvaluationHook] | None = None,
         every_n_epochs: int | None = None,
         jobs: int | None = 0,
+        name: str = "model",
     ) -> None:
         check_split(split)
         check_strict(strict)
@@ -149,6 +151,7 @@ class DeviceEvaluationCallback(Callback):
             on_devices=on_devices or DeviceSettings(),
             hooks=hooks or [],
             jobs=jobs,
+            name=name,
         )
         self.module = module
         self.split = split

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_edge.condition import read_condition
 from lightning_edge.errors import HopelessError, SweepError
+from lightning_edge.wording import counted
 
 
 @final
@@ -43,5 +44,5 @@ class StopTrial(Callback):
         epochs = trainer.current_epoch + 1
         if epochs >= self.after_epochs and (not math.isfinite(value) or self.when.holds(value)):
             raise HopelessError(
-                f"{self.when.name} is {value:.4g} after {epochs} epoch(s), and {self.when} ends a trial"
+                f"{self.when.name} is {value:.4g} after {counted(epochs, 'epoch')}, and {self.when} ends a trial"
             )

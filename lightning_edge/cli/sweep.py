@@ -30,6 +30,7 @@ from lightning_edge.sweeps.study import Study
 from lightning_edge.sweeps.tracking import as_trial, log_front, logger_of, with_logger
 from lightning_edge.sweeps.wandb_agent import read_settings, wandb_config
 from lightning_edge.sweeps.warm_start import beginning_from, common_start
+from lightning_edge.wording import counted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,9 +100,10 @@ def _dry_run(sweep: Sweep, folder: Path, workers: int) -> int:
     trials = sweep.trials
     if definition.sampler != "grid":
         print(f"Examples: {definition.sampler} samples anew, and chooses later trials by what came of earlier ones.")
-    print(f"{trials} trials x {definition.seeds} seed(s) = {trials * definition.seeds} fits of {definition.base}")
+    each = f"{counted(trials, 'trial')} x {counted(definition.seeds, 'seed')}"
+    print(f"{each} = {counted(trials * definition.seeds, 'fit')} of {definition.base}")
     if isinstance(definition.warm_start, int):
-        print(f"and one training of the float network before them, for {definition.warm_start} epoch(s)")
+        print(f"and one training of the float network before them, for {counted(definition.warm_start, 'epoch')}")
     print(cost(sweep, folder, workers))
     return 0
 
@@ -121,11 +123,12 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
     engine = Engine(sweep, study, given.workers, tell=tell, decorate=decorate, stop=stop)
     try:
         if given.retry_failed:
-            print(f"{study.retry_failed()} failed trial(s) are trained once more")
+            print(f"trained once more: {counted(study.retry_failed(), 'failed trial')}")
         if study.base_changed:
             print(f"note: {sweep.base.name} has changed since the sweep began; earlier trials are of the earlier one")
         if timed := [figure.name for figure in sweep.figures if figure.field in TIMES and given.workers > 1]:
-            print(f"note: {timed[0]} is measured while {given.workers - 1} other training(s) use the same machine")
+            others = counted(given.workers - 1, "other training")
+            print(f"note: {timed[0]} is measured beside {others} on the same machine")
         with _stopped_by_signals(stop) as received:
             if sweep.definition.warm_start is not None:
                 config = as_trial(sweep.base.config, {}, name, "float")

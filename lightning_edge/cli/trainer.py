@@ -63,6 +63,7 @@ class EdgeTrainer(Trainer):
         options: dict[str, dict[str, Any]] | None = None,
         strict: Strict | None = None,
         jobs: int | None = None,
+        name: str | None = None,
         weights_only: bool | None = None,
     ) -> list[Artifact]:
         """Write the network of a checkpoint for each target, int8 if it was trained so, and prove each file.
@@ -81,6 +82,7 @@ class EdgeTrainer(Trainer):
             strict: The worst verdict that is no error, see `lightning_edge.export`; broken files are, if not given.
             jobs: How many targets are written at once, each in a process of its own: as the DeviceEvaluationCallback
                 says, or 0, which is in this process.
+            name: First part of each file's name: as the DeviceEvaluationCallback says, or ``model``.
             weights_only: A key of configurations that `fit` has written; a checkpoint is read no other way.
 
         Raises:
@@ -89,7 +91,7 @@ class EdgeTrainer(Trainer):
         """
         _check_weights_only(weights_only)
         given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
-        callback = self._callback(targets, strict, dirpath=dirpath, jobs=jobs, **given)
+        callback = self._callback(targets, strict, dirpath=dirpath, jobs=jobs, name=name, **given)
         settings = callback.settings
         if batches < 1:
             raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
@@ -133,6 +135,7 @@ class EdgeTrainer(Trainer):
         strict: Strict | None = None,
         devices: list[str] | None = None,
         jobs: int | None = None,
+        name: str | None = None,
         resume: bool = False,
         weights_only: bool | None = None,
     ) -> Report:
@@ -156,6 +159,7 @@ class EdgeTrainer(Trainer):
             devices: Devices to run the files on as well, by name: those of the DeviceEvaluationCallback, if any.
             jobs: How many targets are written at once, each in a process of its own; 0 is in this process, as without a
                 callback.
+            name: First part of each file's name, ``model`` without a callback.
             resume: Whether to measure on devices only what is missing of an evaluation into the same folder that broke
                 off there.
             weights_only: A key of configurations that `fit` has written; a checkpoint is read no other way.
@@ -167,7 +171,7 @@ class EdgeTrainer(Trainer):
         """
         _check_weights_only(weights_only)
         given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
-        ours = {"budget": budget, "devices": devices, "jobs": jobs}
+        ours = {"budget": budget, "devices": devices, "jobs": jobs, "name": name}
         callback = self._callback(targets, strict, dirpath=dirpath, **given, **ours)
         settings = callback.settings
         require_devices(settings)
@@ -246,7 +250,7 @@ def _check_weights_only(weights_only: bool | None) -> None:
 
 def _begun(writers: Writers, network: Deployable, target: str, settings: EvaluationSettings) -> Pending:
     """Begin to write one file."""
-    path = Path(settings.dirpath) / f"model-{network.precision}{exporters.target(target).suffix}"
+    path = Path(settings.dirpath) / f"{settings.name}-{network.precision}{exporters.target(target).suffix}"
     options = exporters.options_of(target, network.precision, settings.options)
     shape: dict[str, Any] = {"max_fallback": settings.max_fallback, "interface": settings.interface}
     return writers.begin(network, target, path, label=target, **shape, **options)

@@ -25,6 +25,7 @@ from lightning_edge.exporters.run import ends
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.exporters.target import target as target_of
 from lightning_edge.reporting.devices import About, State
+from lightning_edge.wording import counted
 
 # What a file that does not fix the sizes of its outputs may give for a sample.
 _FREE_BYTES = 2**28
@@ -255,7 +256,7 @@ class RemoteRunner(Runner):
         if load_ms is None or load_ms < 0:
             self._asked.strange(f"load_ms={reply.get('load_ms')!r}"[:80])
         self.load_ms, self.session = load_ms, session
-        count = "1 thread" if threads == 1 else f"{threads} threads"
+        count = counted(threads, "thread")
         self.runtime = plain(reply.get("runtime"), 200) or target
         if "threads" in session or "options" in session:  # Core ML chooses
             self.runtime += f", {count}"

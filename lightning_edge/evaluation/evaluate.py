@@ -56,6 +56,7 @@ from lightning_edge.reporting.rows import (
 )
 from lightning_edge.surgery import find_network
 from lightning_edge.user_warnings import warn
+from lightning_edge.wording import counted
 
 # Share of values outside their range that a report speaks of: more than the outliers that calibration leaves out.
 _CLIPPED = 0.05
@@ -276,7 +277,7 @@ class _Evaluation:
         )
 
     def _time(self) -> None:
-        self._tell(f"Measuring latency of {len(self._timed)} candidates")
+        self._tell(f"Measuring latency of {counted(len(self._timed), 'candidate')}")
         runs = {str(index): run for index, run in self._timed.items()}
         failures: dict[str, EdgeError] = {}
         timing = self._settings.timing

@@ -28,6 +28,7 @@ from lightning_edge.measure import latency_of
 from lightning_edge.network import sort_keywords
 from lightning_edge.reporting.devices import DeviceRow, Endurance, Point
 from lightning_edge.reporting.report import Row
+from lightning_edge.wording import counted
 
 # Stretches of a long run, and how many times of each are logged.
 _STRETCHES = 60
@@ -293,8 +294,8 @@ class OnDevice:
         if judgement.grade == "broken" and self._file.row.verdict != "broken":
             raise AgreementError(
                 f"{self.row.device}: {self.row.path} computes something else there than the network it came from, "
-                f"and not here: {'; '.join(judgement.reasons)} (over {self.row.samples} samples). Try another version "
-                "of the runtime on the device"
+                f"and not here: {'; '.join(judgement.reasons)} (over {counted(self.row.samples or 0, 'sample')}). "
+                "Try another version of the runtime on the device"
             )
 
     def _fill_agreement(self, comparison: Comparison) -> None:

@@ -19,6 +19,7 @@ from lightning_edge.quantization.network import quantized_forward
 from lightning_edge.quantization.plan import node_names
 from lightning_edge.surgery import in_mode
 from lightning_edge.user_warnings import EdgeWarning, warn
+from lightning_edge.wording import counted
 
 _TOLD = 8
 
@@ -169,7 +170,7 @@ def in_words(findings: list[CalibrationFinding]) -> str:
     lines = "\n".join(f"  {finding}" for finding in findings[:_TOLD])
     more = f"\n  and {len(findings) - _TOLD} more" if len(findings) > _TOLD else ""
     return (
-        f"The calibration batches do not stand for the validation data in {len(findings)} activations:\n"
+        f"The calibration batches do not stand for the validation data in {counted(len(findings), 'activation')}:\n"
         f"{lines}{more}\nCalibrate with batches drawn as the validation data is (same preprocessing, all classes, "
         "some hundred samples), or keep these layers in float with skip=[...]."
     )

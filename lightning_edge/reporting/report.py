@@ -26,6 +26,7 @@ from lightning_edge.reporting.network_size import NetworkSize
 from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.terminal import ReportTable
 from lightning_edge.verdict import Grade, Judgement, Strict
+from lightning_edge.wording import counted
 
 Source = Literal["float", "post-training", "trained"]
 
@@ -303,12 +304,13 @@ class Report:
         samples = max((row.samples or 0 for row in self.rows), default=0)
         phrases = [
             f"metrics of the {self.split} loop",
-            f"latency of one sample: {self.warmup} warm-up calls, {self.repeats} timed, {self.threads} thread(s)",
+            f"latency of one sample: {counted(self.warmup, 'warm-up call')}, {self.repeats} timed, "
+            f"{counted(self.threads, 'thread')}",
         ]
         if samples:
-            phrases.insert(1, f"agreement over {samples} samples")
+            phrases.insert(1, f"agreement over {counted(samples, 'sample')}")
         if self.calibration_batches:
-            phrases.append(f"post-training quantization from {self.calibration_batches} batches")
+            phrases.append(f"post-training quantization from {counted(self.calibration_batches, 'batch', 'batches')}")
         phrases.append("no seed set" if self.seed is None else f"seed {self.seed}")
         return phrases
 

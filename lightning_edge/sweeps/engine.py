@@ -30,6 +30,7 @@ from lightning_edge.sweeps.progress import progress_line, settings_line
 from lightning_edge.sweeps.stop_early import with_stop
 from lightning_edge.sweeps.storage import BEAT_S
 from lightning_edge.sweeps.study import Claim, Result, Study, folder_name
+from lightning_edge.wording import counted
 
 # So many trials in a row that fail for the same cause end a sweep.
 SAME_FAILURES = 3
@@ -145,7 +146,7 @@ class Engine:
                 return
             if not self._waits and own == 0:
                 self._waits = True
-                self.tell(f"waiting for {others} trial(s) that other workers train")
+                self.tell(f"waiting for {counted(others, 'trial')} that other workers train")
             self.stop.wait(_POLL_S)
 
     def _train(self, claim: Claim) -> None:

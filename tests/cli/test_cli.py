@@ -125,15 +125,17 @@ def test_export_writes_int8_files(
         *("export", "--config", "written.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),  # as `fit` wrote it
         *("--targets", "[onnx]", "--dirpath", str(tmp_path / "out"), "--batches", "1", "--jobs", "1"),
         *("--interface.layout", "nhwc", "--interface.outputs", "[scores]"),
+        *("--name", "digits"),
     )
-    artifact = exporters.load(tmp_path / "out" / "model-int8.onnx")
+    artifact = exporters.load(tmp_path / "out" / "digits-int8.onnx")
     assert artifact.precision == "int8"
     assert artifact(torch.zeros(2, 1, 8, 8))[0].shape == (2, 10)
     printed = capfd.readouterr()
-    assert "model-int8.onnx: int8, " in printed.out
+    assert "digits-int8.onnx: int8, " in printed.out
     assert "onnx: converting, after " in printed.err  # in a process of its own
     manifest = Manifest.read(tmp_path / "out")
-    assert [entry.path for entry in manifest.files] == ["model-int8.onnx"]
+    assert [entry.path for entry in manifest.files] == ["digits-int8.onnx"]
+    assert manifest.phases["quantize"]["start"] == 0.5
     assert manifest.files[0].agreement["samples"] == 16
     assert manifest.files[0].interface == Interface(("input",), ("scores",), layout="nhwc")
     assert [end.shape for end in manifest.files[0].inputs] == [(1, 8, 8, 1)]

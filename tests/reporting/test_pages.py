@@ -58,7 +58,7 @@ def test_page_tells_what_the_report_knows() -> None:
         "softmax",
         "270,000",
         "done so",
-        "latency of one sample: 10 warm-up calls, 100 timed, 1 thread(s)",
+        "latency of one sample: 10 warm-up calls, 100 timed, 1 thread",
         "post-training quantization from 32 batches",
         "seed 0",
         "commit abc123",
@@ -155,7 +155,7 @@ def test_samples_that_changed_their_class_are_told() -> None:
     unlabelled = replace(INT8, classes=ClassChanges(360, 1, ((3, 5, 1),), ((12, 3, 5),)))
     plain = words(report_page(replace(REPORT, rows=(TORCH, FLOAT, unlabelled))))
     assert "Became right" not in plain
-    assert "3 to 5 1 samples" in plain
+    assert "3 to 5 1 sample" in plain
     many = words(report_page(REPORTS["many layers and classes"]))
     assert "Right by class, of labels: the 16 of 100 classes that moved most" in many
     same = replace(INT8, classes=ClassChanges(360, 0))

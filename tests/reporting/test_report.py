@@ -173,8 +173,8 @@ def test_markdown_says_what_failed_and_how_it_was_measured() -> None:
         "torch 2.13.0",
     ):
         assert part in text
-    assert "3 warm-up calls, 20 timed, 1 thread(s)" in text
-    assert "agreement over 1000 samples" in text
+    assert "3 warm-up calls, 20 timed, 1 thread" in text
+    assert "agreement over 1,000 samples" in text
 
 
 def test_markdown_says_what_runs_where_and_which_limit_is_not_kept() -> None:

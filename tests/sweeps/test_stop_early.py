@@ -95,7 +95,7 @@ def test_a_stopped_trial_counts_is_told_and_is_no_failure(tmp_path: Path, sample
         assert fit.config["trainer"]["callbacks"][-1]["init_args"]["when"] == "val_acc < 0.6"
         report = report_of(fit.config)
         if report["rows"][-1]["metrics"]["val_acc"] < 0.8:
-            raise TrialStoppedError("val_acc is 0.5 after 2 epoch(s), and val_acc < 0.6 ends a trial")
+            raise TrialStoppedError("val_acc is 0.5 after 2 epochs, and val_acc < 0.6 ends a trial")
         return report
 
     with warnings.catch_warnings():

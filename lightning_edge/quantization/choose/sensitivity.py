@@ -22,6 +22,7 @@ from lightning_edge.quantization.network import attach, float_copy
 from lightning_edge.quantization.plan import layer_name
 from lightning_edge.quantization.post_training import calibrate
 from lightning_edge.quantization.train.layers import RoundedBias
+from lightning_edge.wording import counted
 
 Difference = Literal["mse", "kl"]
 Loss = Difference | Callable[[Any, Any], Any]
@@ -115,7 +116,7 @@ class Sensitivities:
         """Draw one bar a layer, as a whole SVG document."""
         return bar_chart(
             {layer.name: layer.increase for layer in self.layers},
-            title=f"Sensitivity to int8 over {self.samples} samples",
+            title=f"Sensitivity to int8 over {counted(self.samples, 'sample')}",
             axis=f"increase of {self.loss} with this layer alone in int8",
             rows="layer",
         )

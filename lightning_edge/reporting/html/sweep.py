@@ -15,6 +15,7 @@ from lightning_edge.reporting.html.parts import plain_axis
 from lightning_edge.reporting.html.scatter import Point, Side, scatter
 from lightning_edge.reporting.html.words import ABSENT, clipped, known, number
 from lightning_edge.reporting.typed import built
+from lightning_edge.wording import counted
 
 FRONT = "front.json"
 
@@ -68,12 +69,12 @@ def sweep_page(front: Mapping[str, Any]) -> str:
     sweep = _read(front)
     best = [trial for trial in sweep.trials if trial.front]
     failed = [trial for trial in sweep.trials if trial.status == "failed"]
-    counts = Counter(trial.status for trial in sweep.trials)
+    counts = Counter[str](trial.status for trial in sweep.trials)
     others = [f"{counts[status]:,} {word}" for status, word in _COUNTED.items() if counts[status]]
     names = list(sweep.objectives)
     drawn = [(f"{names[0]} over {name}", _picture(sweep, names[0], name)) for name in names[1 : 1 + _MOST_PICTURES]]
     drawn = [(words, picture) for words, picture in drawn if picture]
-    done = f"{len(sweep.trials):,} trials: {len(best):,} on the front, {len(failed):,} failed"
+    done = f"{counted(len(sweep.trials), 'trial')}: {len(best):,} on the front, {len(failed):,} failed"
     return page(
         f"Sweep {sweep.study}",
         tag("h1", f"Sweep {sweep.study}"),
