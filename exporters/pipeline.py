@@ -115,7 +115,9 @@ def opened(
     check_contents(asked.network, contents, target, wants_delegate=options.get("backend") != "portable")
     if options.get("scheme") is not None:
         warn_if(target, schemes.check_scheme(contents, options["scheme"], target))
-    check_fallback(contents.placements, asked.max_fallback, target)
+    # A microcontroller has no delegate to hand anything to.
+    placements = contents.placements if running.kernels == "delegate" else None
+    check_fallback(placements, asked.max_fallback, target)
     artifact = open_file(target, place.staged, contents, running, JUST_WRITTEN, child)
     warn_not_run(artifact)
     check_batches(asked.network, artifact)
@@ -153,8 +155,8 @@ def export(
         target: A key of `TARGETS`.
         path: The file to write, with the target's suffix; missing folders are made.
         inputs: One call's arguments, for a module that is not quantized.
-        batches: Inputs to compare on, each what `Inputs.of` reads. If not given: those a quantized module was
-            calibrated on, as far as it keeps them, else the network's own sample.
+        batches: Inputs to compare on, each what `Inputs.of` reads, or ``(inputs, target)``. If not given: those a
+            quantized module was calibrated on, as far as it keeps them, else the network's own sample.
         tolerance: How far a close file may lie from the network; by its scheme if not given.
         threads: Threads to run it with.
         isolated: As for `load`.

@@ -216,6 +216,7 @@ class Latency:
         p50_ms: Median wall time, milliseconds.
         p95_ms: 95th percentile, milliseconds.
         p99_ms: 99th percentile, milliseconds.
+        jitter_ms: Standard deviation, milliseconds.
         throughput: Calls per second, one after the other, at the median.
         warmup: Calls made before timing.
         repeats: Calls timed.
@@ -225,6 +226,7 @@ class Latency:
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    jitter_ms: float
     throughput: float
     warmup: int
     repeats: int
@@ -304,7 +306,8 @@ def latency_of(times_ns: Sequence[int], warmup: int = 0) -> Latency:
     milliseconds = torch.tensor(times_ns, dtype=torch.float64) / 1e6
     p50, p95, p99 = torch.quantile(milliseconds, torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64)).tolist()
     quantiles = torch.quantile(milliseconds, torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)).tolist()
-    return Latency(p50, p95, p99, 1000 / max(p50, 1e-9), warmup, len(times_ns), tuple(quantiles))
+    jitter = float(milliseconds.std(correction=0))
+    return Latency(p50, p95, p99, jitter, 1000 / max(p50, 1e-9), warmup, len(times_ns), tuple(quantiles))
 
 
 @contextmanager

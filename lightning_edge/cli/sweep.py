@@ -20,7 +20,7 @@ from lightning_edge.errors import EdgeError, check_installed
 from lightning_edge.sweeps import strict_yaml
 from lightning_edge.sweeps.agent_trial import run_settings
 from lightning_edge.sweeps.definition import Sweep, bind, read_definition
-from lightning_edge.sweeps.dry_run import first_settings
+from lightning_edge.sweeps.dry_run import cost, first_settings
 from lightning_edge.sweeps.engine import Engine
 from lightning_edge.sweeps.fit import InterruptedFitError
 from lightning_edge.sweeps.objectives import TIMES
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.wandb:
             sweep = replace(sweep, base=replace(sweep.base, config=with_logger(sweep.base.config, definition.study)))
         if given.dry_run:
-            return _dry_run(sweep)
+            return _dry_run(sweep, given.folder or Path("sweeps") / definition.study, given.workers)
         if given.wandb_config:
             print(strict_yaml.dump(wandb_config(sweep, given.file)), end="")
             return 0
@@ -91,7 +91,7 @@ def _workers(text: str) -> int:
     return int(text)
 
 
-def _dry_run(sweep: Sweep) -> int:
+def _dry_run(sweep: Sweep, folder: Path, workers: int) -> int:
     definition = sweep.definition
     settings = first_settings(definition, sweep)
     for number, values in enumerate(settings):
@@ -102,6 +102,7 @@ def _dry_run(sweep: Sweep) -> int:
     print(f"{trials} trials x {definition.seeds} seed(s) = {trials * definition.seeds} fits of {definition.base}")
     if isinstance(definition.warm_start, int):
         print(f"and one training of the float network before them, for {definition.warm_start} epoch(s)")
+    print(cost(sweep, folder, workers))
     return 0
 
 
@@ -152,7 +153,7 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
         )
         return 1
     if not any(trial.status == "complete" for trial in outcome.front.trials):
-        sys.stderr.write("error: every trial failed; the reasons are above and in front.json\n")
+        sys.stderr.write("error: no trial gave files; the reasons are above and in front.json\n")
         return 1
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,7 +110,7 @@ class EdgeTrainer(Trainer):
                 else:
                     artifacts.append(artifact)
                     rows.append(row)
-            report = Report(type(model).__name__, "validate", rows)
+            report = Report(type(model).__name__, "validate", rows, phases=_saved(ckpt_path).get("settings", {}))
             write_manifest(report, Path(settings.dirpath), recipe_of(self))
         if report.failures:
             names = ", ".join(row.target for row in report.failures)
@@ -133,6 +133,7 @@ class EdgeTrainer(Trainer):
         strict: Strict | None = None,
         devices: list[str] | None = None,
         jobs: int | None = None,
+        resume: bool = False,
         weights_only: bool | None = None,
     ) -> Report:
         """Export the network of a checkpoint, validate and time every file, and write the report.
@@ -155,6 +156,8 @@ class EdgeTrainer(Trainer):
             devices: Devices to run the files on as well, by name: those of the DeviceEvaluationCallback, if any.
             jobs: How many targets are written at once, each in a process of its own; 0 is in this process, as without a
                 callback.
+            resume: Whether to measure on devices only what is missing of an evaluation into the same folder that broke
+                off there.
             weights_only: A key of configurations that `fit` has written; a checkpoint is read no other way.
 
         Raises:
@@ -180,13 +183,16 @@ class EdgeTrainer(Trainer):
             loader = loader_of(datamodule or model, "train_dataloader")
             return calibration_inputs(model, loader, callback.calibration_batches, callback.module, datamodule)
 
+        saved = _saved(ckpt_path)
         report = evaluate_module(
             validation,
             settings,
             calibration=calibration if callback.calibration_batches else None,
-            baseline=_float_network(ckpt_path, find_network(model, callback.module)),
+            baseline=_float_network(saved, find_network(model, callback.module)),
             recipe=recipe_of(self),
+            phases=saved.get("settings"),
             tell=print,
+            resume=resume,
         )
         Console().print(report.table())
         raise_failures(report, callback.strict)
@@ -279,10 +285,14 @@ def first_of(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback 
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
-def _float_network(ckpt_path: str, network: nn.Module) -> nn.Module | None:
-    """The float network that quantization-aware training began with, which the checkpoint keeps."""
+def _saved(ckpt_path: str) -> dict[str, Any]:
+    """What a checkpoint says of its compression; nothing where there was none."""
     loaded = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-    saved = record.checked(loaded.get(record.KEY), ckpt_path)
+    return record.checked(loaded.get(record.KEY), ckpt_path)
+
+
+def _float_network(saved: Mapping[str, Any], network: nn.Module) -> nn.Module | None:
+    """The float network that quantization-aware training began with, which the checkpoint keeps."""
     if saved.get("float_state") is None:
         return None
     baseline = float_copy(network)

@@ -38,7 +38,8 @@ class Prune(Phase):
         size: Bytes of the weights in an int8 file: 1 for each element of a matrix or kernel, 4 for each of a vector.
         layers: Kept fraction of the channels that a layer makes, above 0 and up to 1, by a pattern of layer names such
             as ``stages.2.*``; all other layers keep theirs.
-        start: When to cut, or when to begin to.
+        start: When to cut, or when to begin to. By default before the first step, which is for weights that are trained
+            already: a network with random weights would be cut by these.
         end: When the whole cut has been made; ``None``: at once, at ``start``.
         every: How far apart cuts are between ``start`` and ``end``: in epochs if those are epochs, else as a fraction
             of training; ``None``: an epoch.

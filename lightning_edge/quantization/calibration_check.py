@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from lightning_edge.network import Inputs
+from lightning_edge.network import fed
 from lightning_edge.quantization.network import quantized_forward
 from lightning_edge.quantization.plan import node_names
 from lightning_edge.surgery import in_mode
@@ -92,8 +92,8 @@ def check_calibration(
     try:
         with torch.no_grad(), in_mode(network, training=False):
             for batch in validation_batches:
-                fed = Inputs.of(batch)
-                inputs = child.call.match(fed.args, dict(fed.kwargs))
+                call = fed(network, batch)
+                inputs = child.call.match(call.args, dict(call.kwargs))
                 graph(*inputs.args, **inputs.kwargs)
                 batches += 1
     finally:
