@@ -160,6 +160,8 @@ class Reading:
         """Read one group, as its channels go alone or by another way."""
         root = found[0].dep.target.module
         group = Group(self.modules[id(root)])
+        if id(root) in self.graph.endless:
+            return self._left(group, "torch-pruning finds no end of the channels that hang together with it")
         if way is not None:
             group.way, group.counters = way.name, dict(way.counters)
         layers: list[tuple[nn.Module, str, Channels, Integers, Integers]] = []

@@ -339,3 +339,30 @@ def test_a_norm_that_mixes_channels_is_left_alone() -> None:
     assert change is not None
     assert not change["kept"]
     assert "something else" in next(iter(change["faulty"].values()))
+
+
+class TalkingHeads(nn.Module):
+    """Attention over images whose heads are mixed by convolutions (EfficientFormerV2, Li et al. 2023)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Conv2d(16, 32, 1), nn.Conv2d(16, 32, 1), nn.Conv2d(16, 64, 1)
+        self.before, self.after, self.proj = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(64, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        layers = (self.query, self.key, self.value)
+        query, key, value = (layer(x).reshape(batch, 4, -1, height * width) for layer in layers)
+        attention = self.after(self.before(query.transpose(2, 3) @ key).softmax(-1))
+        attended = (attention @ value.transpose(2, 3)).transpose(2, 3)
+        return x + self.proj(attended.reshape(batch, 64, height, width))
+
+
+def test_a_search_without_an_end_is_stopped_and_the_rest_is_cut() -> None:
+    blocks = (TalkingHeads() for _ in range(2))
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), *blocks, nn.Conv2d(16, 32, 1), nn.Conv2d(32, 4, 1))
+    inputs = Inputs((torch.randn(2, 3, 4, 4),))
+    reasons = {group.name: group.reason for group in trace(network.eval(), inputs).groups}
+    assert "no end" in reasons["1.query"]
+    cut(network, inputs, Prune(layers={"0": 0.5, "3": 0.5}, round_to=1))
+    assert (network[0].out_channels, network[3].out_channels) == (8, 16)
