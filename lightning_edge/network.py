@@ -19,7 +19,7 @@ from lightning_edge.contents import Precision
 from lightning_edge.interface import Interface
 from lightning_edge.plain_calls import PlainCalls
 from lightning_edge.quiet import without_graph_dumps
-from lightning_edge.tracing import TRACING
+from lightning_edge.tracing import tracing
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Deployable(nn.Module):
         """
         if self._exported is not None:
             return self._exported
-        with TRACING, torch.no_grad(), PlainCalls(), without_graph_dumps():
+        with tracing(), torch.no_grad(), PlainCalls(), without_graph_dumps():
             if self.interface.max_batch > 1:
                 return _without_aliases(_for_any_batch(self.graph, self.inputs, self.interface.max_batch))
             program = torch.export.export(self.graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)
@@ -236,11 +236,13 @@ def _refused(network: nn.Module, inputs: Inputs) -> str | None:
 
 def _without_aliases(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Take out, in place, what gives a value under another name: converters do not know it, or copy the value."""
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.alias.default and all(user.op != "output" for user in node.users):
-            node.replace_all_uses_with(node.args[0])
-            program.graph.erase_node(node)
-    program.graph_module.recompile()
+    aliases = [node for node in program.graph.nodes if node.target is torch.ops.aten.alias.default]
+    inner = [node for node in aliases if all(user.op != "output" for user in node.users)]
+    for node in inner:
+        node.replace_all_uses_with(node.args[0])
+        program.graph.erase_node(node)
+    if inner:  # writing the code of a large graph takes a while
+        program.graph_module.recompile()
     return program
 
 
