@@ -54,7 +54,7 @@ def fit(when: str, after_epochs: int, factor: float = 1.0) -> Trainer:
 
 
 def test_a_training_ends_when_the_condition_holds_and_not_before() -> None:
-    with pytest.raises(HopelessError, match=r"val_loss is .* after 3 epoch.s., and val_loss > 0 ends a trial"):
+    with pytest.raises(HopelessError, match=r"val_loss is .* after 3 epochs, and val_loss > 0 ends a trial"):
         fit("val_loss > 0", 3)
     assert fit("val_loss < 0", 1).current_epoch == 4
     with pytest.raises(HopelessError, match="val_loss is nan after 1"):
