@@ -117,7 +117,8 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
 
     outcome = engine(tmp_path / "sweep", runner=stops_at_the_third, stop=stop).run()
     assert outcome.interrupted
-    assert Counter(trial.status for trial in outcome.front.trials) == {"complete": 2, "running": 1}
+    assert Counter(trial.status for trial in outcome.front.trials) == {"complete": 2, "stopped": 1}
+    assert read_front(tmp_path / "sweep") == outcome.front
     (tmp_path / "sweep" / "trial-0002" / "left over").write_text("of the first attempt")
 
     outcome = engine(tmp_path / "sweep").run()
