@@ -1,6 +1,6 @@
 """What a sweep costs: 16 trials by two workers, one of them killed, against fits by hand and a common float start.
 
-    python benchmarks/digits_sweep.py [--epochs 20] [--separate 4] [--output sweeps/digits]
+    python benchmarks/digits_sweep.py [--epochs 20] [--separate 4] [--wandb] [--output sweeps/digits]
 
 Three runs of settings of ``digits-pruned-int8`` that differ in compression only: a sweep of all 16 by two processes, of
 which one is killed with its training in the middle and started again; the first few of them as fits by hand, one after
@@ -74,16 +74,16 @@ def timed(run: Callable[[], None]) -> dict[str, float]:
     return {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(used, 1)}
 
 
-def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, name: str, wandb: bool) -> subprocess.Popen[bytes]:
     """Start a process that works at a sweep."""
     log = (folder / f"{name}.log").open("ab")
-    command = [*COMMAND, "sweep", f"{name}.yaml", "--folder", name]
+    command = [*COMMAND, "sweep", f"{name}.yaml", "--folder", name, *(["--wandb"] if wandb else [])]
     return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
 
 
-def sweep(folder: Path, name: str, kill: bool) -> None:
+def sweep(folder: Path, name: str, kill: bool, wandb: bool) -> None:
     """Let two processes work at a sweep; where asked kill one, and its training, when four trials are done."""
-    workers = [start(folder, name), start(folder, name)]
+    workers = [start(folder, name, wandb), start(folder, name, wandb)]
     killed = not kill
     while any(worker.poll() is None for worker in workers):
         time.sleep(0.5)
@@ -99,7 +99,7 @@ def sweep(folder: Path, name: str, kill: bool) -> None:
                 os.killpg(int(child), signal.SIGKILL)  # a training leads a group of its own
             workers[1].wait()
             print(f"killed a worker with {len(children.stdout.split())} training(s); trials so far: {done}", flush=True)
-            workers[1] = start(folder, name)
+            workers[1] = start(folder, name, wandb)
 
 
 def fits(folder: Path, count: int) -> None:
@@ -135,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="what a sweep costs against fits by hand")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--separate", type=int, default=4)
+    parser.add_argument("--wandb", action="store_true", help="log every trial; WANDB_MODE=offline needs no account")
     parser.add_argument("--output", type=Path, default=Path("sweeps/digits"))
     options = parser.parse_args()
     folder: Path = options.output.resolve()
@@ -142,8 +143,8 @@ def main() -> None:
     write_files(folder, options.epochs)
     lines: list[dict[str, Any]] = []
     for name, run in (
-        ("cold", lambda: sweep(folder, "cold", kill=True)),
-        ("warm", lambda: sweep(folder, "warm", kill=False)),
+        ("cold", lambda: sweep(folder, "cold", kill=True, wandb=options.wandb)),
+        ("warm", lambda: sweep(folder, "warm", kill=False, wandb=options.wandb)),
         ("by hand", lambda: fits(folder, options.separate)),
     ):
         line = {"run": name, **timed(run)}

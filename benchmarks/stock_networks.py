@@ -32,7 +32,8 @@ from typing import Any
 
 TARGETS = ("executorch", "coreml", "tflite", "onnx")
 SAMPLES = 4
-# Name in timm -> its arguments, smaller than those of ImageNet where the network lets them be.
+# Name in timm -> its arguments, smaller than those of ImageNet where the network lets them be. ``blocks`` is ours: how
+# many of the network's own are kept, where no argument says that.
 TIMM: Mapping[str, Mapping[str, Any]] = {
     "mobilenetv3_small_050": {},
     "mobileone_s0": {},
@@ -41,9 +42,9 @@ TIMM: Mapping[str, Mapping[str, Any]] = {
     "deit_tiny_distilled_patch16_224": {"img_size": 64, "depth": 2},
     "levit_128s": {"img_size": 64},
     "skresnet18": {},
-    "resmlp_12_224": {"img_size": 64, "num_blocks": 2},
-    "mixer_s32_224": {"img_size": 64, "num_blocks": 2},
-    "gmlp_s16_224": {"img_size": 64, "num_blocks": 2},
+    "resmlp_12_224": {"img_size": 64, "blocks": 2},
+    "mixer_s32_224": {"img_size": 64, "blocks": 2},
+    "gmlp_s16_224": {"img_size": 64, "blocks": 2},
     "mobilenetv4_conv_small_050": {},
     "efficientnet_lite0": {},
     "mnasnet_small": {},
@@ -234,7 +235,12 @@ def of_timm(name: str) -> tuple[Any, tuple[Any, ...]]:
     leave_out_operators()
     timm = importlib.import_module("timm")  # in no extra, so that type checkers lack it
 
-    return timm.create_model(name, num_classes=10, **TIMM[name]), (torch.randn(SAMPLES, 3, 64, 64),)
+    arguments = dict(TIMM[name])
+    blocks = arguments.pop("blocks", None)
+    network = timm.create_model(name, num_classes=10, **arguments)
+    if blocks is not None:
+        network.blocks = network.blocks[:blocks]
+    return network, (torch.randn(SAMPLES, 3, 64, 64),)
 
 
 # Name of the configuration -> class of the network, what it is fed, arguments.

@@ -32,6 +32,7 @@ from lightning_edge.interrupts import unwinding
 from lightning_edge.measure import Agreement, Tolerance
 from lightning_edge.quiet import quiet_libraries
 from lightning_edge.verdict import Judgement, Strict, check_strict
+from lightning_edge.wording import counted
 
 
 def stage(
@@ -115,7 +116,9 @@ def opened(
     check_contents(asked.network, contents, target, wants_delegate=options.get("backend") != "portable")
     if options.get("scheme") is not None:
         warn_if(target, schemes.check_scheme(contents, options["scheme"], target))
-    check_fallback(contents.placements, asked.max_fallback, target)
+    # A microcontroller has no delegate to hand anything to.
+    placements = contents.placements if running.kernels == "delegate" else None
+    check_fallback(placements, asked.max_fallback, target)
     artifact = open_file(target, place.staged, contents, running, JUST_WRITTEN, child)
     warn_not_run(artifact)
     check_batches(asked.network, artifact)
@@ -153,8 +156,8 @@ def export(
         target: A key of `TARGETS`.
         path: The file to write, with the target's suffix; missing folders are made.
         inputs: One call's arguments, for a module that is not quantized.
-        batches: Inputs to compare on, each what `Inputs.of` reads. If not given: those a quantized module was
-            calibrated on, as far as it keeps them, else the network's own sample.
+        batches: Inputs to compare on, each what `Inputs.of` reads, or ``(inputs, target)``. If not given: those a
+            quantized module was calibrated on, as far as it keeps them, else the network's own sample.
         tolerance: How far a close file may lie from the network; by its scheme if not given.
         threads: Threads to run it with.
         isolated: As for `load`.
@@ -225,7 +228,7 @@ def _raise_or_warn(staged: Staged, agreement: Agreement | None, judgement: Judge
     """
     file = f"{staged.artifact.target}: {staged.artifact.path.name}"
     samples = 0 if agreement is None else agreement.samples
-    verdict = f"{judgement} (over {samples} sample{'s' * (samples != 1)})"
+    verdict = f"{judgement} (over {counted(samples, 'sample')})"
     if not judgement.allowed(strict):
         raise AgreementError(
             f"{file} computes something else than the network it came from: {verdict}. Nothing was written. "

@@ -14,7 +14,7 @@ from lightning_edge.exporters.default_names import with_names
 from lightning_edge.exporters.input_adapter import Front, front_of, in_layout
 from lightning_edge.exporters.passes.base import Pass, apply_passes
 from lightning_edge.interface import IMAGE_DIMENSIONS, Interface
-from lightning_edge.network import Deployable, Inputs, sort_keywords
+from lightning_edge.network import Deployable, Inputs, fed, sort_keywords
 from lightning_edge.surgery import copy_of
 
 _DIVERGED = "Look at the loss for divergence, and take a checkpoint from before it."
@@ -146,7 +146,7 @@ def deployable(model: nn.Module, inputs: Any = None) -> Deployable:
     # A LightningModule holds its Trainer, and that everything else: the copy goes without.
     trainer = model.__dict__.get("_trainer")
     network = copy_of(model, {id(trainer): None}).cpu().float().eval().requires_grad_(False)
-    sample = Inputs.of(inputs).map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    sample = fed(model, inputs).map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     return Deployable(in_plain_order(network), sample, "fp32")
 
 

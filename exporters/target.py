@@ -24,6 +24,9 @@ _OPERATOR = re.compile(
     r"|(?<=\bnode )\w+(?=,| \(| got)|(?<='Builder' has no attribute ')\w+"  # of coremltools
 )
 
+# torch.onnx wraps what it raises into a list of things that its own developers may do.
+_STEPS = re.compile(r"This is step \d/\d of exporting")
+
 
 class Target(ABC):
     """A file format and its runtime: how a network is written, what a file holds, and how it is run.
@@ -246,7 +249,8 @@ def explain(target: str, error: BaseException, owner: str, advice: str | None = 
     said = first_line(innermost).rstrip(".")
     found = _OPERATOR.search(str(innermost)) or _OPERATOR.search(str(error))
     operator = f" (operator {found.group().rstrip('.')})" if found and found.group() not in said else ""
-    outer = "" if innermost is error else f" The converter said: {first_line(error).rstrip('.')}."
+    wrapped = innermost is not error and not _STEPS.search(first_line(error))
+    outer = f" The converter said: {first_line(error).rstrip('.')}." if wrapped else ""
     if "data-dependent" in str(error).lower():
         advice = "The network's control flow depends on its values: write it without if and .item() on tensors."
     elif advice is None and found:

@@ -14,7 +14,7 @@ from lightning_edge.exporters.target import Target
 from lightning_edge.exporters.verify.contents import ExportWarning
 from lightning_edge.files import writing
 from lightning_edge.network import Deployable
-from lightning_edge.tracing import TRACING
+from lightning_edge.tracing import tracing
 
 # What to do about a file that cannot be read or loaded.
 JUST_WRITTEN = "The converter has just written it so: leave the target out, and report it as a fault"
@@ -43,7 +43,7 @@ def written(
         RunnerError: If the file is not what its suffix says.
     """
     tell("converting")
-    with TRACING, writing(path):
+    with tracing(), writing(path):
         module.write(network, staged, **options)
     tell("reading the file back")
     return placed(module, staged, inspect_file(module, staged, path.name, JUST_WRITTEN))

@@ -66,6 +66,14 @@ class SweepError(EdgeError):
     """A sweep file is wrong, or a folder is not that of its sweep."""
 
 
+# Status of a `fit` that a HopelessError ends; the sweep that started it knows it by that.
+HOPELESS = 4
+
+
+class HopelessError(EdgeError):
+    """A training was ended because its validation metric is beyond what the sweep asks for."""
+
+
 class MissingExtraError(EdgeError, ImportError):
     """An optional package is not installed."""
 

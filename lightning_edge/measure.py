@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_edge.contents import Precision
 from lightning_edge.errors import EdgeError
+from lightning_edge.wording import counted
 
 # Steps come from outputs in float32, and three of them come to 3.000001.
 _ROUNDING_STEPS = 1e-3
@@ -83,8 +84,8 @@ class Tolerance:
             found += [f"{at}{line}" for line in self._of_output(output, precision, own)]
         if self.top1 is not None and agreement.top1 is not None and not agreement.top1 >= self.top1:
             found.append(
-                f"same top class for {agreement.top1:.2%} of {agreement.samples} samples, allowed from {self.top1:.2%}"
-                " (top1=None if the outputs are not class scores)"
+                f"same top class for {agreement.top1:.2%} of {counted(agreement.samples or 0, 'sample')}, allowed "
+                f"from {self.top1:.2%} (top1=None if the outputs are not class scores)"
             )
         return found
 
@@ -216,6 +217,7 @@ class Latency:
         p50_ms: Median wall time, milliseconds.
         p95_ms: 95th percentile, milliseconds.
         p99_ms: 99th percentile, milliseconds.
+        jitter_ms: Standard deviation, milliseconds.
         throughput: Calls per second, one after the other, at the median.
         warmup: Calls made before timing.
         repeats: Calls timed.
@@ -225,6 +227,7 @@ class Latency:
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    jitter_ms: float
     throughput: float
     warmup: int
     repeats: int
@@ -304,7 +307,8 @@ def latency_of(times_ns: Sequence[int], warmup: int = 0) -> Latency:
     milliseconds = torch.tensor(times_ns, dtype=torch.float64) / 1e6
     p50, p95, p99 = torch.quantile(milliseconds, torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64)).tolist()
     quantiles = torch.quantile(milliseconds, torch.linspace(0, 1, _QUANTILES, dtype=torch.float64)).tolist()
-    return Latency(p50, p95, p99, 1000 / max(p50, 1e-9), warmup, len(times_ns), tuple(quantiles))
+    jitter = float(milliseconds.std(correction=0))
+    return Latency(p50, p95, p99, jitter, 1000 / max(p50, 1e-9), warmup, len(times_ns), tuple(quantiles))
 
 
 @contextmanager

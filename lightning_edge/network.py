@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from lightning_edge.contents import Precision
 from lightning_edge.interface import Interface
 from lightning_edge.plain_calls import PlainCalls
-from lightning_edge.tracing import TRACING
+from lightning_edge.quiet import without_graph_dumps
+from lightning_edge.tracing import tracing
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Deployable(nn.Module):
         """
         if self._exported is not None:
             return self._exported
-        with TRACING, torch.no_grad(), PlainCalls():
+        with tracing(), torch.no_grad(), PlainCalls(), without_graph_dumps():
             if self.interface.max_batch > 1:
                 return _without_aliases(_for_any_batch(self.graph, self.inputs, self.interface.max_batch))
             program = torch.export.export(self.graph, self.inputs.args, dict(self.inputs.kwargs), strict=False)
@@ -188,13 +189,60 @@ class Deployable(nn.Module):
         return ["_".join(part) if not part[0].isdigit() else "output_" + "_".join(part) for part in keys]
 
 
+def fed(network: nn.Module, batch: Any) -> Inputs:
+    """Read a batch as one call of a network; of ``(inputs, target, ...)``, as dataloaders give it, the inputs.
+
+    The rest is left out only where ``forward`` does not take as many arguments, and takes the first by itself.
+
+    Args:
+        network: The network.
+        batch: What `Inputs.of` reads.
+
+    Raises:
+        ValueError: If ``forward`` takes neither.
+    """
+    inputs = Inputs.of(batch)
+    refused = _refused(network, inputs)
+    if refused is None:
+        return inputs
+    if isinstance(batch, tuple | list) and batch and _refused(network, first := Inputs.of(batch[0])) is None:
+        return first
+    given = (
+        ", ".join([*(type(arg).__name__ for arg in inputs.args), *(f"{name}=" for name in inputs.kwargs)]) or "nothing"
+    )
+    raise ValueError(
+        f"a batch of ({given}) does not fit {type(network).__name__}.forward(): {refused}. Give each batch as the "
+        "network is fed: a tensor, a tuple of positional arguments, or a dict of keyword arguments; labels that stand "
+        "behind them are left out"
+    )
+
+
+def _refused(network: nn.Module, inputs: Inputs) -> str | None:
+    """Why a network does not take as many arguments; ``None`` if it does."""
+    if isinstance(network, Deployable):
+        given, taken = (len(call.args) + len(call.kwargs) for call in (inputs, network.inputs))
+        return f"it takes {taken} and {given} are given" if given > taken else None
+    try:
+        # Of the class: a quantized network's own is that of its graph, which takes anything.
+        signature = inspect.signature(type(network).forward)
+    except (TypeError, ValueError):  # of a network that is not written in Python
+        return None
+    try:
+        signature.bind(network, *inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
 def _without_aliases(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Take out, in place, what gives a value under another name: converters do not know it, or copy the value."""
-    for node in program.graph.nodes:
-        if node.target is torch.ops.aten.alias.default and all(user.op != "output" for user in node.users):
-            node.replace_all_uses_with(node.args[0])
-            program.graph.erase_node(node)
-    program.graph_module.recompile()
+    aliases = [node for node in program.graph.nodes if node.target is torch.ops.aten.alias.default]
+    inner = [node for node in aliases if all(user.op != "output" for user in node.users)]
+    for node in inner:
+        node.replace_all_uses_with(node.args[0])
+        program.graph.erase_node(node)
+    if inner:  # writing the code of a large graph takes a while
+        program.graph_module.recompile()
     return program
 
 

@@ -26,7 +26,7 @@ from lightning_edge.regular_files import check_regular
 from lightning_edge.schedule import Change, Phase
 from lightning_edge.sparsity import Sparsify
 from lightning_edge.succession import Succession
-from lightning_edge.surgery import find_network
+from lightning_edge.surgery import find_network, misfits
 
 KEY = "lightning_edge"
 
@@ -186,7 +186,10 @@ def load_compressed(checkpoint: str | Path, module: nn.Module, name: str | None 
     try:
         module.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:  # the latter two where what is loaded is no tensor
-        raise RecordError(f"the weights of {str(checkpoint)!r} do not fit {type(module).__name__}: {error}") from error
+        raise RecordError(
+            f"the weights of {str(checkpoint)!r} do not fit {type(module).__name__}: "
+            f"{misfits(module, weights, error)}. Build it with the settings that it was trained with"
+        ) from error
     for name, parameter in network.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise RecordError(

@@ -76,6 +76,16 @@ def share(moment: Moment, max_epochs: int | None) -> float | None:
     return None if max_epochs in (None, -1, 0) else moment / max_epochs
 
 
+def comes(moment: Moment, max_epochs: int | None) -> bool:
+    """Whether a moment lies within a training; where its length is not known, every epoch does.
+
+    The last batch begins before a fraction of 1.0 is trained, and epochs are counted from 0.
+    """
+    if isinstance(moment, float):
+        return moment < 1.0
+    return max_epochs is None or max_epochs == -1 or moment < max_epochs
+
+
 class Batch(Protocol):
     """The training batch at hand, as a phase may look at it: nothing of the looking leaves a trace in training."""
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
-from lightning_edge.errors import CompressionError
+from lightning_edge.errors import CompressionError, first_line
 from lightning_edge.network import Inputs
 
 # What makes a child a network and not a metric or a loss: a layer with weights.
@@ -25,7 +25,8 @@ _LAYERS = (
     nn.RNNBase,
     nn.Embedding,
 )
-
+# Of weights that do not fit so many are named.
+_MOST_NAMES = 3
 
 # What a caller can hang onto a module that is called.
 CALL_HOOKS = (
@@ -188,3 +189,35 @@ def capture_inputs(network: nn.Module, step: Callable[[], Any]) -> Inputs | None
         except _Captured as captured:
             return captured.inputs
     return None
+
+
+def misfits(module: nn.Module, weights: Mapping[str, Any], error: Exception) -> str:
+    """Say in one line why weights do not fit a module: the first names of each kind, and how many more there are.
+
+    Args:
+        module: The module.
+        weights: What it did not load, by name.
+        error: What torch raised, one line for each name; said where nothing else is found.
+    """
+    own = module.state_dict()
+    shapes = {name: getattr(value, "shape", None) for name, value in weights.items()}
+    found = {
+        "missing": [repr(name) for name in own if name not in shapes],
+        "not of it": [repr(name) for name in shapes if name not in own],
+        "of another shape": [
+            f"{name!r} {_size(shapes[name])} for {_size(own[name].shape)}"
+            for name in own
+            if name in shapes and shapes[name] != own[name].shape
+        ],
+    }
+    told = [f"{len(names)} {kind} ({_first_of(names)})" for kind, names in found.items() if names]
+    return ", ".join(told) or first_line(error)
+
+
+def _size(shape: Any) -> str:
+    return "no tensor" if shape is None else "x".join(map(str, shape)) or "a number"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -28,11 +28,14 @@ ROWS = [
         "quiet",
         "user_warnings",
         "cores",
+        "wording",
+        "condition",
     },
-    {"reporting.devices", "reporting.classes", "reporting.layers", "plain_calls"},
+    {"reporting.devices", "reporting.classes", "reporting.layers", "reporting.network_size", "plain_calls"},
     {
         "yaml_files",
         "reporting.rendering",
+        "reporting.device_entry",
         "schedule",
         "contents",
         "macs",
@@ -70,10 +73,11 @@ ROWS = [
     {"cli"},
 ]
 WITHOUT_TORCH = {"errors", "schedule", "contents", "macs", "interface", "files", "moved", "cli.config_errors"}
-WITHOUT_TORCH |= {"quiet", "user_warnings", "boards", "cores"}
+WITHOUT_TORCH |= {"quiet", "user_warnings", "boards", "cores", "wording", "condition"}
 WITHOUT_TORCH |= {"tracing", "interrupts", "locks", "one_run", "plain_values", "regular_files", "verdict", "yaml_files"}
 WITHOUT_TORCH |= {"devices.runner", "devices.runtimes", "devices.sensors"}
-WITHOUT_TORCH |= {"reporting.devices", "reporting.classes", "reporting.layers"}
+WITHOUT_TORCH |= {"reporting.devices", "reporting.device_entry", "reporting.classes", "reporting.layers"}
+WITHOUT_TORCH |= {"reporting.network_size"}
 WITHOUT_TORCH |= {
     f"reporting.{name}"
     for name in ("report", "rendering", "terminal", "monitor", "budget", "provenance", "manifest", "typed", "read")

@@ -305,6 +305,7 @@ def test_percentiles_are_ordered_and_throughput_is_of_the_calls(monkeypatch: pyt
     ticks = iter([tick for ms in durations_ms for tick in (0, ms * 1_000_000)])
     monkeypatch.setattr("lightning_edge.measure.time.perf_counter_ns", lambda: next(ticks))
     found = latency(lambda: None, warmup=0, repeats=100)
+    assert found.jitter_ms == pytest.approx(28.866, abs=1e-3)  # the standard deviation of 1 to 100
     assert [found.p50_ms, found.p95_ms, found.p99_ms] == pytest.approx([50.5, 95.05, 99.01])
     assert all(low < high for low, high in pairwise([found.p50_ms, found.p95_ms, found.p99_ms]))
     assert found.throughput == pytest.approx(100 / 5.050)

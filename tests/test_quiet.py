@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from lightning_edge.errors import CompressionError
+from lightning_edge.quantization import quantize
+from lightning_edge.quiet import without_graph_dumps
 
 SAID = """
 import logging, warnings
@@ -56,3 +61,26 @@ def test_quantize_and_export_print_nothing(tmp_path: Path, target: str, needs: s
     command = [sys.executable, "-P", "-c", EXPORTED, target, str(tmp_path / f"net{suffix}")]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert (run.stdout, run.stderr) == ("", "")
+
+
+def test_a_graph_that_torch_prints_is_left_out_and_what_else_is_printed_stays(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with without_graph_dumps():
+        print("before", file=sys.stderr)
+        print('\n\ndef forward(self, arg0_1: "f32[8]"):\n    linear = 1\n', file=sys.stderr)
+        print("after\n", file=sys.stderr)
+    print("outside", file=sys.stderr)
+    assert capsys.readouterr().err == "before\nafter\n\noutside\n"
+
+
+def test_a_network_that_cannot_be_captured_is_told_by_its_error_alone(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Branching(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(CompressionError, match="must not branch on values"):
+        quantize(Branching(), [torch.rand(4, 8)])
+    assert capfd.readouterr().err == ""

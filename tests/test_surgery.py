@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_edge.errors import CompressionError
-from lightning_edge.surgery import capture_inputs, find_network, in_mode, redirected
+from lightning_edge.surgery import capture_inputs, find_network, in_mode, misfits, redirected
 
 
 class OneNetwork(L.LightningModule):
@@ -121,3 +121,14 @@ def test_modules_throw_away_what_they_keep_in_evaluation() -> None:
         assert network[0].kept
     assert not network[0].kept
     assert [module.training for module in network.modules()] == [True, True, False]
+
+
+def test_weights_that_do_not_fit_are_told_in_a_line() -> None:
+    deep = nn.Sequential(*(nn.Linear(3, 3) for _ in range(40)))
+    weights = {**nn.Sequential(nn.Linear(2, 3)).state_dict(), "other": 3}
+    told = misfits(deep, weights, RuntimeError("much"))
+    assert told == (
+        "78 missing ('1.weight', '1.bias', '2.weight' and 75 more), 1 not of it ('other'), "
+        "1 of another shape ('0.weight' 3x2 for 3x3)"
+    )
+    assert misfits(deep, deep.state_dict(), RuntimeError("a reason\nand more")) == "a reason"

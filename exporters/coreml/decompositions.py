@@ -119,6 +119,8 @@ _WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
     # It knows where() with two tensors of one type only.
     _ATEN.where.ScalarOther: lambda condition, chosen, other: torch.where(condition, chosen, _number(other, chosen)),
     _ATEN.where.ScalarSelf: lambda condition, chosen, other: torch.where(condition, _number(chosen, other), other),
+    _ATEN.addcmul.default: lambda x, one, other, value=1: x + value * one * other,
+    _ATEN.addcdiv.default: lambda x, one, other, value=1: x + value * one / other,
     _ATEN.adaptive_avg_pool3d.default: _adaptive_avg_pool3d,
     _ATEN.concatenate.default: lambda tensors, dim=0: torch.cat(tensors, dim),
     _ATEN.channel_shuffle.default: lambda x, groups: x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2),

@@ -17,6 +17,7 @@ from lightning_edge.exporters.coreml.mil.values import DTYPES
 from lightning_edge.exporters.coreml.package import coremltools, quiet, read
 from lightning_edge.exporters.run.calls import Samples, TensorSpec, of_one_sample, stack
 from lightning_edge.exporters.run.runner import Intermediate, Runner
+from lightning_edge.wording import counted
 
 
 def _specs(program: Program) -> tuple[TensorSpec, ...]:
@@ -40,7 +41,7 @@ class ReferenceRunner(Runner):
         self.inputs = _specs(program)
         self._threads = threads
         self.runtime = (
-            f"reference interpreter of the MIL program (torch {torch.__version__}, {threads} threads), "
+            f"reference interpreter of the MIL program (torch {torch.__version__}, {counted(threads, 'thread')}), "
             "not Core ML's kernels"
         )
 

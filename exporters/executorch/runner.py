@@ -15,6 +15,7 @@ from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.executorch.read import program as pte
 from lightning_edge.exporters.run.calls import TensorSpec
 from lightning_edge.exporters.run.runner import Runner
+from lightning_edge.wording import counted
 
 EXTRA = "executorch"
 _BINDINGS = "executorch.extension.pybindings"
@@ -68,7 +69,7 @@ class ExecuTorchRunner(Runner):
         self._method = self._load(path.name)
         metadata = self._method.method_meta()
         self.inputs = tuple(_spec(metadata.input_tensor_meta(index)) for index in range(metadata.num_inputs()))
-        count = "1 thread" if threads == 1 else f"{threads} threads"
+        count = counted(threads, "thread")
         delegates = [name for name in _DELEGATE_NAMES if name.encode() in self._data]
         runs_on = ", ".join(_DELEGATE_NAMES[name] for name in delegates) or "portable kernels"
         self.runtime = f"ExecuTorch {version('executorch')}, {runs_on}, {count}"

@@ -15,6 +15,7 @@ from lightning_edge.exporters.onnx import read
 from lightning_edge.exporters.onnx.runtime import spec_of
 from lightning_edge.exporters.run.calls import TensorSpec
 from lightning_edge.exporters.run.runner import Runner
+from lightning_edge.wording import counted
 
 
 @final
@@ -33,7 +34,7 @@ class OpenVinoRunner(Runner):
         self._model = core.compile_model(core.read_model(model=data, weights=b""), "CPU", settings)
         self._request = self._model.create_infer_request()
         self._outputs = len(graph.outputs)
-        count = "1 thread" if threads == 1 else f"{threads} threads"
+        count = counted(threads, "thread")
         self.runtime = f"OpenVINO {version('openvino')}, CPU, int8 computed in float, {count}"
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_edge.errors import RunnerError, require
 from lightning_edge.exporters.run.calls import TensorSpec, of_one_sample
 from lightning_edge.exporters.run.runner import Intermediate, Runner
+from lightning_edge.wording import counted
 
 EXTRA = "onnx"
 
@@ -40,7 +41,7 @@ class OnnxRuntimeRunner(Runner):
         self._session = _session(self._data, threads)
         self.inputs = tuple(spec_of(value.name, value.shape, value.type) for value in self._session.get_inputs())
         self._names = [value.name for value in self._session.get_inputs()]
-        count = "1 thread" if threads == 1 else f"{threads} threads"
+        count = counted(threads, "thread")
         exact = ", session.x64quantprecision=1" if sums_overflow() else ""
         self.runtime = f"ONNX Runtime {version('onnxruntime')}, CPU, {count}{exact}"
 

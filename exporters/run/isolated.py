@@ -17,6 +17,7 @@ from lightning_edge.errors import RunnerError
 from lightning_edge.exporters.run.calls import Samples, TensorSpec, stack
 from lightning_edge.exporters.run.child import Child
 from lightning_edge.exporters.run.runner import Intermediate, Runner
+from lightning_edge.wording import counted
 
 DEFAULT_TIME_LIMIT_S = 60.0
 
@@ -132,7 +133,7 @@ class Isolated(Runner):
         """Run on samples that are sent together, and choose how many that is the next time."""
         message = {"do": "run_all", "carries": part.carries, "count": part.count, "most": most}
         begun_s = time.monotonic()
-        outputs = self._ask(f"while it ran {part.count} samples", message, part.tensors)[1]
+        outputs = self._ask(f"while it ran {counted(part.count, 'sample')}", message, part.tensors)[1]
         took_s, wanted_s = time.monotonic() - begun_s, min(_PART_S, _PART_OF_LIMIT * self._time_limit_s)
         if took_s > wanted_s:
             self._calls_at_once = max(1, self._calls_at_once // 2)

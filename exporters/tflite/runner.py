@@ -15,6 +15,7 @@ from lightning_edge.errors import require
 from lightning_edge.exporters.run import ends
 from lightning_edge.exporters.run.runner import Intermediate, Runner
 from lightning_edge.exporters.tflite.graph import maker_names, parse
+from lightning_edge.wording import counted
 
 EXTRA = "tflite"
 
@@ -38,7 +39,7 @@ class LiteRTRunner(Runner):
         self._ins = [(details["index"], _end(details)) for details in self._interpreter.get_input_details()]
         self._outs = [(details["index"], _end(details)) for details in self._interpreter.get_output_details()]
         self.inputs = tuple(ends.spec(end) for _, end in self._ins)
-        count = "1 thread" if threads == 1 else f"{threads} threads"
+        count = counted(threads, "thread")
         kernels = "reference kernels" if reference else "XNNPACK"
         self.runtime, self.is_reference = f"LiteRT {version('ai-edge-litert')}, {kernels}, {count}", reference
 

@@ -17,7 +17,7 @@ from lightning_edge.exporters.verify.divergence import explanation
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.exporters.verify.judge import judge
 from lightning_edge.measure import Agreement, Tolerance
-from lightning_edge.network import Deployable, Inputs, flatten_outputs, sort_keywords
+from lightning_edge.network import Deployable, Inputs, fed, flatten_outputs, sort_keywords
 from lightning_edge.verdict import Judgement, MetricChange
 
 
@@ -52,7 +52,7 @@ def _compared(
     reference = exact(network)
     comparison = Comparison(network.output_scales if network.precision == "int8" else ())
     for batch in [network.inputs] if batches is None else batches:
-        inputs = sort_keywords(Inputs.of(batch)).map(
+        inputs = sort_keywords(fed(network, batch)).map(
             lambda tensor: tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.detach().cpu()
         )
         inputs = artifact.sees(inputs)

@@ -21,6 +21,7 @@ from lightning_edge.exporters.passes.precision import (
 from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 from lightning_edge.network import Deployable
 from lightning_edge.user_warnings import EdgeWarning, warn
+from lightning_edge.wording import counted
 
 
 class ExportWarning(EdgeWarning):
@@ -90,9 +91,9 @@ def check_contents(network: Deployable, contents: Contents, target: str, *, want
     kept = float_layers(network.graph)
     if len(contents.float_compute_ops) < len(kept):
         raise ExportError(
-            f"{target}: {len(kept)} layers of the network are float by its plan ({', '.join(map(str, kept))}), but the "
-            f"file computes only {_counted(contents.float_compute_ops)} in float. Quantize these layers, or leave the "
-            "target out."
+            f"{target}: {counted(len(kept), 'layer')} of the network should be float by its plan "
+            f"({', '.join(map(str, kept))}), but the file computes only {_counted(contents.float_compute_ops)} "
+            "in float. Quantize these layers, or leave the target out."
         )
     if contents.float_compute_ops or contents.float_ops:
         names = _counted((*contents.float_compute_ops, *contents.float_ops))

@@ -21,7 +21,7 @@ from lightning_edge.distillation.phase import Distill
 from lightning_edge.errors import CompressionError
 from lightning_edge.quantization import float_copy, is_quantized, quantized_forward
 from lightning_edge.quiet import quiet_libraries
-from lightning_edge.schedule import ORDER, Change, Clock, Phase, check_phases, ranked
+from lightning_edge.schedule import ORDER, Change, Clock, Phase, check_phases, comes, ranked
 from lightning_edge.sparsity import Sparsify
 from lightning_edge.succession import check_optimizer, follow_all
 from lightning_edge.surgery import candidates, find_network
@@ -56,6 +56,7 @@ class EdgeCompressionCallback(Callback):
         self._stepped = False
         self._trained = False
         self._handles: list[Any] = []
+        self._never: list[Phase] = []
         # Changes that were made in an earlier fit, by another callback: they are in the record, and not of our phases.
         self._inherited: list[Change] = []
         self._earlier_masks: list[Change] = []
@@ -188,6 +189,8 @@ class EdgeCompressionCallback(Callback):
             name, begin = type(phase).__name__, phase.first_moment()
             ended = f"training ended in epoch {trainer.current_epoch} after {trainer.global_step} steps"
             if not phase.began(done):
+                if phase in self._never:
+                    continue  # it was told when the training began
                 rank_zero_warn(f"{name} never began: {ended}, and it begins at {begin!r}.")
             elif not phase.finished(done):
                 rank_zero_warn(
@@ -282,6 +285,18 @@ class EdgeCompressionCallback(Callback):
             check_phases(self.phases, trainer.max_epochs if trainer.max_steps == -1 else None)
         except ValueError as error:
             raise CompressionError(f"{error} The Trainer has max_epochs={trainer.max_epochs}.") from error
+
+        self._never = [] if trainer.fast_dev_run else self._that_never_begin(trainer)  # type: ignore[attr-defined]
+        for phase in self._never:
+            rank_zero_warn(
+                f"{type(phase).__name__} will never begin: it begins at {phase.first_moment()!r}, and this training "
+                f"ends before that (max_epochs={trainer.max_epochs}; 1.0 is the end). Let it begin earlier, or train "
+                "longer."
+            )
+
+    def _that_never_begin(self, trainer: Trainer) -> list[Phase]:
+        begun = (phase for phase in self.phases if not comes(phase.first_moment(), trainer.max_epochs))
+        return [phase for phase in begun if not phase.began(self._done(phase))]
 
     def _load(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = record.checked(checkpoint.get(record.KEY), "the checkpoint")

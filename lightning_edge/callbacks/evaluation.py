@@ -40,6 +40,7 @@ from lightning_edge.measure import Timing, Tolerance
 from lightning_edge.network import Inputs
 from lightning_edge.quantization import is_quantized
 from lightning_edge.quiet import quiet_libraries
+from lightning_edge.record import settings_of
 from lightning_edge.reporting.budget import Budget
 from lightning_edge.reporting.devices import failures
 from lightning_edge.reporting.monitor import Mode, Monitor, direction
@@ -72,14 +73,15 @@ class DeviceEvaluationCallback(Callback):
         options: A target's own options, by target: ``{"tflite": {"io": "float"}}``.
         timing: Warm-up, repeats and threads of the latency measurement, and the time limit of a call.
         calibration_batches: Batches of training data for post-training quantization; 0 for none.
-        fp32_files: Whether to export the float network as well, as the baseline.
+        fp32_files: Whether to export the float network as well, to compare with.
         metric: The metric by which trained and post-training quantization are compared. If not given: what the
             Trainer's checkpoints and early stopping monitor, else one whose name tells.
         mode: ``"max"`` if higher is better, ``"min"`` if lower; needed where the metric's name does not tell.
         metrics: Metrics by name, updated with ``(outputs, target)`` of batches ``(inputs, target)``, in place of the
             module's own step.
-        strict: What is an error after the report is written, and else a warning. ``True``: a target that fails, and a
-            broken file. ``"close"`` or ``"exact"``: also a file with a worse verdict. ``False``: nothing.
+        strict: What is an error after the report is written. ``True``: a target that fails, and a broken file.
+            ``"close"`` or ``"exact"``: also a file with a worse verdict. ``False``: nothing. A target that fails is
+            told when it does and is in the table; other files that differ are warned of.
         budget: What a file may cost. One that costs more is kept, said to in the report, and warned of.
         max_fallback: Largest share of the multiply-accumulates, 0 to 1, that a file may leave to its runtime's own CPU
             kernels; a target with more fails. Any if not given.
@@ -91,6 +93,7 @@ class DeviceEvaluationCallback(Callback):
             float file is left out there, and failures are warnings. The training goes on as it would without.
         jobs: How many targets are written at once, each in a process of its own; 0: in this process, one by one;
             ``None``: one a core, and in this process where there is one core only.
+        name: First part of each file's name: ``<name>-int8.tflite``.
 
     Attributes:
         settings: The arguments that say which files are made, and how they are tested, timed and judged.
@@ -123,6 +126,7 @@ class DeviceEvaluationCallback(Callback):
         hooks: list[EvaluationHook] | None = None,
         every_n_epochs: int | None = None,
         jobs: int | None = 0,
+        name: str = "model",
     ) -> None:
         check_split(split)
         check_strict(strict)
@@ -130,6 +134,8 @@ class DeviceEvaluationCallback(Callback):
             raise ValueError(f"calibration_batches={calibration_batches} is not allowed; give 0 or more")
         if every_n_epochs is not None and every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs} is not allowed; give 1 or more, or leave it out")
+        if metric is not None and metrics and not metric.startswith(tuple(metrics)):
+            raise ValueError(f"metric={metric!r} is none of metrics={list(metrics)}; give the name of one")
         self.settings = EvaluationSettings(
             targets=targets,
             dirpath=dirpath,
@@ -145,6 +151,7 @@ class DeviceEvaluationCallback(Callback):
             on_devices=on_devices or DeviceSettings(),
             hooks=hooks or [],
             jobs=jobs,
+            name=name,
         )
         self.module = module
         self.split = split
@@ -153,6 +160,7 @@ class DeviceEvaluationCallback(Callback):
         self.strict = strict
         self.every_n_epochs = every_n_epochs
         self.report: Report | None = None
+        self._knows_metrics = True  # outside of a fit nothing is asked
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log what is asked for."""
@@ -169,7 +177,7 @@ class DeviceEvaluationCallback(Callback):
         return {"evaluation": {name: plain(value) for name, value in asked.items() if value is not None}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before training what would fail after it.
+        """Find out before training what would fail after it; what a target lacks is known when its file is written.
 
         Raises:
             ValueError: If there will be nothing to evaluate on.
@@ -180,7 +188,7 @@ class DeviceEvaluationCallback(Callback):
             EdgeError: If the folder cannot be written to.
         """
         quiet_libraries()
-        self.report = None
+        self.report, self._knows_metrics = None, False
         check_data(trainer, self.split)
         find_network(pl_module, self._module(trainer))
         self._check_installed()
@@ -218,6 +226,15 @@ class DeviceEvaluationCallback(Callback):
             raise DeviceError("\n".join(problems))
         for problem in problems:
             rank_zero_warn(f"Nothing may be measured on {problem}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of a metric that the loop does not log, the first time it has run: in the sanity check, as a rule."""
+        if self._knows_metrics or self.split != "validate" or self.metrics or not trainer.callback_metrics:
+            return
+        self._knows_metrics = True
+        asked, names = self.settings.monitor, list(trainer.callback_metrics)
+        if asked is not None and asked.metric not in names:
+            rank_zero_warn(f"metric={asked.metric!r} is not among the metrics of validation_step: {names}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate during training where that is asked for; nothing that fails here ends the training."""
@@ -262,14 +279,13 @@ class DeviceEvaluationCallback(Callback):
             log_report(trainer.loggers, self.report, folder, trainer.global_step)
         for message in over_budget(self.report):
             rank_zero_warn(message)
+        refused = [] if self.strict is False else self.report.refused(self.strict)
         for row in self.report.rows:
-            if row.verdict in ("differs", "broken"):
+            if row.verdict in ("differs", "broken") and row not in refused:
                 rank_zero_warn(f"{row.label} {row.judgement}")
         if self.strict is not False:
             raise_failures(self.report, self.strict)
             raise_device_failures(self.report)
-        for row in self.report.failures:
-            rank_zero_warn(f"{row.label} failed: {row.error}")
         for line in failures(self.report.devices):
             rank_zero_warn(f"failed on a device: {line}")
 
@@ -290,6 +306,7 @@ class DeviceEvaluationCallback(Callback):
             baseline=compression.baseline(pl_module) if compression is not None and trained else None,
             watched=_watched(trainer),
             recipe=recipe_of(trainer),
+            phases=None if compression is None else settings_of(compression.phases),
             tell=rank_zero_info,
         )
 

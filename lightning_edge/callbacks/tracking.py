@@ -84,6 +84,16 @@ def table_of(report: Report) -> tuple[list[str], list[list[Any]]]:
     return columns, [[_plain(record[column]) for column in columns] for record in records]
 
 
+def device_table_of(report: Report) -> tuple[list[str], list[list[Any]]]:
+    """Lay the rows of devices out flat for a table: the names of the columns, and a list of values for each row."""
+    words = ("device", "target", "precision", "verdict", "error", "runtime")
+    figures = [row.figures() for row in report.devices]
+    names = list(dict.fromkeys(name for found in figures for name in found))
+    rows = zip(report.devices, figures, strict=True)
+    data = [[*(getattr(row, word) for word in words), *(found.get(name) for name in names)] for row, found in rows]
+    return [*words, *names], data
+
+
 def hashes(report: Report, folder: Path) -> dict[str, str]:
     """Compute the SHA-256 of every file of the report, those in packages one by one, by path relative to ``folder``."""
     return {
@@ -96,6 +106,9 @@ def _log_wandb(run: Any, report: Report, folder: Path) -> None:
 
     columns, data = table_of(report)
     shown: dict[str, Any] = {"edge/report": wandb.Table(columns=[*columns], data=data, allow_mixed_types=True)}
+    if report.devices:
+        columns, data = device_table_of(report)
+        shown["edge/devices"] = wandb.Table(columns=[*columns], data=data, allow_mixed_types=True)
     if (folder / "report.html").is_file():
         with (folder / "report.html").open(encoding="utf-8") as opened:
             # As it is: what wandb would put into it is loaded from its server.

@@ -168,10 +168,10 @@ def cause(error: BaseException) -> str:
     while not isinstance(error, EdgeError) and (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     owner, traceback = "", error.__traceback__
-    while traceback is not None:
+    while traceback is not None and not owner:
         frame = traceback.tb_frame
         if frame.f_code.co_name == "__init__" and "self" in frame.f_locals:
-            name = type(frame.f_locals["self"]).__name__
-            owner = owner if name.startswith("_") or str(error).startswith(name) else f"{name}: "
+            # The outermost: what it makes inside is no class that a configuration names.
+            owner = type(frame.f_locals["self"]).__name__.lstrip("_")
         traceback = traceback.tb_next
-    return f"{owner}{error}"
+    return str(error) if not owner or str(error).startswith(owner) else f"{owner}: {error}"

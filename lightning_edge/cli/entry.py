@@ -22,12 +22,24 @@ SUBCOMMANDS = {
 }
 
 
+# What shells give a program that Ctrl-C has ended: 128 and the number of the signal.
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: With the status of what was run.
+        SystemExit: With the status of what was run, 130 where Ctrl-C ended it.
     """
+    try:
+        _run()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing half-written is left\n")
+        sys.exit(_INTERRUPTED)
+
+
+def _run() -> None:
     _find_modules_here()
     args = sys.argv[1:]
     if args in ([], ["-h"], ["--help"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_edge.condition import Condition, read_condition
 from lightning_edge.errors import EdgeError, SweepError
 from lightning_edge.sweeps.base import ARTIFACTS
 from lightning_edge.sweeps.chosen import copy_files, training_folder
 from lightning_edge.sweeps.fit import CONFIG
-from lightning_edge.sweeps.front import Front, TrialRecord, read_condition, read_front
+from lightning_edge.sweeps.front import Front, TrialRecord, read_front
+
+# So many trials that break a constraint are listed behind the front.
+_MOST_BREAKING = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.to is not None and given.best is None:
             raise SweepError("--to: which trial? Give a --best with it, such as --best 'tflite.size_bytes < 60000'")
-        condition = None if given.best is None else read_condition(given.best)
+        condition = None if given.best is None else _condition(given.best)
         front = read_front(given.folder)
         if condition is None:
             Console().print(table(front))
@@ -65,29 +70,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _condition(text: str) -> Condition:
+    try:
+        return read_condition(text)
+    except ValueError as error:
+        raise SweepError(f"--best: {error}") from None
+
+
 def table(front: Front, trials: Sequence[TrialRecord] | None = None) -> Table:
-    """Lay trials out, those of the front if none are given.
+    """Lay trials out: if none are given, those of the front, and behind them those that break a constraint, marked.
 
     Args:
         front: The sweep.
         trials: Which of its trials.
     """
-    shown = front.front if trials is None else trials
-    counts = ", ".join(
-        f"{sum(trial.status == status for trial in front.trials)} {status}"
-        for status in ("complete", "failed", "running")
-    )
-    laid = Table(title=f"{front.study}: {counts}, {len(front.front)} on the front", title_justify="left")
+    breaking = front.breaking if trials is None else []
+    shown = [*front.front, *breaking[:_MOST_BREAKING]] if trials is None else trials
+    counts = Counter(trial.status for trial in front.trials)
+    told = [f"{counts[status]} {status}" for status in ("complete", "failed")]
+    told += [f"{counts[status]} {status}" for status in ("ended early", "running", "stopped") if counts[status]]
+    laid = Table(title=f"{front.study}: {', '.join(told)}, {len(front.front)} on the front", title_justify="left")
     settings = list(dict.fromkeys(key for trial in shown for key in trial.settings))
     laid.add_column("trial", justify="right")
     for name, direction in front.objectives.items():
         laid.add_column(Text(f"{name} ({direction})"), justify="right", overflow="fold")
+    if breaking:
+        laid.add_column("breaks", overflow="fold")
     for key in settings:
         laid.add_column(Text(key), overflow="fold")
     for trial in shown:
-        values = [_with_spread(trial, name) for name in front.objectives]
+        values: list[Text | str] = [_with_spread(trial, name) for name in front.objectives]
+        values += [_broken(front, trial)] if breaking else []
         laid.add_row(str(trial.number), *values, *(_short(trial.settings.get(key)) for key in settings))
+    if len(breaking) > _MOST_BREAKING:
+        laid.caption = f"{len(breaking) - _MOST_BREAKING} more trials break a constraint; front.json has them"
     return laid
+
+
+def _broken(front: Front, trial: TrialRecord) -> Text:
+    """Which constraints a trial breaks, and by what."""
+    if trial.feasible:
+        return Text("")
+    over = [
+        f"{name} {_short(trial.limited[name])} > {limit:g}"
+        for name, limit in front.constraints.items()
+        if trial.limited.get(name, limit) > limit
+    ]
+    return Text(", ".join(over) or "a constraint", style="yellow")
 
 
 def _with_spread(trial: TrialRecord, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -21,7 +22,7 @@ from lightning_edge.cli import commands
 from lightning_edge.cli.config_errors import cause, explain
 from lightning_edge.cli.config_files import ConfigFile, strict_values
 from lightning_edge.cli.trainer import EdgeTrainer
-from lightning_edge.errors import BudgetError, EdgeError, first_line
+from lightning_edge.errors import HOPELESS, BudgetError, EdgeError, HopelessError, first_line
 from lightning_edge.evaluation.refusals import raise_over_budget
 from lightning_edge.evaluation.settings import check_targets
 from lightning_edge.quantization.network import CHILD
@@ -38,6 +39,8 @@ _OF_FILES = (
 # Status of a run whose files are all written, and over their budget.
 OVER_BUDGET = 3
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
+# Arguments that are true when they are given, without a value as with one.
+_SWITCHES = ("--resume",)
 _DEBUG = "JSONARGPARSE_DEBUG=true shows the whole of it, and where it was raised"
 # How torch begins when the weights of a checkpoint are not those of the module.
 _MISFIT = "Error(s) in loading state_dict"
@@ -45,6 +48,18 @@ _MISFIT = "Error(s) in loading state_dict"
 
 class EdgeParser(LightningArgumentParser):
     """A parser whose errors start with the innermost line, and do not print every option there is."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **options: Any
+    ) -> Any:
+        """Parse arguments, among them `_SWITCHES`, which need no value."""
+        given = sys.argv[1:] if args is None else list(args)
+        following = [*given, "--"][1:]
+        plain = [
+            f"{word}=true" if word in _SWITCHES and after.startswith("-") else word
+            for word, after in zip(given, following, strict=True)
+        ]
+        return super().parse_args(plain, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong with the arguments and exit with status 2."""
@@ -175,8 +190,8 @@ def main(args: list[str] | None = None) -> None:
         args: Arguments without the program's name, ``sys.argv`` if not given.
 
     Raises:
-        SystemExit: With status 2 for a mistake in the arguments, 3 for files over their budget, after all is written, 1
-            for a failure of our own making.
+        SystemExit: With status 2 for a mistake in the arguments, 3 for files over their budget, after all is written, 4
+            for a trial of a sweep that is not worth the rest, 1 for a failure of our own making.
     """
     quiet_libraries()
     print_messages_only()
@@ -190,6 +205,9 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(error, BudgetError):
             sys.stderr.write(f"error: {error}\n")
             sys.exit(OVER_BUDGET)
+        if isinstance(error, HopelessError):
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(HOPELESS)
         sys.stderr.write(f"error: {_told(error)}\n({_DEBUG})\n")
         sys.exit(1)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_edge.errors import EdgeError
+from lightning_edge.wording import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from lightning_edge.exporters.micro.sources import Footprint
     from lightning_edge.exporters.micro.vela import Estimate
 
-_KIB = 1024
 # Those of `exporters.micro.vela`, which imports torch: --help shall not wait for that.
 _ETHOSU = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512"),
@@ -40,11 +40,15 @@ def table(name: str, found: Footprint, estimate: Estimate | None = None) -> Tabl
         laid.add_column(heading, overflow="fold")
     rows = [
         ("operators", ", ".join(found.operators), "read from the file"),
-        ("file", _kib(found.size_bytes), "read from the file; lies in flash"),
-        ("weights", _kib(found.weight_bytes), "read from the file; a part of it"),
-        ("activations", _kib(found.activation_bytes), "planned as TensorFlow Lite Micro does"),
-        ("lower bound", _kib(found.lower_bound_bytes), "what lives at one step"),
-        ("arena", _kib(found.arena_bytes), "upper bound: activations, what kernels ask for, the interpreter's own"),
+        ("file", counted(found.size_bytes, "byte"), "read from the file; lies in flash"),
+        ("weights", counted(found.weight_bytes, "byte"), "read from the file; a part of it"),
+        ("activations", counted(found.activation_bytes, "byte"), "planned as TensorFlow Lite Micro does"),
+        ("lower bound", counted(found.lower_bound_bytes, "byte"), "what lives at one step"),
+        (
+            "arena",
+            counted(found.arena_bytes, "byte"),
+            "upper bound: activations, what kernels ask for, the interpreter's own",
+        ),
     ]
     if estimate is not None:
         by = f"Vela's estimate for {estimate.configuration}"
@@ -52,13 +56,13 @@ def table(name: str, found: Footprint, estimate: Estimate | None = None) -> Tabl
         rows += [
             ("inference", f"{estimate.inference_time_ms:.3f} ms", f"{by} at {estimate.clock_hz / 1e6:g} MHz"),
             ("cycles", f"{estimate.cycles}", by),
-            ("SRAM", _kib(estimate.sram_bytes), by),
-            ("DRAM", _kib(estimate.dram_bytes), by),
-            ("flash", _kib(estimate.flash_bytes), by),
-            ("on the NPU", f"{estimate.npu_operators} operations", by),
+            ("SRAM", counted(estimate.sram_bytes, "byte"), by),
+            ("DRAM", counted(estimate.dram_bytes, "byte"), by),
+            ("flash", counted(estimate.flash_bytes, "byte"), by),
+            ("on the NPU", counted(estimate.npu_operators, "operation"), by),
             (
                 "on the CPU",
-                f"{len(estimate.cpu_operators)} operations: {fallback}",
+                f"{counted(len(estimate.cpu_operators), 'operation')}: {fallback}",
                 f"{by}; no time is counted for them",
             ),
         ]
@@ -102,7 +106,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console().print(table(given.file.name, written.footprint, estimate))
     print(f"written: {written.header}, {written.source}{'' if estimate is None else f', {compiled}'}")
     return 0
-
-
-def _kib(size_bytes: int) -> str:
-    return f"{size_bytes} bytes" if size_bytes < _KIB else f"{size_bytes / _KIB:.1f} KiB"

@@ -20,7 +20,7 @@ from lightning_edge.errors import EdgeError, check_installed
 from lightning_edge.sweeps import strict_yaml
 from lightning_edge.sweeps.agent_trial import run_settings
 from lightning_edge.sweeps.definition import Sweep, bind, read_definition
-from lightning_edge.sweeps.dry_run import first_settings
+from lightning_edge.sweeps.dry_run import cost, first_settings
 from lightning_edge.sweeps.engine import Engine
 from lightning_edge.sweeps.fit import InterruptedFitError
 from lightning_edge.sweeps.objectives import TIMES
@@ -30,6 +30,7 @@ from lightning_edge.sweeps.study import Study
 from lightning_edge.sweeps.tracking import as_trial, log_front, logger_of, with_logger
 from lightning_edge.sweeps.wandb_agent import read_settings, wandb_config
 from lightning_edge.sweeps.warm_start import beginning_from, common_start
+from lightning_edge.wording import counted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.wandb:
             sweep = replace(sweep, base=replace(sweep.base, config=with_logger(sweep.base.config, definition.study)))
         if given.dry_run:
-            return _dry_run(sweep)
+            return _dry_run(sweep, given.folder or Path("sweeps") / definition.study, given.workers)
         if given.wandb_config:
             print(strict_yaml.dump(wandb_config(sweep, given.file)), end="")
             return 0
@@ -91,7 +92,7 @@ def _workers(text: str) -> int:
     return int(text)
 
 
-def _dry_run(sweep: Sweep) -> int:
+def _dry_run(sweep: Sweep, folder: Path, workers: int) -> int:
     definition = sweep.definition
     settings = first_settings(definition, sweep)
     for number, values in enumerate(settings):
@@ -99,9 +100,11 @@ def _dry_run(sweep: Sweep) -> int:
     trials = sweep.trials
     if definition.sampler != "grid":
         print(f"Examples: {definition.sampler} samples anew, and chooses later trials by what came of earlier ones.")
-    print(f"{trials} trials x {definition.seeds} seed(s) = {trials * definition.seeds} fits of {definition.base}")
+    each = f"{counted(trials, 'trial')} x {counted(definition.seeds, 'seed')}"
+    print(f"{each} = {counted(trials * definition.seeds, 'fit')} of {definition.base}")
     if isinstance(definition.warm_start, int):
-        print(f"and one training of the float network before them, for {definition.warm_start} epoch(s)")
+        print(f"and one training of the float network before them, for {counted(definition.warm_start, 'epoch')}")
+    print(cost(sweep, folder, workers))
     return 0
 
 
@@ -120,11 +123,12 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
     engine = Engine(sweep, study, given.workers, tell=tell, decorate=decorate, stop=stop)
     try:
         if given.retry_failed:
-            print(f"{study.retry_failed()} failed trial(s) are trained once more")
+            print(f"trained once more: {counted(study.retry_failed(), 'failed trial')}")
         if study.base_changed:
             print(f"note: {sweep.base.name} has changed since the sweep began; earlier trials are of the earlier one")
         if timed := [figure.name for figure in sweep.figures if figure.field in TIMES and given.workers > 1]:
-            print(f"note: {timed[0]} is measured while {given.workers - 1} other training(s) use the same machine")
+            others = counted(given.workers - 1, "other training")
+            print(f"note: {timed[0]} is measured beside {others} on the same machine")
         with _stopped_by_signals(stop) as received:
             if sweep.definition.warm_start is not None:
                 config = as_trial(sweep.base.config, {}, name, "float")
@@ -152,7 +156,7 @@ def _run(sweep: Sweep, study: Study, given: argparse.Namespace) -> int:
         )
         return 1
     if not any(trial.status == "complete" for trial in outcome.front.trials):
-        sys.stderr.write("error: every trial failed; the reasons are above and in front.json\n")
+        sys.stderr.write("error: no trial gave files; the reasons are above and in front.json\n")
         return 1
     return 0
 

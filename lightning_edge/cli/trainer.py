@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ class EdgeTrainer(Trainer):
         options: dict[str, dict[str, Any]] | None = None,
         strict: Strict | None = None,
         jobs: int | None = None,
+        name: str | None = None,
         weights_only: bool | None = None,
     ) -> list[Artifact]:
         """Write the network of a checkpoint for each target, int8 if it was trained so, and prove each file.
@@ -81,6 +82,7 @@ class EdgeTrainer(Trainer):
             strict: The worst verdict that is no error, see `lightning_edge.export`; broken files are, if not given.
             jobs: How many targets are written at once, each in a process of its own: as the DeviceEvaluationCallback
                 says, or 0, which is in this process.
+            name: First part of each file's name: as the DeviceEvaluationCallback says, or ``model``.
             weights_only: A key of configurations that `fit` has written; a checkpoint is read no other way.
 
         Raises:
@@ -89,7 +91,7 @@ class EdgeTrainer(Trainer):
         """
         _check_weights_only(weights_only)
         given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
-        callback = self._callback(targets, strict, dirpath=dirpath, jobs=jobs, **given)
+        callback = self._callback(targets, strict, dirpath=dirpath, jobs=jobs, name=name, **given)
         settings = callback.settings
         if batches < 1:
             raise ValueError(f"batches={batches} leaves nothing to compare the files on; give 1 or more")
@@ -110,7 +112,7 @@ class EdgeTrainer(Trainer):
                 else:
                     artifacts.append(artifact)
                     rows.append(row)
-            report = Report(type(model).__name__, "validate", rows)
+            report = Report(type(model).__name__, "validate", rows, phases=_saved(ckpt_path).get("settings", {}))
             write_manifest(report, Path(settings.dirpath), recipe_of(self))
         if report.failures:
             names = ", ".join(row.target for row in report.failures)
@@ -133,6 +135,8 @@ class EdgeTrainer(Trainer):
         strict: Strict | None = None,
         devices: list[str] | None = None,
         jobs: int | None = None,
+        name: str | None = None,
+        resume: bool = False,
         weights_only: bool | None = None,
     ) -> Report:
         """Export the network of a checkpoint, validate and time every file, and write the report.
@@ -155,6 +159,9 @@ class EdgeTrainer(Trainer):
             devices: Devices to run the files on as well, by name: those of the DeviceEvaluationCallback, if any.
             jobs: How many targets are written at once, each in a process of its own; 0 is in this process, as without a
                 callback.
+            name: First part of each file's name, ``model`` without a callback.
+            resume: Whether to measure on devices only what is missing of an evaluation into the same folder that broke
+                off there.
             weights_only: A key of configurations that `fit` has written; a checkpoint is read no other way.
 
         Raises:
@@ -164,7 +171,7 @@ class EdgeTrainer(Trainer):
         """
         _check_weights_only(weights_only)
         given = {"max_fallback": max_fallback, "interface": interface, "tolerance": tolerance, "options": options}
-        ours = {"budget": budget, "devices": devices, "jobs": jobs}
+        ours = {"budget": budget, "devices": devices, "jobs": jobs, "name": name}
         callback = self._callback(targets, strict, dirpath=dirpath, **given, **ours)
         settings = callback.settings
         require_devices(settings)
@@ -180,13 +187,16 @@ class EdgeTrainer(Trainer):
             loader = loader_of(datamodule or model, "train_dataloader")
             return calibration_inputs(model, loader, callback.calibration_batches, callback.module, datamodule)
 
+        saved = _saved(ckpt_path)
         report = evaluate_module(
             validation,
             settings,
             calibration=calibration if callback.calibration_batches else None,
-            baseline=_float_network(ckpt_path, find_network(model, callback.module)),
+            baseline=_float_network(saved, find_network(model, callback.module)),
             recipe=recipe_of(self),
+            phases=saved.get("settings"),
             tell=print,
+            resume=resume,
         )
         Console().print(report.table())
         raise_failures(report, callback.strict)
@@ -240,7 +250,7 @@ def _check_weights_only(weights_only: bool | None) -> None:
 
 def _begun(writers: Writers, network: Deployable, target: str, settings: EvaluationSettings) -> Pending:
     """Begin to write one file."""
-    path = Path(settings.dirpath) / f"model-{network.precision}{exporters.target(target).suffix}"
+    path = Path(settings.dirpath) / f"{settings.name}-{network.precision}{exporters.target(target).suffix}"
     options = exporters.options_of(target, network.precision, settings.options)
     shape: dict[str, Any] = {"max_fallback": settings.max_fallback, "interface": settings.interface}
     return writers.begin(network, target, path, label=target, **shape, **options)
@@ -279,10 +289,14 @@ def first_of(callbacks: Iterable[Callback], kind: type[_Callback]) -> _Callback 
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
-def _float_network(ckpt_path: str, network: nn.Module) -> nn.Module | None:
-    """The float network that quantization-aware training began with, which the checkpoint keeps."""
+def _saved(ckpt_path: str) -> dict[str, Any]:
+    """What a checkpoint says of its compression; nothing where there was none."""
     loaded = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-    saved = record.checked(loaded.get(record.KEY), ckpt_path)
+    return record.checked(loaded.get(record.KEY), ckpt_path)
+
+
+def _float_network(saved: Mapping[str, Any], network: nn.Module) -> nn.Module | None:
+    """The float network that quantization-aware training began with, which the checkpoint keeps."""
     if saved.get("float_state") is None:
         return None
     baseline = float_copy(network)

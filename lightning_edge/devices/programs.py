@@ -17,6 +17,7 @@ class NativeFigures:
     p50_ms: float | None = None
     p95_ms: float | None = None
     p99_ms: float | None = None
+    jitter_ms: float | None = None
     load_ms: float | None = None
     throughput: float | None = None
     repeats: int | None = None
@@ -77,7 +78,8 @@ _NUMBER = r"\d{1,12}(?:\.\d{1,9})?(?:e[+-]?\d{1,2})?"
 def _of_benchmark_model(said: str) -> NativeFigures:
     """LiteRT's ``benchmark_model``, in microseconds: the line of its timed calls, and that of its summary."""
     calls = _numbers(
-        rf"count=(?P<count>\d{{1,9}}) first=\S+ curr=\S+ min=\S+ max=\S+ avg=(?P<avg>{_NUMBER}) std=\S+"
+        rf"count=(?P<count>\d{{1,9}}) first=\S+ curr=\S+ min=\S+ max=\S+ avg=(?P<avg>{_NUMBER}) "
+        rf"std=(?:(?P<std>{_NUMBER})(?!\S)|\S+)"
         rf"(?: p5=\S+ median=(?P<median>{_NUMBER}) p95=(?P<p95>{_NUMBER}))?",
         said,
     )
@@ -86,6 +88,7 @@ def _of_benchmark_model(said: str) -> NativeFigures:
         first_ms=_ms(whole.get("first")),
         p50_ms=_ms(calls.get("median")),
         p95_ms=_ms(calls.get("p95")),
+        jitter_ms=_ms(calls.get("std")),
         load_ms=_ms(whole.get("init")),
         throughput=1e6 / calls["avg"] if calls.get("avg") else None,
         repeats=int(calls["count"]) if "count" in calls else None,

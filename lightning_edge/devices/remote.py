@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from lightning_edge.exporters.run import ends
 from lightning_edge.exporters.run.runner import Runner
 from lightning_edge.exporters.target import target as target_of
 from lightning_edge.reporting.devices import About, State
+from lightning_edge.wording import counted
 
 # What a file that does not fix the sizes of its outputs may give for a sample.
 _FREE_BYTES = 2**28
@@ -46,6 +48,21 @@ class Times:
     calls: int
     before: State
     after: State
+
+
+@dataclass(frozen=True)
+class Apart:
+    """What one sample takes beside the runtime's own time, milliseconds.
+
+    Attributes:
+        quantize_ms: Making the file's inputs of real numbers, on this machine.
+        transfer_ms: The way to the device and back: all of the call there that is not the runtime's.
+        dequantize_ms: Making real numbers of the file's outputs, on this machine.
+    """
+
+    quantize_ms: float
+    transfer_ms: float
+    dequantize_ms: float
 
 
 @dataclass(frozen=True)
@@ -110,13 +127,32 @@ class RemoteRunner(Runner):
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run on the flattened inputs of one call."""
+        return self._run(tensors)[0]
+
+    def apart(self, tensors: list[Tensor]) -> Apart:
+        """Run on the flattened inputs of one sample, and say what it takes beside the runtime's own time.
+
+        Raises:
+            RunnerError: If the file fails to run, or the device says what cannot be.
+        """
+        return self._run(tensors)[1]
+
+    def _run(self, tensors: list[Tensor]) -> tuple[list[Tensor], Apart]:
+        start = time.perf_counter_ns()
         samples = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        arrays = self._arrays(tensors)
         most = sum(_most_bytes(end, samples) for end in self._contents.outputs)
-        message = {"do": "run"}
-        _, given = self._asked.ask("while it ran a sample", message, self._arrays(tensors), self._limit_s, most)
+        sent = time.perf_counter_ns()
+        reply, given = self._asked.ask("while it ran a sample", {"do": "run"}, arrays, self._limit_s, most)
+        came = time.perf_counter_ns()
         if len(given) != len(self._contents.outputs):
             self._asked.strange(f"{len(given)} outputs, where the file has {len(self._contents.outputs)}")
-        return [self._output(array, end, samples) for array, end in zip(given, self._contents.outputs, strict=True)]
+        outputs = [self._output(array, end, samples) for array, end in zip(given, self._contents.outputs, strict=True)]
+        own_ns = figure(reply.get("ns"))
+        if own_ns is None or not 0 <= own_ns / 1e9 <= self._limit_s + WAY_S:
+            self._asked.strange(f"ns={reply.get('ns')!r}"[:80])
+        way_ns = max(0.0, came - sent - own_ns)  # two clocks may differ by a little
+        return outputs, Apart((sent - start) / 1e6, way_ns / 1e6, (time.perf_counter_ns() - came) / 1e6)
 
     def times(self, tensors: list[Tensor], calls: int, seconds: float = _STRETCH_S, keep: int = MAX_CALLS) -> Times:
         """Time calls on one sample on the device; the way there has no part in it.
@@ -220,7 +256,7 @@ class RemoteRunner(Runner):
         if load_ms is None or load_ms < 0:
             self._asked.strange(f"load_ms={reply.get('load_ms')!r}"[:80])
         self.load_ms, self.session = load_ms, session
-        count = "1 thread" if threads == 1 else f"{threads} threads"
+        count = counted(threads, "thread")
         self.runtime = plain(reply.get("runtime"), 200) or target
         if "threads" in session or "options" in session:  # Core ML chooses
             self.runtime += f", {count}"

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_edge.errors import CompressionError
 from lightning_edge.quantization import float_copy
-from lightning_edge.surgery import find_network
+from lightning_edge.surgery import find_network, misfits
 
 SELF = "self"
 _KEYS = {"class_path", "init_args", "checkpoint", "module"}
@@ -127,8 +127,7 @@ def _load(module: nn.Module, checkpoint: dict[str, Any], teacher: Mapping[str, A
     try:
         module.load_state_dict(copy.copy(weights))
     except (RuntimeError, AttributeError, TypeError) as error:
-        lines = " ".join(line.strip() for line in str(error).splitlines()[1:4]) or str(error)
         raise CompressionError(
-            f"the weights in {str(teacher['checkpoint'])!r} do not fit {teacher['class_path']}: {lines} Give the class "
-            "and init_args that the checkpoint was written with."
+            f"the weights in {str(teacher['checkpoint'])!r} do not fit {teacher['class_path']}: "
+            f"{misfits(module, weights, error)}. Give the class and init_args that the checkpoint was written with."
         ) from error

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from lightning_edge.errors import EdgeError, first_line
+from lightning_edge.evaluation.original import original_of
 from lightning_edge.network import Deployable, Inputs
-from lightning_edge.quantization import float_copy, sensitivity
+from lightning_edge.quantization import sensitivity
 from lightning_edge.quantization.plan import layer_name
-from lightning_edge.record import restore
 from lightning_edge.reporting.layers import LayerRow
 
 # Enough to tell layers apart.
@@ -40,9 +40,7 @@ def layer_rows(
     Returns:
         The layers, and why sensitivities were not measured, if they were not.
     """
-    original = float_copy(trained)
-    restore(original, [])
-    before = _float_bytes(original)
+    before = _float_bytes(original_of(trained))
     stored: dict[str, _Stored] = {name: (size, "float") for name, size in _float_bytes(floats).items()}
     increases: dict[str, float] = {}
     told: str | None = None

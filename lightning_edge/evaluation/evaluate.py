@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -19,11 +19,13 @@ from lightning_edge.cores import cores
 from lightning_edge.errors import EdgeError, first_line
 from lightning_edge.evaluation.by_layer import layer_rows
 from lightning_edge.evaluation.counted import CountedValidation
+from lightning_edge.evaluation.device_file import DeviceFile
 from lightning_edge.evaluation.file_rows import Candidate, FileRow, metric_change
 from lightning_edge.evaluation.hooks import call_hooks
+from lightning_edge.evaluation.journal import Journal
 from lightning_edge.evaluation.notes import metrics_note
-from lightning_edge.evaluation.on_device import DeviceFile
 from lightning_edge.evaluation.on_devices import left_out, run_on_devices
+from lightning_edge.evaluation.original import sizes
 from lightning_edge.evaluation.quantization_loss import noise_warning, training_warning
 from lightning_edge.evaluation.reference import Reference, compared_with
 from lightning_edge.evaluation.settings import EvaluationSettings
@@ -35,7 +37,7 @@ from lightning_edge.exporters.jobs import Pending, Writers
 from lightning_edge.exporters.program import check_numbers
 from lightning_edge.exporters.verify.exact import exact
 from lightning_edge.interrupts import unwinding
-from lightning_edge.measure import interleaved_latency, module_bytes, parameter_count, stopwatch, torch_threads
+from lightning_edge.measure import interleaved_latency, module_bytes, stopwatch, torch_threads
 from lightning_edge.network import Deployable, Inputs
 from lightning_edge.one_run import only_run
 from lightning_edge.pruning import Prune
@@ -54,6 +56,7 @@ from lightning_edge.reporting.rows import (
 )
 from lightning_edge.surgery import find_network
 from lightning_edge.user_warnings import warn
+from lightning_edge.wording import counted
 
 # Share of values outside their range that a report speaks of: more than the outliers that calibration leaves out.
 _CLIPPED = 0.05
@@ -69,7 +72,9 @@ def evaluate_module(
     baseline: nn.Module | None = None,
     watched: Sequence[Monitor] = (),
     recipe: str | None = None,
+    phases: Mapping[str, Mapping[str, Any]] | None = None,
     tell: Callable[[str], None] = _log.info,
+    resume: bool = False,
 ) -> Report:
     """Export a trained network to every target, validate and time each file, and write report and manifest beside them.
 
@@ -84,15 +89,19 @@ def evaluate_module(
         baseline: The float network that quantization-aware training began with; the present weights if not given.
         watched: What the training watched, the first choice where ``settings`` names no monitor.
         recipe: Text of the configuration, for the manifest.
+        phases: Settings of the phases that it was trained with, by name.
         tell: Is called with a line before each step.
+        resume: Whether to measure on devices only what is missing of an evaluation into the same folder that broke off
+            there.
 
     Raises:
         EdgeError: If the network is not found, holds values that are no numbers or is not called by the loop, another
-            run evaluates into the folder at the same time, or the report cannot be written.
+            run evaluates into the folder at the same time, there is nothing to resume, or the report cannot be written.
     """
     with unwinding(), only_run(Path(settings.dirpath)):
-        report = _Evaluation(validation, settings, tell).run(calibration, baseline, watched)
-        written = write(report, Path(settings.dirpath), recipe)
+        journal = Journal(settings, resume)
+        report = _Evaluation(validation, settings, tell, journal).run(calibration, baseline, watched)
+        written = write(replace(report, phases=phases or {}), Path(settings.dirpath), recipe)
     call_hooks(settings.hooks, written, Path(settings.dirpath))
     return written
 
@@ -101,10 +110,13 @@ def evaluate_module(
 class _Evaluation:
     """One evaluation: the rows so far, and the call by which each of them is timed."""
 
-    def __init__(self, validation: Validation, settings: EvaluationSettings, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, validation: Validation, settings: EvaluationSettings, tell: Callable[[str], None], journal: Journal
+    ) -> None:
         self._validation = validation
         self._settings = settings
         self._tell = tell
+        self._journal = journal
         self._rows: list[Row] = []
         self._timed: dict[int, Callable[[], int]] = {}
         self._warnings: list[str] = []
@@ -133,17 +145,18 @@ class _Evaluation:
         self._counted = CountedValidation(self._validation, float_reference)
         metrics = self._torch_row("fp32", "float", float_reference, float_network)
         self._choose_monitor(watched)
-        floats = Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics)
+        floats = Candidate(deployable(float_network, float_reference.call), "float", float_reference, metrics, metrics)
         calibration_batches, int8 = self._int8_candidates(trained, floats, calibration)
         self._compare_quantizations()
         candidates = [floats] * settings.fp32_files + int8[-1:]
         to_ship = int8[-1].network if int8 else None
+        now, original = sizes(trained, float_network, float_reference.call)
         layers, unmeasured = layer_rows(trained, float_network, float_reference.calls, to_ship)
         self._notes += [unmeasured] if unmeasured is not None else []
 
         self._file_rows([(target, candidate) for target in settings.targets for candidate in candidates])
         self._time()
-        on_devices = run_on_devices(self._accepted, self._validation, settings, self._tell)
+        on_devices = run_on_devices(self._accepted, self._validation, settings, self._tell, self._journal)
         self._notes += without_gain(self._rows)
         monitor = self._monitor
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -151,7 +164,9 @@ class _Evaluation:
             model=type(self._validation.pl_module).__name__,
             split=self._validation.split,
             rows=tuple(judged(self._rows, settings.budget, monitor, on_devices)),
-            parameters=parameter_count(float_network),
+            parameters=now.parameters,
+            macs=now.macs,
+            original=original,
             monitor=monitor.metric if monitor else None,
             warmup=settings.timing.warmup,
             repeats=settings.timing.repeats,
@@ -183,7 +198,7 @@ class _Evaluation:
                 found.append(self._int8_candidate(convert(quantized), "post-training", floats))
             except EdgeError as error:
                 if is_quantized(trained):
-                    self._warn(f"There is no post-training baseline to compare with: {error}")
+                    self._warn(f"The network could not be quantized after training as well, to compare: {error}")
                 else:
                     self._rows.append(Row("torch", "int8", "post-training", error=str(error)))
                     self._tell(f"FAILED: {self._rows[-1].label}: {first_line(error)}")
@@ -201,7 +216,7 @@ class _Evaluation:
         label, float_network, calls = self._rows[-1].label, floats.reference.network, floats.reference.calls
         if message := noise_warning(label, comparison.result(), change, float_network, calls):
             self._warn(message)
-        return Candidate(network, source, reference, metrics)
+        return Candidate(network, source, reference, metrics, floats.metrics)
 
     def _torch_row(
         self,
@@ -262,7 +277,7 @@ class _Evaluation:
         )
 
     def _time(self) -> None:
-        self._tell(f"Measuring latency of {len(self._timed)} candidates")
+        self._tell(f"Measuring latency of {counted(len(self._timed), 'candidate')}")
         runs = {str(index): run for index, run in self._timed.items()}
         failures: dict[str, EdgeError] = {}
         timing = self._settings.timing

@@ -10,7 +10,7 @@ from typing import final
 
 from lightning_edge.errors import AgreementError, EdgeError
 from lightning_edge.evaluation.counted import CountedValidation
-from lightning_edge.evaluation.on_device import DeviceFile
+from lightning_edge.evaluation.device_file import Beside, DeviceFile, limited
 from lightning_edge.evaluation.reference import Reference
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.side_by_side import SideBySide
@@ -29,12 +29,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that files are made of, where its weights come from, and its outputs and metrics over the split."""
+    """A network that files are made of, where its weights come from, and its outputs and metrics over the split.
+
+    The last are the float network's metrics.
+    """
 
     network: Deployable
     source: Source
     reference: Reference
     metrics: Mapping[str, float]
+    float_metrics: Mapping[str, float]
 
 
 @final
@@ -79,6 +83,7 @@ class FileRow:
         self._tell = tell
         self._tolerance = settings.tolerance_for(options.get("scheme"))
         self._staged: Staged | None = None
+        self._beside = Beside({}, candidate.float_metrics)
 
     def stage(self, file: Pending, stack: ExitStack) -> None:
         """Wait until the file is written and loaded; what is not accepted goes with ``stack``."""
@@ -131,7 +136,7 @@ class FileRow:
         if not artifact.runner.is_reference:
             self.timed = artifact.timed_call(sort_keywords(reference.call).tensors)
         if self._settings.devices:
-            given = self._candidate.network, reference, self._tolerance
+            given = self._candidate.network, reference, self._tolerance, self._beside
             self.on_devices = DeviceFile.of(self.row, artifact, *given)
 
     def _validate(self, artifact: Artifact, files: SideBySide) -> None:
@@ -154,6 +159,17 @@ class FileRow:
         change = metric_change(self._monitor, self._candidate.metrics, metrics)
         judgement = judge_file(network, artifact, agreement, self._tolerance, rounding, change)
         self.row = given_verdict(self.row, judgement)
+        self._beside = self._beside_devices(artifact)
+
+    def _beside_devices(self, artifact: Artifact) -> Beside:
+        """Find the metrics that those of devices are held against: over the samples that devices get."""
+        loop, reference, settings = self._validation.loop, self._candidate.reference, self._settings.on_devices
+        whole = settings.limit_samples is None or (self.row.samples or 0) <= settings.limit_samples
+        if whole or not self._settings.devices or "accuracy" not in settings.measure:
+            return Beside(self.row.metrics, self._candidate.float_metrics)
+        part = limited(loop, reference, settings.limit_samples)
+        here = part.run(reference.answers(artifact, sees=artifact.sees))
+        return Beside(here, part.run(self._validation.floats.answers()))
 
 
 def metric_change(

@@ -10,7 +10,9 @@ from lightning_edge.devices.conversation import Conversation
 from lightning_edge.devices.named import named
 from lightning_edge.devices.runtimes import RUNTIMES
 from lightning_edge.errors import DeviceError, EdgeError
-from lightning_edge.evaluation.on_device import DeviceFile, OnDevice, device_row
+from lightning_edge.evaluation.device_file import DeviceFile
+from lightning_edge.evaluation.journal import Journal
+from lightning_edge.evaluation.on_device import OnDevice, device_row
 from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.reporting.devices import DeviceRow, failures
@@ -82,6 +84,7 @@ def run_on_devices(
     validation: Validation,
     settings: EvaluationSettings,
     tell: Callable[[str], None] = _log.info,
+    journal: Journal | None = None,
 ) -> tuple[DeviceRow, ...]:
     """Run every file on every device. One that fails is a row with an error, and does not stop the others.
 
@@ -90,6 +93,7 @@ def run_on_devices(
         validation: The loop that gives the metrics.
         settings: The devices, what is measured there, and how calls are timed.
         tell: Is called with a line before each step.
+        journal: What was measured before the run broke off; none if not given.
     """
     rows: list[DeviceRow] = []
     try:
@@ -97,18 +101,23 @@ def run_on_devices(
     except EdgeError as error:  # they were there before the training: it is not lost for that
         names = [device if isinstance(device, str) else device.label for device in settings.devices]
         return tuple(device_row(name, file.row, str(error)) for name in names for file in files)
+    journal = journal or Journal(settings)
+    if devices and files:
+        journal.begin()
     for name, device in devices.items():
         refused: str | None = None
         for file in files:
             if not device.runs(file.row.target):
                 continue
-            measured = OnDevice(name, device, file, validation, settings)
+            measured = OnDevice(name, device, file, validation, settings, journal)
             if refused is None:
-                tell(f"Running {measured.row.label}")
+                tell(f"{'Going on with' if journal.has(measured.row) else 'Running'} {measured.row.label}")
                 refused = measured.run()
             else:
                 measured.row = replace(measured.row, error=refused)
             rows.append(measured.row)
+    if all(row.error is None for row in rows):
+        journal.remove()
     return tuple(rows)
 
 
@@ -119,4 +128,8 @@ def raise_device_failures(report: Report) -> None:
         DeviceError: If there is one.
     """
     if failed := failures(report.devices):
-        raise DeviceError("\n  ".join(["not everything ran on the devices; the report has the rest:", *failed]))
+        told = (
+            "not everything ran on the devices; the report has the rest, and `lightning-edge evaluate` with --resume "
+            "measures what is missing:"
+        )
+        raise DeviceError("\n  ".join([told, *failed]))

@@ -11,6 +11,8 @@ from lightning_edge.verdict import Strict
 def raise_failures(report: Report, strict: Strict = True) -> None:
     """Raise one error that names every file that could not be made, or has a worse verdict than is allowed.
 
+    Why was told when it happened, and is in the report.
+
     Args:
         report: The report.
         strict: The worst verdict that is no error, as for `export`.
@@ -20,16 +22,15 @@ def raise_failures(report: Report, strict: Strict = True) -> None:
     """
     lines = []
     if report.failures:
-        lines.append(f"{len(report.failures)} of the files could not be made; the report has the others:")
-        lines += [f"  {row.label}: {row.error}" for row in report.failures]
+        labels = ", ".join(row.label for row in report.failures)
+        lines.append(f"of {len(report.rows)} networks and files {len(report.failures)} could not be made: {labels}")
     if refused := report.refused(strict):
+        labels = ", ".join(f"{row.label} {row.verdict}" for row in refused)
         lines.append(
-            f"{len(refused)} of the files compute something else than their network (strict={strict!r}); they are "
-            "kept, and their verdict is in the report:"
+            f"{len(refused)} compute something else than their network (strict={strict!r}), and are kept: {labels}"
         )
-        lines += [f"  {row.label} {row.judgement}" for row in refused]
     if lines:
-        raise ExportError("\n".join(lines))
+        raise ExportError("; ".join(lines) + ". Why is told above, and in the report with all the others")
 
 
 def raise_over_budget(report: Report) -> None:

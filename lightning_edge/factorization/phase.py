@@ -13,6 +13,7 @@ from lightning_edge.factorization.layers import choose
 from lightning_edge.factorization.trial import try_out
 from lightning_edge.schedule import Batch, Change, Clock, Moment, Phase, check_moment
 from lightning_edge.succession import Succession
+from lightning_edge.wording import counted
 
 
 class Factorize(Phase):
@@ -140,7 +141,7 @@ class Factorize(Phase):
         before, after = (sum(entry[key] for entry in layers) for key in ("before", "after"))
         ranks = ", ".join(f"{entry['name']} to rank {entry['rank']}" for entry in layers)
         text = (
-            f"{len(layers)} layers in pairs ({ranks}): {before:,} -> {after:,} weights, at least "
+            f"{counted(len(layers), 'layer')} in pairs ({ranks}): {before:,} -> {after:,} weights, at least "
             f"{min(entry['energy'] for entry in layers):.1%} of a layer's energy kept, outputs changed by "
             f"{change['output_error']:.1%}"
         )

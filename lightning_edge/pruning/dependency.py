@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 # Operations with several outputs, by the names of their autograd functions.
 _APART = ("split", "unbind")
+# How often a search passes through a view: there and back, from two sides.
+_PASSES = 4
 
 
 class Watch(TorchFunctionMode):
@@ -70,6 +73,8 @@ def dependency_graph(watch: Watch) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self._pruners: dict[Any, Any] = {}
+            self._mapped = self._most = 0
+            self.endless: set[int] = set()
 
         def get_pruner_of_module(self, module: Any) -> Any:
             found = self._pruners.get(id(module))
@@ -89,7 +94,25 @@ def dependency_graph(watch: Watch) -> Any:
             for node in self.module2node.values():
                 if node.grad_fn in watch.shapes:
                     _map_rows(node, *watch.shapes[node.grad_fn])
+            self._most = _PASSES * sum(math.prod(after[1:]) for _, after in watch.shapes.values())
+            _watch_views(self)
             return result
+
+        def get_pruning_group(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            """Give a group; one whose search had to be stopped is among ``endless``, by the identity of its root.
+
+            Attention over images with convolutions over its heads is taken for more and more channels at each turn.
+            """
+            self._mapped = 0
+            group = super().get_pruning_group(module, *args, **kwargs)
+            if self._mapped > self._most:
+                self.endless.add(id(module))
+            return group
+
+        def passes(self, channels: int) -> bool:
+            """Count channels that a search follows through a view, and say whether it may go on."""
+            self._mapped += channels
+            return self._mapped <= self._most
 
     return Graph()
 
@@ -154,6 +177,33 @@ def _map_rows(node: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Non
         dep.index_mapping[0] = _Rows(after[1], after[2], to_row=way.reverse)
     if flattened:
         node.type = ops.OPTYPE.ELEMENTWISE  # or it is mapped again, its own way
+
+
+def _watch_views(graph: Any) -> None:
+    """Have the graph count what its searches follow through views."""
+    from torch_pruning import ops
+
+    nodes = list(graph.module2node.values())
+    for node in nodes:
+        for dep in node.dependencies:
+            if ops.OPTYPE.RESHAPE in (dep.source.type, dep.target.type) and dep.index_mapping[0] is not None:
+                dep.index_mapping[0] = _Counted(dep.index_mapping[0], graph.passes)
+    for node in nodes:
+        if node.type is ops.OPTYPE.RESHAPE:
+            node.type = ops.OPTYPE.ELEMENTWISE  # or it is mapped again, uncounted
+
+
+class _Counted:
+    """A way between channels, as long as a search may go on."""
+
+    def __init__(self, way: Callable[[list[Any]], list[Any]], passes: Callable[[int], bool]) -> None:
+        self.way, self.passes = way, passes
+        # Into how many one channel goes; a list that is too long is not even made.
+        self.factor = 1 if getattr(way, "reverse", True) else getattr(way, "_stride", 1)
+
+    def __call__(self, indices: list[Any]) -> list[Any]:
+        """Map indices that know the root's; to none where the search is to stop."""
+        return self.way(indices) if self.passes(len(indices) * self.factor) else []
 
 
 class _Rows:

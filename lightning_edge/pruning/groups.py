@@ -55,7 +55,8 @@ class Group:
         units: How many units there are.
         slots: Where they lie.
         attributes: How many channels of (module, attribute) one unit holds.
-        norms: For each LayerNorm and GroupNorm, the unit of each of its channels.
+        norms: For each norm over channels, the unit of each of its channels: LayerNorm, GroupNorm, RMSNorm, and modules
+            of the network's own that hold nothing but parameters with one value a channel.
         reason: Why the group keeps all of its channels; empty: it may lose some.
         way: The `Way` by which its channels go; empty: each alone, as far as layers let them.
         counters: How many of what (module, attribute) of the network's own counts one unit holds.
@@ -159,6 +160,8 @@ class Reading:
         """Read one group, as its channels go alone or by another way."""
         root = found[0].dep.target.module
         group = Group(self.modules[id(root)])
+        if id(root) in self.graph.endless:
+            return self._left(group, "torch-pruning finds no end of the channels that hang together with it")
         if way is not None:
             group.way, group.counters = way.name, dict(way.counters)
         layers: list[tuple[nn.Module, str, Channels, Integers, Integers]] = []
@@ -222,7 +225,7 @@ class Reading:
                 return self._left(group, f"its channels do not fit those of {self.names[id(parameter)][0]!r}")
             units = np.full(parameter.shape[dimension], -1, dtype=np.int64)
             units[indices] = unit_of[origin]
-            self._add_slot(group, Slot(self.names[id(parameter)][0], dimension % parameter.dim(), units, "rest", 0))
+            self._add_parameter(group, parameter, dimension % parameter.dim(), units)
         return self._checked(group)
 
     @staticmethod
@@ -275,6 +278,19 @@ class Reading:
             self._left(group, f"{slot.tensor!r} holds more of some of its channels than of others")
         else:
             group.slots.append(replace(slot, count=count))
+
+    def _add_parameter(self, group: Group, parameter: Tensor, dimension: int, units: Integers) -> None:
+        """Add a parameter of the network's own code; where it is that of a norm over channels, the norm."""
+        name = self.names[id(parameter)][0]
+        self._add_slot(group, Slot(name, dimension, units, "rest", 0))
+        owner = name.rpartition(".")[0]
+        norm = self.network.get_submodule(owner)
+        if next(norm.children(), None) or any(other.shape != (len(units),) for other in norm.parameters()):
+            return
+        group.norms[owner] = units
+        count = _evenly(units, group.units)
+        if count is not None and getattr(norm, "normalized_shape", None) == (len(units),):
+            group.attributes[owner, "normalized_shape[0]"] = count
 
     def _checked(self, group: Group) -> Group:
         """Leave a group alone whose tensors are shared by layers that would keep different channels."""

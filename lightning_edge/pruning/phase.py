@@ -16,6 +16,7 @@ from lightning_edge.pruning.selection import Scope
 from lightning_edge.pruning.sparsity import GroupRegularizer
 from lightning_edge.schedule import Batch, Change, Clock, Moment, Phase, check_moment, check_order
 from lightning_edge.succession import Succession
+from lightning_edge.wording import counted
 
 _MEASURES: dict[str, Measure] = {"macs": "macs", "params": "params", "size": "size_bytes"}
 
@@ -38,7 +39,8 @@ class Prune(Phase):
         size: Bytes of the weights in an int8 file: 1 for each element of a matrix or kernel, 4 for each of a vector.
         layers: Kept fraction of the channels that a layer makes, above 0 and up to 1, by a pattern of layer names such
             as ``stages.2.*``; all other layers keep theirs.
-        start: When to cut, or when to begin to.
+        start: When to cut, or when to begin to. By default before the first step, which is for weights that are trained
+            already: a network with random weights would be cut by these.
         end: When the whole cut has been made; ``None``: at once, at ``start``.
         every: How far apart cuts are between ``start`` and ``end``: in epochs if those are epochs, else as a fraction
             of training; ``None``: an epoch.
@@ -202,13 +204,15 @@ class Prune(Phase):
     def describe(self, change: Change) -> str:
         """Say in one line what a cut did, or what the trial found."""
         if change["kind"] == "trial":
-            return f"tried on a copy, {len(change['stood'])} group(s) of layers can be cut. {change['left_alone']}"
+            groups = counted(len(change["stood"]), "group")
+            return f"tried on a copy, {groups} of layers can be cut. {change['left_alone']}"
         macs = _change_of("MACs", change["macs"])
         if not change["kept"]:
             return f"{macs}: nothing cut, the next step is smaller than {self.round_to} channels of any layer"
         cut = [set(counts) & {"out_channels", "out_features"} for counts in change["attributes"].values()]
         layers = sum(map(bool, cut))
-        return f"{macs}, {_change_of('parameters', change['params'])}; {layers} layers make fewer channels"
+        make = "makes" if layers == 1 else "make"
+        return f"{macs}, {_change_of('parameters', change['params'])}; {counted(layers, 'layer')} {make} fewer channels"
 
     def figures(self, network: nn.Module, change: Change) -> dict[str, float]:
         """Give what is left after a cut: MACs, parameters, and channels that layers make; nothing of an empty one."""

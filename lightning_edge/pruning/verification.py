@@ -5,6 +5,7 @@ Tried with random weights: with the trained ones, a channel that matters little 
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,29 +134,45 @@ def _zero(
             silent = norms.setdefault(name, np.zeros(len(channels), dtype=np.bool_))
             silent |= ~keeps[channels]
     return [
-        network.get_submodule(name).register_forward_hook(_WithoutChannels(np.flatnonzero(~silent)))
+        (layer := network.get_submodule(name)).register_forward_hook(_WithoutChannels(layer, silent))
         for name, silent in norms.items()
     ]
 
 
 class _WithoutChannels:
-    """Has a norm over channels look at those that stay only."""
+    """Has a layer that normalizes over channels look at those that stay only: the layer itself, with fewer of them.
 
-    def __init__(self, kept: Integers) -> None:
-        self.kept = torch.from_numpy(kept)
+    Args:
+        layer: The norm, of torch's or of the network's own.
+        silent: For each of its channels, whether it goes.
+    """
+
+    def __init__(self, layer: nn.Module, silent: NDArray[np.bool_]) -> None:
+        self.channels = len(silent)
+        self.kept = torch.from_numpy(np.flatnonzero(~silent))
+        if not isinstance(layer, nn.GroupNorm):
+            # A norm does not look at the order of its channels; what does shows itself by giving something else.
+            self.kept = self.kept.flip(0)
+        self.layer = copy.copy(layer)
+        state = self.layer.__dict__
+        state["_parameters"] = {
+            name: None if tensor is None else nn.Parameter(tensor.index_select(0, self.kept.to(tensor.device)))
+            for name, tensor in layer._parameters.items()
+        }
+        if getattr(layer, "normalized_shape", None) == (self.channels,):
+            state["normalized_shape"] = (len(self.kept),)
+        if isinstance(layer, nn.GroupNorm) and layer.num_groups == layer.num_channels:
+            state["num_groups"] = len(self.kept)
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        dimension = 1 if isinstance(layer, nn.GroupNorm) else -1
-        kept = self.kept.to(output.device)
-        given = args[0].index_select(dimension, kept)
-        weight, bias = (
-            None if tensor is None else tensor.index_select(0, kept)
-            for tensor in (layer._parameters.get("weight"), layer._parameters.get("bias"))
-        )
-        if isinstance(layer, nn.GroupNorm):
-            channels = len(kept) if layer.num_groups == layer.num_channels else layer.num_groups
-            result = nn.functional.group_norm(given, channels, weight, bias, layer.eps)
-        else:
-            assert isinstance(layer, nn.LayerNorm)
-            result = nn.functional.layer_norm(given, (len(kept),), weight, bias, layer.eps)
-        return torch.zeros_like(output).index_copy(dimension, kept, result)
+        # Channels come last, or second as in images: LayerNorms of the network's own are of either kind.
+        for dimension in reversed(range(1, args[0].dim())):
+            if args[0].shape[dimension] != self.channels:
+                continue
+            kept = self.kept.to(output.device)
+            try:
+                result = type(layer).forward(self.layer, args[0].index_select(dimension, kept), *args[1:])
+                return torch.zeros_like(output).index_copy(dimension, kept, result)
+            except (RuntimeError, IndexError):
+                continue
+        return output

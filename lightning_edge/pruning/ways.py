@@ -94,7 +94,8 @@ def of_parts(network: nn.Module, maker: str, sizes: Sequence[int], indices: Inte
 def _split(before: Shape, after: Shape, channels: int) -> tuple[int, int] | None:
     """How many heads of which width a view makes of the last dimension, or of the second; of each of three, if so."""
     for axis in (len(before) - 1, 1):
-        if before[axis] != channels or before[:axis] != after[:axis]:
+        # A parameter of one dimension has no batch in front of its channels.
+        if not 0 < axis < len(before) or before[axis] != channels or before[:axis] != after[:axis]:
             continue
         for parts in (after[axis : axis + 2], after[axis : axis + 3]):
             if math.prod(parts) == channels and len(parts) > 1 and min(parts[-2:]) > 1:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from lightning_edge.network import Inputs
+from lightning_edge.network import fed
 from lightning_edge.quantization.network import quantized_forward
 from lightning_edge.quantization.plan import node_names
 from lightning_edge.surgery import in_mode
 from lightning_edge.user_warnings import EdgeWarning, warn
+from lightning_edge.wording import counted
 
 _TOLD = 8
 
@@ -92,8 +93,8 @@ def check_calibration(
     try:
         with torch.no_grad(), in_mode(network, training=False):
             for batch in validation_batches:
-                fed = Inputs.of(batch)
-                inputs = child.call.match(fed.args, dict(fed.kwargs))
+                call = fed(network, batch)
+                inputs = child.call.match(call.args, dict(call.kwargs))
                 graph(*inputs.args, **inputs.kwargs)
                 batches += 1
     finally:
@@ -169,7 +170,7 @@ def in_words(findings: list[CalibrationFinding]) -> str:
     lines = "\n".join(f"  {finding}" for finding in findings[:_TOLD])
     more = f"\n  and {len(findings) - _TOLD} more" if len(findings) > _TOLD else ""
     return (
-        f"The calibration batches do not stand for the validation data in {len(findings)} activations:\n"
+        f"The calibration batches do not stand for the validation data in {counted(len(findings), 'activation')}:\n"
         f"{lines}{more}\nCalibrate with batches drawn as the validation data is (same preprocessing, all classes, "
         "some hundred samples), or keep these layers in float with skip=[...]."
     )

@@ -17,7 +17,7 @@ from lightning_edge.quantization.calibration_check import open_empty_ranges
 from lightning_edge.quantization.network import quantized_forward, quiet_torchao
 from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 from lightning_edge.quiet import quiet_libraries
-from lightning_edge.tracing import TRACING
+from lightning_edge.tracing import tracing
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ def convert(module: nn.Module) -> Deployable:
     _take_out(prepared)
     _drop_idle_clips(prepared)
     _compute_constants(prepared)
-    with TRACING, quiet_torchao():
+    with tracing(), quiet_torchao():
         converted = convert_pt2e(prepared, fold_quantize=True)
     inputs = child.inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     made = Deployable(converted, inputs, "int8", tuple(_output_scales(converted)), child.call.match)

@@ -24,7 +24,7 @@ from lightning_edge.quantization.plan import LinearWeights, Plan
 from lightning_edge.quantization.train.layers import GraphDropout, LiveBatchNorm, RoundedBias, StopGradient
 from lightning_edge.quiet import quiet_libraries
 from lightning_edge.surgery import copy_of
-from lightning_edge.tracing import TRACING
+from lightning_edge.tracing import tracing
 from lightning_edge.user_warnings import warn
 
 CHILD = "edge_quantizers"
@@ -233,7 +233,7 @@ def attach(
     # LiteRT's converter has no 16-bit constants in sums and products.
     narrow = "int8_a16" not in (plan or {}).values()
     quantizer = EdgeQuantizer(averaging, plan, linear_weights)
-    with TRACING:
+    with tracing():
         steps = plan or {} if recurrent and narrow else None
         trained = averaging is not None
         captured = capture(

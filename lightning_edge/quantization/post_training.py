@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_edge.network import Inputs
+from lightning_edge.network import Inputs, fed
 from lightning_edge.quantization.network import attach, float_copy, quantized_forward
 from lightning_edge.quantization.plan import LinearWeights, check_linear_weights, check_plan
 from lightning_edge.surgery import in_mode
@@ -32,7 +32,8 @@ def quantize(
     Args:
         model: A float network; it is copied and left as it was.
         calibration_batches: What the network is fed, as it is fed in training: each batch a tensor, a tuple of
-            positional arguments, a dict of keyword arguments, or `Inputs`. Some hundred samples are enough.
+            positional arguments, a dict of keyword arguments, or `Inputs`; of ``(inputs, target)``, as a dataloader
+            gives it, the inputs. Some hundred samples are enough.
         skip: Patterns of module names (fnmatch) that stay float: a layer, or a module with everything inside it.
         precisions: Pattern of module names -> ``"int8"``, ``"int8_a16"`` (int8 weights, 16-bit activations; LiteRT
             only) or ``"float"``; the last pattern that matches decides, what none matches is int8. `mixed_plan`
@@ -48,7 +49,8 @@ def quantize(
 
     Raises:
         CompressionError: If the network cannot be captured, has nothing to quantize, or a pattern matches nothing.
-        ValueError: If there is no batch, or ``skip``, ``precisions`` or ``linear_weights`` is not of that form.
+        ValueError: If there is no batch, the network does not take it, or ``skip``, ``precisions`` or
+            ``linear_weights`` is not of that form.
     """
     joined = check_plan(precisions, skip)
     scales = check_linear_weights(linear_weights)
@@ -56,7 +58,7 @@ def quantize(
     child = None
     with torch.no_grad():
         for batch in calibration_batches:
-            inputs = Inputs.of(batch)
+            inputs = fed(network, batch)
             if child is None:
                 child = attach(network, inputs, averaging=None, plan=joined, linear_weights=scales)
                 child.calibration = _first_samples(inputs)

@@ -11,7 +11,7 @@ from lightning_edge.verdict import Grade
 
 # From here on a stretch of calls counts as slower than the fastest one.
 SLOWER = 1.2
-_LEFT_OUT = "-"
+LEFT_OUT = "-"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Endurance:
         last = self.points[-1]
         said = f"p50 {self.cold_p50_ms:.3f} ms at first, {self.warm_p50_ms:.3f} ms at the end of {last.at_s:.0f} s"
         heat = _from_to(self.points[0].state.temperature_c, last.state.temperature_c)
-        said += "" if heat == _LEFT_OUT else f", {heat} °C"
+        said += "" if heat == LEFT_OUT else f", {heat} °C"
         if self.slower_after_s is None:
             return f"{said}; it did not slow down for good"
         return f"{said}; from {self.slower_after_s:.0f} s on it took more than {SLOWER:g} times its best"
@@ -136,6 +136,8 @@ class DeviceRow:
         runtime: Runtime on the device, its version and threads.
         session: Settings that the runtime was given, by name.
         metrics: The user's own metrics, of the samples that ran on the device.
+        change_to_host: By how much each differs from that of the file on this machine, over the same samples.
+        change_to_float: By how much each differs from that of the float network, over the same samples.
         samples: Samples compared with the network the file came from.
         top1: Share of them with the same largest output.
         max_steps: Largest difference in quantization steps.
@@ -146,8 +148,15 @@ class DeviceRow:
         p50_ms: Median latency of one sample after warm-up, milliseconds, measured on the device.
         p95_ms: 95th percentile.
         p99_ms: 99th percentile.
+        jitter_ms: Standard deviation of the latency of the calls timed, milliseconds.
         throughput: Samples per second, one at a time.
         repeats: Calls timed.
+        preprocess_ms: Making the file's inputs of a sample on this machine (layout, pixels, quantizing), milliseconds,
+            median.
+        transfer_ms: The way of a sample to the device and of its outputs back, milliseconds, median.
+        postprocess_ms: Making real numbers of its outputs on this machine, milliseconds, median.
+        fallback_share: Share of the multiply-accumulates outside the runtime's delegate, as it is here; ``None`` where
+            another version of the runtime ran the file here, or something else.
         peak_memory_bytes: Peak of the resident memory of the whole process on the device, Python and runtime included.
         before: Temperature and frequency before the calls that were timed.
         after: The same after them.
@@ -168,6 +177,8 @@ class DeviceRow:
     runtime: str | None = None
     session: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    change_to_host: Mapping[str, float] = field(default_factory=dict)
+    change_to_float: Mapping[str, float] = field(default_factory=dict)
     samples: int | None = None
     top1: float | None = None
     max_steps: float | None = None
@@ -178,8 +189,13 @@ class DeviceRow:
     p50_ms: float | None = None
     p95_ms: float | None = None
     p99_ms: float | None = None
+    jitter_ms: float | None = None
     throughput: float | None = None
     repeats: int | None = None
+    preprocess_ms: float | None = None
+    transfer_ms: float | None = None
+    postprocess_ms: float | None = None
+    fallback_share: float | None = None
     peak_memory_bytes: int | None = None
     before: State = field(default_factory=State)
     after: State = field(default_factory=State)
@@ -197,13 +213,23 @@ class DeviceRow:
     def flat(self) -> Iterator[tuple[str, float]]:
         """Give every number as ``edge/<device>/<target>/<name>``, those of a float file as ``fp32_<name>``."""
         prefix = "fp32_" if self.precision == "fp32" else ""
+        for name, value in self.figures().items():
+            yield f"edge/{self.device}/{self.target}/{prefix}{name}", value
+
+    def figures(self) -> dict[str, float]:
+        """Give every number that is known, by name."""
         values: dict[str, float | None] = {
             "load_ms": self.load_ms,
             "latency_first_ms": self.first_ms,
             "latency_p50_ms": self.p50_ms,
             "latency_p95_ms": self.p95_ms,
             "latency_p99_ms": self.p99_ms,
+            "latency_jitter_ms": self.jitter_ms,
             "throughput": self.throughput,
+            "preprocess_ms": self.preprocess_ms,
+            "transfer_ms": self.transfer_ms,
+            "postprocess_ms": self.postprocess_ms,
+            "fallback_share": self.fallback_share,
             "peak_memory_bytes": self.peak_memory_bytes,
             "energy_mj": self.energy_mj,
             "temperature_before_c": self.before.temperature_c,
@@ -215,40 +241,64 @@ class DeviceRow:
             "sustained_cold_p50_ms": self.sustained.cold_p50_ms if self.sustained else None,
             "sustained_warm_p50_ms": self.sustained.warm_p50_ms if self.sustained else None,
             **self.metrics,
+            **{f"{name}_change_to_host": change for name, change in self.change_to_host.items()},
+            **{f"{name}_change_to_float": change for name, change in self.change_to_float.items()},
         }
-        for name, value in values.items():
-            if value is not None:
-                yield f"edge/{self.device}/{self.target}/{prefix}{name}", float(value)
+        return {name: float(value) for name, value in values.items() if value is not None}
 
 
-HEADERS = ("Verdict", "First ms", "p50 ms", "p95 ms", "p99 ms", "Samples/s", "Load ms", "Peak", "°C", "MHz")
+HEADERS = (
+    "Verdict",
+    "First ms",
+    "p50 ms",
+    "p95 ms",
+    "p99 ms",
+    "Jitter ms",
+    "Samples/s",
+    "Load ms",
+    "Peak",
+    "°C",
+    "MHz",
+)
+APART_HEADERS = ("Pre ms", "Transfer ms", "Post ms", "Off the delegate")
 FIDELITY_HEADERS = ("Samples", "Same top class", "Max steps", "Mean steps", "Max relative")
 
 
 def cells(row: DeviceRow) -> list[str]:
     """What `HEADERS` names, as text."""
     return [
-        row.verdict or _LEFT_OUT,
+        row.verdict or LEFT_OUT,
         _number(row.first_ms, 3),
         _number(row.p50_ms, 3),
         _number(row.p95_ms, 3),
         _number(row.p99_ms, 3),
+        _number(row.jitter_ms, 3),
         _number(row.throughput, 1),
         _number(row.load_ms, 1),
-        _LEFT_OUT if row.peak_memory_bytes is None else f"{row.peak_memory_bytes:,}",
+        LEFT_OUT if row.peak_memory_bytes is None else f"{row.peak_memory_bytes:,}",
         _from_to(row.before.temperature_c, row.after.temperature_c),
         _from_to(row.before.frequency_mhz, row.after.frequency_mhz),
+    ]
+
+
+def apart_cells(row: DeviceRow) -> list[str]:
+    """What `APART_HEADERS` names, as text."""
+    return [
+        _number(row.preprocess_ms, 3),
+        _number(row.transfer_ms, 3),
+        _number(row.postprocess_ms, 3),
+        LEFT_OUT if row.fallback_share is None else f"{row.fallback_share:.2%}",
     ]
 
 
 def fidelity_cells(row: DeviceRow) -> list[str]:
     """What `FIDELITY_HEADERS` names, as text."""
     return [
-        _LEFT_OUT if row.samples is None else f"{row.samples:,}",
-        _LEFT_OUT if row.top1 is None else f"{row.top1:.2%}",
+        LEFT_OUT if row.samples is None else f"{row.samples:,}",
+        LEFT_OUT if row.top1 is None else f"{row.top1:.2%}",
         _number(row.max_steps, 2),
         _number(row.mean_steps, 4),
-        _LEFT_OUT if row.max_relative is None else f"{row.max_relative:.1e}",
+        LEFT_OUT if row.max_relative is None else f"{row.max_relative:.1e}",
     ]
 
 
@@ -260,6 +310,17 @@ def metric_names(rows: Sequence[DeviceRow]) -> list[str]:
 def metric_cells(row: DeviceRow, names: Sequence[str]) -> list[str]:
     """The user's metrics by name, as text."""
     return [_number(row.metrics.get(name), 4) for name in names]
+
+
+def change_headers(names: Sequence[str]) -> list[str]:
+    """What `change_cells` shows of these metrics."""
+    return [f"{name} {of}" for name in names for of in ("to host", "to float")]
+
+
+def change_cells(row: DeviceRow, names: Sequence[str]) -> list[str]:
+    """By how much the user's metrics differ from those of the file here and of the float network, as text."""
+    changes = [change.get(name) for name in names for change in (row.change_to_host, row.change_to_float)]
+    return [LEFT_OUT if change is None else f"{change:+.4f}" for change in changes]
 
 
 def described(rows: Sequence[DeviceRow]) -> list[str]:
@@ -291,10 +352,10 @@ def failures(rows: Sequence[DeviceRow]) -> list[str]:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return _LEFT_OUT if value is None else f"{value:.{digits}f}"
+    return LEFT_OUT if value is None else f"{value:.{digits}f}"
 
 
 def _from_to(before: float | None, after: float | None) -> str:
     if before is None and after is None:
-        return _LEFT_OUT
+        return LEFT_OUT
     return f"{_number(before, 0)} to {_number(after, 0)}"

@@ -32,6 +32,8 @@ from lightning_edge.plain_values import (
 )
 from lightning_edge.regular_files import read_regular
 from lightning_edge.reporting.budget import Excess, Verdict
+from lightning_edge.reporting.device_entry import DeviceEntry
+from lightning_edge.reporting.devices import DeviceRow
 from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.report import Report, Row, without_infinities
 from lightning_edge.verdict import GRADES
@@ -43,7 +45,7 @@ MOST_BYTES = 2**24
 
 # Fields of files in manifests of earlier versions.
 _NO_LONGER_WRITTEN = {"floor_bytes"}
-_NOT_YET_WRITTEN: dict[str, Any] = {"verdict": None, "verdict_reason": None}
+_NOT_YET_WRITTEN: dict[str, Any] = {"verdict": None, "verdict_reason": None, "devices": []}
 # What a file system takes: bytes of a name, and characters of a path with room for the folder's own.
 _LONGEST_NAME, _LONGEST_PATH = 255, 1024
 _MOST_TOLD = 400
@@ -78,6 +80,7 @@ class FileEntry:
         not_run: Why nothing could run the file where it was made, so that nothing is stated of what it computes.
         verdict: What its agreement comes to, as in a `Row`.
         verdict_reason: Why it is that.
+        devices: What was found of it on devices.
     """
 
     path: str
@@ -101,10 +104,11 @@ class FileEntry:
     not_run: str | None = None
     verdict: str | None = None
     verdict_reason: str | None = None
+    devices: tuple[DeviceEntry, ...] = ()
 
     @classmethod
-    def of(cls, row: Row) -> FileEntry:
-        """Take over what the row of a finished file holds."""
+    def of(cls, row: Row, devices: Sequence[DeviceRow] = ()) -> FileEntry:
+        """Take over what the row of a finished file holds, and what was found of that file on devices."""
         if row.path is None or row.sha256 is None or row.size_bytes is None or row.compressed_bytes is None:
             raise ValueError(f"{row.label} is no finished file")
         timed = not row.is_reference
@@ -130,6 +134,7 @@ class FileEntry:
             not_run=row.not_run,
             verdict=row.verdict,
             verdict_reason=row.verdict_reason,
+            devices=tuple(DeviceEntry.of(found) for found in devices if found.path == row.path),
         )
 
 
@@ -144,6 +149,7 @@ class Manifest:
         git: Commit of the working directory; ``None`` where there is none.
         recipe: Text of the configuration, where `lightning-edge` ran one.
         schema: Version of the form of a manifest.
+        phases: Settings of the phases that the network was trained with, by name.
     """
 
     model: str
@@ -152,12 +158,14 @@ class Manifest:
     git: Commit | None = None
     recipe: str | None = None
     schema: int = SCHEMA
+    phases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, report: Report, git: Commit | None = None, recipe: str | None = None) -> Manifest:
         """Take over every finished file of a report."""
-        files = tuple(FileEntry.of(row) for row in report.rows if row.path is not None and row.error is None)
-        return cls(report.model, files, report.versions, git, recipe)
+        finished = [row for row in report.rows if row.path is not None and row.error is None]
+        files = tuple(FileEntry.of(row, report.devices) for row in finished)
+        return cls(report.model, files, report.versions, git, recipe, phases=report.phases)
 
     def to_json(self) -> str:
         """Write as JSON; a number that is not finite becomes ``null``."""
@@ -256,6 +264,7 @@ def _manifest(value: Any) -> Manifest:
     if schema != SCHEMA:
         newer = "a newer lightning-edge wrote it; update to read it" if schema > SCHEMA else "there is none such"
         raise ValueError(f"its schema is {shortened(schema)} and this version reads {SCHEMA}: {newer}")
+    given = {"phases": {}, **given}  # earlier versions did not write them
     _keys(given, Manifest, "it")
     files = tuple(_file(entry, f"files[{index}]") for index, entry in enumerate(as_list(given["files"], "files")))
     paths = [entry.path for entry in files]
@@ -268,6 +277,10 @@ def _manifest(value: Any) -> Manifest:
         versions={name: as_typed(text, str, f"versions.{name}") for name, text in versions.items()},
         git=_commit(given["git"]),
         recipe=as_optional(given["recipe"], str, "recipe"),
+        phases={
+            name: as_object(settings, f"phases.{name}")
+            for name, settings in as_object(given["phases"], "phases").items()
+        },
     )
 
 
@@ -316,7 +329,12 @@ def _file(value: Any, where: str) -> FileEntry:
         verdict=verdict,
         verdict_reason=as_optional(given["verdict_reason"], str, f"{where}.verdict_reason"),
         not_run=as_optional(given["not_run"], str, f"{where}.not_run"),
+        devices=_devices(given["devices"], f"{where}.devices"),
     )
+
+
+def _devices(value: Any, where: str) -> tuple[DeviceEntry, ...]:
+    return tuple(DeviceEntry.read(entry, f"{where}[{index}]") for index, entry in enumerate(as_list(value, where)))
 
 
 def _interface(value: Any, where: str) -> Interface:

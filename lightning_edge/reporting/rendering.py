@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lightning_edge.reporting import devices
 
@@ -42,6 +42,8 @@ def markdown(report: Report) -> str:
     )
     if any(row.is_reference for row in report.rows):
         lines += ["", f"\\* {REFERENCE_FOOTNOTE}"]
+    if networks := report.float_networks():
+        lines += ["", " ".join(networks)]
     files = [row for row in report.rows if row.target != "torch"]
     if files:
         lines += ["", "## Agreement with the network it came from, and contents of the file", ""]
@@ -61,6 +63,7 @@ def markdown(report: Report) -> str:
         ("Failed", [f"{row.label}: {row.error}" for row in report.failures]),
         ("Warnings", report.warnings),
         ("Notes", report.notes),
+        ("Phases", phases_in_words(report.phases)),
         ("How it was measured", [*report.settings(), *(f"{name} {text}" for name, text in report.versions.items())]),
     ):
         if entries:
@@ -74,20 +77,39 @@ def _device_section(report: Report) -> list[str]:
     if not rows:
         return []
     names = devices.metric_names(rows)
+    headers = ["Device and file", *devices.APART_HEADERS, *devices.FIDELITY_HEADERS, *devices.change_headers(names)]
     return [
         "",
         "## On devices",
         "",
         *_markdown_table(
-            ["Device and file", *names, *devices.HEADERS, *devices.FIDELITY_HEADERS],
+            ["Device and file", *names, *devices.HEADERS],
+            [[row.label, *devices.metric_cells(row, names), *devices.cells(row)] for row in rows],
+        ),
+        "",
+        *_markdown_table(
+            headers,
             [
-                [row.label, *devices.metric_cells(row, names), *devices.cells(row), *devices.fidelity_cells(row)]
+                [
+                    row.label,
+                    *devices.apart_cells(row),
+                    *devices.fidelity_cells(row),
+                    *devices.change_cells(row, names),
+                ]
                 for row in rows
             ],
         ),
         "",
         *(f"- {line}" for line in devices.described(rows)),
         *(f"- Failed: {' '.join(line.split())}" for line in devices.failures(rows)),
+    ]
+
+
+def phases_in_words(phases: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say what was asked of a training, a line for each phase; settings that were left out are not in it."""
+    return [
+        f"{name}: {', '.join(f'{key}={value!r}' for key, value in settings.items() if value is not None)}"
+        for name, settings in phases.items()
     ]
 
 

@@ -22,9 +22,11 @@ from lightning_edge.reporting.classes import ClassChanges
 from lightning_edge.reporting.devices import DeviceRow
 from lightning_edge.reporting.html.fit import report_page
 from lightning_edge.reporting.layers import LayerRow
+from lightning_edge.reporting.network_size import NetworkSize
 from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.terminal import ReportTable
 from lightning_edge.verdict import Grade, Judgement, Strict
+from lightning_edge.wording import counted
 
 Source = Literal["float", "post-training", "trained"]
 
@@ -152,7 +154,12 @@ class Row:
         """What this row is, in words."""
         if self.precision == "fp32":
             return f"{self.target} fp32"
-        return f"{self.target} int8 ({self.source})"
+        return f"{self.target} int8 (quantized {self.when_quantized})"
+
+    @property
+    def when_quantized(self) -> str:
+        """When an int8 network got its ranges, in words."""
+        return "in training" if self.source == "trained" else "after training"
 
     @property
     def fallback_share(self) -> float | None:
@@ -175,7 +182,7 @@ class Report:
         model: Name of the user's module.
         split: Which loop gave the metrics, ``"validate"`` or ``"test"``.
         rows: The candidates.
-        parameters: Parameters of the float network.
+        parameters: Parameters of the float network: of the pruned one, where ``original`` is another.
         monitor: The metric that decides between post-training and trained quantization, if known.
         warmup: Calls before timing.
         repeats: Calls timed.
@@ -188,6 +195,9 @@ class Report:
         channels: Channels that each layer made before it was pruned and makes now, by the name of the layer.
         devices: What was found of the files on devices.
         layers: The layers with weights: bytes before and after, and what each costs in int8.
+        macs: Multiply-accumulates of the float network's layers with weights, for one sample, if known.
+        original: Size of the network before anything was taken out of it; ``None`` where nothing was.
+        phases: Settings of the phases it was trained with, by name.
     """
 
     model: str
@@ -206,6 +216,9 @@ class Report:
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     devices: Sequence[DeviceRow] = ()
     layers: Sequence[LayerRow] = ()
+    macs: int | None = None
+    original: NetworkSize | None = None
+    phases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[Row]:
@@ -291,14 +304,29 @@ class Report:
         samples = max((row.samples or 0 for row in self.rows), default=0)
         phrases = [
             f"metrics of the {self.split} loop",
-            f"latency of one sample: {self.warmup} warm-up calls, {self.repeats} timed, {self.threads} thread(s)",
+            f"latency of one sample: {counted(self.warmup, 'warm-up call')}, {self.repeats} timed, "
+            f"{counted(self.threads, 'thread')}",
         ]
         if samples:
-            phrases.insert(1, f"agreement over {samples} samples")
+            phrases.insert(1, f"agreement over {counted(samples, 'sample')}")
         if self.calibration_batches:
-            phrases.append(f"post-training quantization from {self.calibration_batches} batches")
+            phrases.append(f"post-training quantization from {counted(self.calibration_batches, 'batch', 'batches')}")
         phrases.append("no seed set" if self.seed is None else f"seed {self.seed}")
         return phrases
+
+    def float_networks(self) -> list[str]:
+        """Which float network figures are of, and what it was before, one sentence each."""
+        if self.parameters is None:
+            return []
+        macs = None if self.macs is None else f" and {self.macs:,} multiply-accumulates a sample"
+        now = f"{self.parameters:,} parameters{macs or ''}"
+        if self.original is None:
+            return [f"fp32 is the float network, of {now}."]
+        return [
+            f"Before compression: {self.original} in float. What its metrics were is not known here.",
+            f"fp32 is the float network after its channels or ranks were cut, of {now}; metrics, latency and files are "
+            "compared with it.",
+        ]
 
     def to_html(self, recipe: str | None = None, commit: Commit | None = None) -> str:
         """Write as a page: one file that loads nothing, for a browser, a phone and a printer.

@@ -11,6 +11,7 @@ from lightning_edge.contents import Endpoint, Precision
 from lightning_edge.errors import ExportError
 from lightning_edge.exporters import Artifact, ExportWarning
 from lightning_edge.exporters.micro.sources import footprint
+from lightning_edge.exporters.target import target
 from lightning_edge.exporters.writer import export_warnings
 from lightning_edge.measure import Agreement, Latency
 from lightning_edge.reporting.budget import DEVICE, Budget, Excess, Verdict
@@ -40,6 +41,8 @@ def recorded() -> Iterator[list[str]]:
 def described(row: Row, artifact: Artifact) -> Row:
     """Add what a loaded file says of itself."""
     contents = artifact.contents
+    # Nothing is handed to a delegate there; what the delegate here would take says nothing of a microcontroller.
+    plain = artifact.runner.is_reference and target(artifact.target).has_reference_kernels
     weights = contents.int8_weight_bytes + contents.float_weight_bytes
     return replace(
         row,
@@ -57,7 +60,7 @@ def described(row: Row, artifact: Artifact) -> Row:
         inputs=contents.inputs,
         outputs=contents.outputs,
         sample=sample_of(artifact),
-        placements=contents.placements,
+        placements=None if plain else contents.placements,
         interface=contents.interface,
         not_run=artifact.not_run,
     )

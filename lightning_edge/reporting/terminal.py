@@ -58,14 +58,7 @@ class ReportTable:
         lines = [_Line(_short_label(row), [cell(row) for _, cell in columns], _style(row)) for row in report.rows]
         yield from _tables(report.model, [header for header, _ in columns], lines, width)
         if report.devices:
-            names = devices.metric_names(report.devices)
-            headers = [*names, *(header.replace(" ", "\n", 1) for header in (*devices.HEADERS, "Samples"))]
-            lines = [
-                _Line(row.label, [*devices.metric_cells(row, names), *devices.cells(row), samples], row.error and "red")
-                for row in report.devices
-                for samples in devices.fidelity_cells(row)[:1]
-            ]
-            yield from _tables("On devices", headers, lines, width)
+            yield from _device_tables(report, width)
             yield Text("\n".join(devices.described(report.devices)), style="dim")
         for row in report.rows:
             if row.error is not None:
@@ -80,7 +73,31 @@ class ReportTable:
         for line in devices.failures(report.devices):
             yield Text(f"FAILED on {line}", style="red")
         notes = [f"* {REFERENCE_FOOTNOTE}"] if any(row.is_reference for row in report.rows) else []
-        yield Text("\n".join([*notes, *report.settings()]), style="dim")
+        yield Text("\n".join([*notes, *report.float_networks(), *report.settings()]), style="dim")
+
+
+def _device_tables(report: Report, width: int) -> Iterator[RenderableType]:
+    """What was found on devices; changes of the first metric only, the others are in report.md."""
+    names = devices.metric_names(report.devices)
+    first = [name for name in report.metric_names() if name in names][:1]
+    changes = [header.replace(" to ", "\nto ") for header in devices.change_headers(first)]
+    headers = [*devices.HEADERS, *devices.APART_HEADERS, *devices.FIDELITY_HEADERS[:1]]
+    lines = [
+        _Line(
+            row.label,
+            [
+                *devices.metric_cells(row, names),
+                *devices.change_cells(row, first),
+                *devices.cells(row),
+                *devices.apart_cells(row),
+                *devices.fidelity_cells(row)[:1],
+            ],
+            row.error and "red",
+        )
+        for row in report.devices
+    ]
+    broken = ["\n".join(header.rsplit(" ", 1)) for header in headers]
+    yield from _tables("On devices", [*names, *changes, *broken], lines, width)
 
 
 def _tables(title: str, headers: Sequence[str], lines: Sequence[_Line], width: int) -> Iterator[RenderableType]:
@@ -95,7 +112,7 @@ def _tables(title: str, headers: Sequence[str], lines: Sequence[_Line], width: i
 
 def _packed(places: Sequence[int], headers: Sequence[str], lines: Sequence[_Line], width: int) -> list[list[int]]:
     """Share columns out over as few tables as fit the width, in their order."""
-    label = max((len(line.label) for line in lines), default=0) + _GAP
+    label = max((len(part) for line in lines for part in line.label.splitlines()), default=0) + _GAP
     parts: list[list[int]] = []
     left = 0
     for place in places:
@@ -164,4 +181,5 @@ def _short_label(row: Row) -> str:
     """Files have one source for all, so that only the networks in torch are told apart by it."""
     if row.target != "torch":
         return f"{row.target} {row.precision}"
-    return {"float": "torch fp32", "post-training": "torch int8 (PTQ)", "trained": "torch int8 (QAT)"}[row.source]
+    # Two lines, so that 80 columns hold more numbers.
+    return "torch fp32" if row.source == "float" else f"torch int8,\n{row.when_quantized}"

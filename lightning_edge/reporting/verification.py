@@ -41,6 +41,7 @@ UNCHECKED = (
     "not_run",
     "verdict",
     "verdict_reason",
+    "devices",
     "model",
     "versions",
     "git",

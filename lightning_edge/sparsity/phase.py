@@ -15,6 +15,7 @@ from lightning_edge.schedule import Batch, Change, Clock, Moment, Phase, check_m
 from lightning_edge.sparsity.layers import choose, parameter_of, unpack_all
 from lightning_edge.sparsity.masks import n_of_m, pack, unstructured
 from lightning_edge.succession import Succession
+from lightning_edge.wording import counted
 
 Schedule = Literal["linear", "cubic"]
 Ranking = Literal["layer", "global"]
@@ -160,9 +161,8 @@ class Sparsify(Phase):
         if change["kind"] == "rewind":
             return f"kept weights are back at those of epoch {change['epoch']}, with fresh optimizer state"
         share = change["zeros"] / change["weights"]
-        text = (
-            f"{share:.1%} of {change['weights']:,} weights in {len(change['masks'])} layers are zero ({self.pattern})"
-        )
+        layers = counted(len(change["masks"]), "layer")
+        text = f"{share:.1%} of {change['weights']:,} weights in {layers} are zero ({self.pattern})"
         if change["left_alone"]:
             text += "; left dense: " + "; ".join(f"{name}: {why}" for name, why in change["left_alone"].items())
         return text

@@ -16,6 +16,7 @@ from lightning_edge.sweeps.definition import Sweep
 from lightning_edge.sweeps.fit import Fit, Runner, run_fit
 from lightning_edge.sweeps.locks import take
 from lightning_edge.sweeps.objectives import measure
+from lightning_edge.sweeps.stop_early import with_stop
 from lightning_edge.sweeps.tracking import as_trial, with_logger
 from lightning_edge.sweeps.warm_start import beginning_from, common_start
 
@@ -33,6 +34,7 @@ def run_settings(
         runner: What trains.
 
     Raises:
+        TrialStoppedError: If ``stop_early`` ended it.
         TrialFailedError: If there is no report, or a figure is missing.
         InterruptedFitError: If ``stop`` was set.
         SweepError: If a training of that run is there already.
@@ -44,7 +46,9 @@ def run_settings(
         place.mkdir(parents=True)
     except OSError as error:
         raise SweepError(f"{place} cannot be made: {error.strerror}. Give another --folder") from error
-    config = with_logger(sweep.base.configuration(settings), sweep.definition.study)
+    config = with_logger(
+        with_stop(sweep.base.configuration(settings), sweep.definition.stop_early), sweep.definition.study
+    )
     config = as_trial(in_folder(config, place.resolve()), settings, sweep.definition.study, name)
     if sweep.definition.warm_start is not None:
         start = common_start(sweep.definition.warm_start, sweep.base.config, folder, stop)

@@ -20,6 +20,14 @@ _OFF: dict[tuple[str, str], float] = {
     ("factorize", "energy"): 1.0,
     ("sparsify", "sparsity"): 0.0,
 }
+# Phases by their names in a sweep file: class, and arguments that a base may give it.
+_PHASES = {
+    "factorize": ("Factorize", "size: 0.5"),
+    "prune": ("Prune", "macs: 0.5"),
+    "sparsify": ("Sparsify", "sparsity: 0.5"),
+    "quantize": ("Quantize", "start: 0.7"),
+    "distill": ("Distill", "teacher: {checkpoint: FILE, class_path: CLASS}"),
+}
 # Arguments that say where a callback or logger writes.
 _PLACES = ("dirpath", "save_dir")
 
@@ -109,6 +117,8 @@ class Base:
                 if not rest:
                     raise SweepError(f"space: {key}: name the argument too, such as {key}.start")
                 return (*place, "init_args", *rest)
+        if head in _PHASES:
+            raise SweepError(f"space: {key}: {self._without_phase(*key.split('.', 1))}")
         if head not in self.config:
             known = [*self.phases, *self.config]
             close = get_close_matches(head, known, n=1)
@@ -118,6 +128,26 @@ class Base:
                 f"Phases: {', '.join(self.phases) or 'none'}; keys: {', '.join(self.config)}"
             )
         return tuple(int(part) if part.isdecimal() else part for part in (head, *rest))
+
+    def _without_phase(self, head: str, argument: str = "") -> str:
+        """Say that the base has no such phase, and what to add so that it has."""
+        name, arguments = _PHASES[head]
+        # Of arguments of which one is to be given, the one that the space varies.
+        arguments = f"{argument}: 0.5" if (head, argument) in _OFF else arguments
+        phase = [f"- class_path: lightning_edge.{name}", f"  init_args: {{{arguments}}}"]
+        if any(_class_name(callback) == _COMPRESSION for callback in _callbacks(self.config)):
+            where = f"Add it to the phases of its {_COMPRESSION}"
+            lines = ["phases:", *(f"  {line}" for line in phase)]
+        else:
+            where = "Add to the callbacks of its trainer"
+            lines = [
+                f"- class_path: lightning_edge.{_COMPRESSION}",
+                "  init_args:",
+                "    phases:",
+                *(f"      {line}" for line in phase),
+            ]
+        told = "\n".join(f"    {line}" for line in lines)
+        return f"{self.name} has no {name} phase, which the space varies. {where}:\n{told}"
 
     def check_keys(self, keys: Iterable[str], seeds: int) -> None:
         """Refuse settings that do not exist, that mean the same, or that the sweep itself sets.

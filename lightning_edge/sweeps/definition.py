@@ -23,8 +23,9 @@ from lightning_edge.sweeps.objectives import (
 )
 from lightning_edge.sweeps.samplers import SamplerName
 from lightning_edge.sweeps.space import Dimension, combinations, count, read_space
+from lightning_edge.sweeps.stop_early import StopEarly, read_stop_early
 
-_KEYS = ("base", "space", "objectives", "constraints", "trials", "seeds", "sampler", "warm_start")
+_KEYS = ("base", "space", "objectives", "constraints", "trials", "seeds", "sampler", "warm_start", "stop_early")
 _REQUIRED = ("base", "space", "objectives")
 RECIPE = "recipe:"
 
@@ -44,6 +45,7 @@ class Definition:
         seeds: How often each of them is.
         sampler: What chooses them.
         warm_start: What every trial begins from: the path of a checkpoint, or epochs to train the float network for.
+        stop_early: When a training is ended without files.
     """
 
     study: str
@@ -56,6 +58,7 @@ class Definition:
     seeds: int
     sampler: SamplerName
     warm_start: str | int | None = None
+    stop_early: StopEarly | None = None
 
     @property
     def base(self) -> str:
@@ -163,6 +166,7 @@ def parse_definition(text: str, path: Path) -> Definition:
         seeds=_whole("seeds", given.get("seeds", 1)),
         sampler=_sampler(given.get("sampler"), total, trials),
         warm_start=_warm_start(given.get("warm_start"), path),
+        stop_early=None if given.get("stop_early") is None else read_stop_early(given["stop_early"]),
     )
 
 

@@ -9,19 +9,28 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
+from lightning_edge.cores import cores
 from lightning_edge.errors import SweepError, first_line
 from lightning_edge.sweeps.base import in_folder
 from lightning_edge.sweeps.definition import Sweep
 from lightning_edge.sweeps.fit import LOG, Fit, InterruptedFitError, Runner, run_address, run_fit, seconds_of
 from lightning_edge.sweeps.front import Front
-from lightning_edge.sweeps.objectives import NoSuchFigureError, TrialFailedError, measure, read_report
+from lightning_edge.sweeps.objectives import (
+    NoSuchFigureError,
+    TrialFailedError,
+    TrialStoppedError,
+    measure,
+    read_report,
+)
 from lightning_edge.sweeps.progress import progress_line, settings_line
+from lightning_edge.sweeps.stop_early import with_stop
 from lightning_edge.sweeps.storage import BEAT_S
 from lightning_edge.sweeps.study import Claim, Result, Study, folder_name
+from lightning_edge.wording import counted
 
 # So many trials in a row that fail for the same cause end a sweep.
 SAME_FAILURES = 3
@@ -72,6 +81,8 @@ class Engine:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._running: dict[int, Claim] = {}
+        # What this process began and did not finish; in the study it runs until somebody takes it on.
+        self._stopped: set[int] = set()
         self._cause: str | None = None
         self._failures: list[str] = []
         self._error: BaseException | None = None
@@ -135,7 +146,7 @@ class Engine:
                 return
             if not self._waits and own == 0:
                 self._waits = True
-                self.tell(f"waiting for {others} trial(s) that other workers train")
+                self.tell(f"waiting for {counted(others, 'trial')} that other workers train")
             self.stop.wait(_POLL_S)
 
     def _train(self, claim: Claim) -> None:
@@ -154,12 +165,17 @@ class Engine:
                 self.tell(f"trial {claim.number} was given to another machine, for this one had not been heard of")
                 return
         except InterruptedFitError:
+            self._stopped.add(claim.number)
             return
         except (TrialFailedError, NoSuchFigureError) as error:
             reason, hopeless = str(error), isinstance(error, NoSuchFigureError)
             if self.stop.is_set():  # it was stopped by the same signal as this process
+                self._stopped.add(claim.number)
                 return
             self.study.fail(claim, reason, time.monotonic() - begun, run_address(self._folders(claim)[0]))
+        except TrialStoppedError as error:
+            self.study.stop(claim, str(error), time.monotonic() - begun, run_address(self._folders(claim)[0]))
+            self.tell(f"trial {claim.number} is ended early: {error}")
         with self._lock:
             self._running.pop(claim.number, None)
             self._judge(claim, reason, hopeless)
@@ -170,7 +186,7 @@ class Engine:
         """Train with each seed, and give the means of the figures, their spread, and the seconds of what was there."""
         base, figures = self.sweep.base, self.sweep.figures
         seeds = self.sweep.definition.seeds
-        config = base.configuration(claim.settings)
+        config = with_stop(base.configuration(claim.settings), self.sweep.definition.stop_early)
         found, earlier_s = [], 0.0
         for index, folder in enumerate(self._folders(claim)):
             seed = None if seeds == 1 else base.seed + index
@@ -197,7 +213,7 @@ class Engine:
         """Share the cores among trainings at once, each of which would take all of them."""
         if self.workers == 1 or "OMP_NUM_THREADS" in os.environ:
             return {}
-        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.workers))}
+        return {"OMP_NUM_THREADS": str(max(1, cores() // self.workers))}
 
     def _folders(self, claim: Claim) -> list[Path]:
         seeds = self.sweep.definition.seeds
@@ -218,7 +234,10 @@ class Engine:
 
     def _write(self) -> Front:
         definition = self.sweep.definition
-        records = self.study.records()
+        records = [
+            replace(trial, status="stopped") if trial.status == "running" and trial.number in self._stopped else trial
+            for trial in self.study.records()
+        ]
         front = Front(definition.study, definition.objectives, definition.constraints, definition.base, records)
         front.write(self.study.folder)
         return front

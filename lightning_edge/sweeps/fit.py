@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_edge.errors import SweepError
+from lightning_edge.errors import HOPELESS, SweepError
 from lightning_edge.files import replace_text
 from lightning_edge.sweeps import strict_yaml
 from lightning_edge.sweeps.base import ARTIFACTS
-from lightning_edge.sweeps.objectives import TrialFailedError, read_report
+from lightning_edge.sweeps.objectives import TrialFailedError, TrialStoppedError, read_report
 
 CONFIG, LOG, REPORT = "config.yaml", "log.txt", "report.json"
 _POLL_S = 0.5
@@ -66,10 +66,13 @@ def run_fit(fit: Fit) -> Mapping[str, Any]:
     """Train, and give the report.
 
     Raises:
+        TrialStoppedError: If ``stop_early`` ended it.
         TrialFailedError: If there is no report; with what the training said last.
         InterruptedFitError: If ``stop`` was set.
     """
     status = train(fit)
+    if status == HOPELESS:
+        raise TrialStoppedError(why_it_failed(status, tail(fit.folder / LOG)))
     if not fit.report_path.exists():
         raise TrialFailedError(why_it_failed(status, tail(fit.folder / LOG)))
     # A report is written when all files are measured; one target that failed does not spoil the others.

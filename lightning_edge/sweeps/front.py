@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
-import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_edge.condition import Condition
 from lightning_edge.errors import SweepError
 from lightning_edge.files import replace_text
 from lightning_edge.sweeps.objectives import Direction
 
 FILE = "front.json"
-Status = Literal["complete", "failed", "running"]
+Status = Literal["complete", "ended early", "failed", "running", "stopped"]
 _MOST_BYTES = 256_000_000
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_CONDITION = re.compile(rf"\s*(?P<name>[^\s<>=]+)\s*(?P<sign><=|>=|<|>)\s*(?P<limit>{_NUMBER})\s*")
-_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
 
 
 @dataclass(frozen=True)
@@ -34,16 +25,18 @@ class TrialRecord:
 
     Attributes:
         number: Its number in the study.
-        status: ``"complete"``, ``"failed"`` or ``"running"``.
+        status: ``"complete"``, ``"ended early"`` by ``stop_early``, ``"failed"``, ``"running"``, or ``"stopped"``: it
+            begins anew when the sweep goes on.
         settings: Its values by the names of the space.
         values: Its objectives; the mean over seeds, if there are several.
         spread: Their standard deviation over seeds; ``None`` for one seed.
         feasible: Whether it is complete and keeps all constraints.
         front: Whether no feasible trial is at least as good in everything and better in something.
         folder: Its folder within that of the sweep.
-        reason: Why it failed.
+        reason: Why it was ended early or failed.
         seconds: How long it took, or has taken.
         url: Where its run of Weights & Biases is.
+        limited: The figures that have constraints, by name.
     """
 
     number: int
@@ -57,6 +50,7 @@ class TrialRecord:
     reason: str | None
     seconds: float
     url: str | None = None
+    limited: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +75,12 @@ class Front:
     def front(self) -> list[TrialRecord]:
         """The trials on the Pareto front, the best in the first objective first."""
         return sorted((trial for trial in self.trials if trial.front), key=self._rank)
+
+    @property
+    def breaking(self) -> list[TrialRecord]:
+        """The complete trials that break a constraint, the best in the first objective first."""
+        found = (trial for trial in self.trials if trial.status == "complete" and not trial.feasible)
+        return sorted(found, key=self._rank)
 
     def best(self, condition: Condition | None = None) -> TrialRecord:
         """Choose the feasible trial that is best in the first objective.
@@ -118,43 +118,6 @@ class Front:
 
     def _rank(self, trial: TrialRecord) -> tuple[float, ...]:
         return (*_costs(trial, self.objectives), trial.number)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What an objective must be.
-
-    Attributes:
-        name: The objective.
-        sign: ``<``, ``<=``, ``>`` or ``>=``.
-        limit: What it is compared with.
-    """
-
-    name: str
-    sign: str
-    limit: float
-
-    def __str__(self) -> str:
-        """Give it as it was written."""
-        return f"{self.name} {self.sign} {self.limit:g}"
-
-    def holds(self, value: float) -> bool:
-        """Whether a value keeps it."""
-        return _COMPARISONS[self.sign](value, self.limit)
-
-
-def read_condition(text: str) -> Condition:
-    """Read a condition such as ``tflite.size_bytes < 60000``.
-
-    Raises:
-        SweepError: If it is not a name, one of ``< <= > >=`` and a number.
-    """
-    match = _CONDITION.fullmatch(text)
-    if match is None or not math.isfinite(float(match["limit"])):
-        raise SweepError(
-            f"--best: given {text!r}; allowed: an objective, one of < <= > >=, a number: 'tflite.size_bytes < 60000'"
-        )
-    return Condition(match["name"], match["sign"], float(match["limit"]))
 
 
 def with_front(trials: Sequence[TrialRecord], objectives: Mapping[str, Direction]) -> list[TrialRecord]:

@@ -47,6 +47,10 @@ _ROW = {name for name in Row.__dataclass_fields__}
 _MOST_BYTES = 64_000_000
 
 
+class TrialStoppedError(SweepError):
+    """A trial was ended by ``stop_early``; with what its metric was."""
+
+
 class TrialFailedError(SweepError):
     """One trial gives no values; others may."""
 

@@ -19,13 +19,15 @@ def progress_line(front: Front, trials: int, last: int, workers: int) -> str:
         workers: How many this process trains at once.
     """
     by_status = {
-        status: [t for t in front.trials if t.status == status] for status in ("complete", "running", "failed")
+        status: [t for t in front.trials if t.status == status]
+        for status in ("complete", "running", "ended early", "failed")
     }
-    ended = [*by_status["complete"], *by_status["failed"]]
+    ended = [*by_status["complete"], *by_status["ended early"], *by_status["failed"]]
     running = len(by_status["running"])
     parts = [
         f"{len(by_status['complete'])} of {trials} done",
         f"{running} running",
+        *([f"{len(by_status['ended early'])} ended early"] if by_status["ended early"] else []),
         f"{len(by_status['failed'])} failed",
     ]
     if any(trial.feasible for trial in front.trials):
@@ -37,7 +39,7 @@ def progress_line(front: Front, trials: int, last: int, workers: int) -> str:
     if left := trials - len(ended):
         # Those that failed at once say nothing of how long one takes.
         seconds = statistics.fmean(trial.seconds for trial in by_status["complete"] or ended)
-        parts.append(f"about {_duration(seconds * left / max(running, workers))} left")
+        parts.append(f"about {duration(seconds * left / max(running, workers))} left")
     return f"trial {last} ended; {', '.join(parts)}"
 
 
@@ -48,7 +50,8 @@ def settings_line(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Give seconds in the unit that suits them."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60

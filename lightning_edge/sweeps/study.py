@@ -137,12 +137,11 @@ class Study:
 
     def fail(self, claim: Claim, reason: str, seconds: float, url: str | None = None) -> bool:
         """Record why a trial gave nothing; whether it was still wanted."""
-        trial = self._trial(claim.number)
-        if trial is None:
-            return False
-        self._keep(trial, seconds=seconds, reason=reason, url=url)
-        self._study.tell(trial, state=self._states.FAIL)
-        return True
+        return self._end(claim, reason, seconds, url, self._states.FAIL)
+
+    def stop(self, claim: Claim, reason: str, seconds: float, url: str | None = None) -> bool:
+        """Record why a trial was ended before its time; whether it was still wanted."""
+        return self._end(claim, reason, seconds, url, self._states.PRUNED)
 
     def retry_failed(self) -> int:
         """Put the settings of all failed trials back, to be trained once more; returns how many."""
@@ -157,9 +156,22 @@ class Study:
         found = [self._record(trial) for trial in self._counted(self._trials())]
         return with_front(found, self.sweep.definition.objectives)
 
+    def _end(self, claim: Claim, reason: str, seconds: float, url: str | None, state: Any) -> bool:
+        trial = self._trial(claim.number)
+        if trial is None:
+            return False
+        self._keep(trial, seconds=seconds, reason=reason, url=url)
+        self._study.tell(trial, state=state)
+        return True
+
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         attributes = trial.user_attrs
-        statuses: dict[Any, Status] = {self._states.COMPLETE: "complete", self._states.FAIL: "failed"}
+        states = self._states
+        statuses: dict[Any, Status] = {
+            states.COMPLETE: "complete",
+            states.PRUNED: "ended early",
+            states.FAIL: "failed",
+        }
         status = statuses.get(trial.state, "running")
         measured = attributes.get("measured") or {}
         done = status == "complete"
@@ -179,6 +191,7 @@ class Study:
             reason=attributes.get("reason", _SILENT if status == "failed" else None),
             seconds=float(attributes.get("seconds", running)),
             url=attributes.get("url"),
+            limited={limit.figure.name: measured[limit.figure.name] for limit in limits},
         )
 
     def _trials(self) -> Sequence[FrozenTrial]:

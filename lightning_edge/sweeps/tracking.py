@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_edge.errors import check_installed
 from lightning_edge.sweeps.front import Front, TrialRecord
+from lightning_edge.sweeps.page import PAGE
 from lightning_edge.user_warnings import warn
 
 _LOGGER = "lightning_edge.OfflineFallbackWandbLogger"
@@ -65,14 +66,14 @@ def as_trial(config: Mapping[str, Any], settings: Mapping[str, Any], study: str,
 
 
 def log_front(front: Front, logger: Mapping[str, Any], folder: Path, identifier: str) -> str | None:
-    """Log a sweep's trials as one run: their table, and the first objective over each of the others.
+    """Log a sweep's trials as one run: their table, the first objective over each of the others, and the page.
 
     A run that fails is warned of: the sweep is done, and its results are in its folder.
 
     Args:
         front: The trials.
         logger: The trials' logger, as configurations have it.
-        folder: Where an offline run goes.
+        folder: The sweep's folder, where an offline run goes.
         identifier: What tells this sweep from others of the same name.
 
     Returns:
@@ -106,6 +107,10 @@ def log_front(front: Front, logger: Mapping[str, Any], folder: Path, identifier:
             table = wandb.Table(columns=[*columns], data=data, allow_mixed_types=True)
             chart = wandb.plot.scatter(table, other, first, title=f"{first} over {other}")
             logged[f"sweep/{first} over {other}".replace(".", " ")] = chart
+        if (folder / PAGE).is_file():
+            with (folder / PAGE).open(encoding="utf-8") as opened:
+                # W&B's own scatter plots have no way to mark a front; the page's pictures do.
+                logged["sweep/page"] = wandb.Html(opened, inject=False)
         run.log(logged)
         run.summary.update({f"best/{name}": value for name, value in _best(front).items()})
         address = run.url

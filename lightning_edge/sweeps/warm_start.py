@@ -13,6 +13,7 @@ from lightning_edge.sweeps.base import in_folder, without_edge_callbacks
 from lightning_edge.sweeps.fit import LOG, Fit, InterruptedFitError, tail, train, why_it_failed
 from lightning_edge.sweeps.locks import take
 from lightning_edge.sweeps.objectives import TrialFailedError
+from lightning_edge.wording import counted
 
 FOLDER, CHECKPOINT = "warm-start", "float.ckpt"
 # What the training itself writes; it is moved when that has ended well.
@@ -61,7 +62,7 @@ def common_start(
             raise InterruptedFitError("it was stopped")
     try:
         if not found.exists():
-            tell(f"the float network is trained once, for {warm_start} epoch(s), for all trials to begin from")
+            tell(f"the float network is trained once, for {counted(warm_start, 'epoch')}, for all trials to begin from")
             status = training(Fit(_configuration(config, warm_start, place), place, lock.fileno(), stop, {}))
             written = place / _WRITTEN
             if status != 0 or not written.exists():

@@ -99,7 +99,7 @@ def _fetch(url: str, part: Path, have: int, size_bytes: int) -> None:
                     raise ValueError(f"{url} has more than the published {size_bytes:,} bytes")
                 file.write(block)
                 if 10 * (done + len(block)) // size_bytes > 10 * done // size_bytes:
-                    rank_zero_info(f"{part.stem}: {(done + len(block)) >> 20:,} of {size_bytes >> 20:,} MiB")
+                    rank_zero_info(f"{part.stem}: {(done + len(block)) / 1e6:,.0f} of {size_bytes / 1e6:,.0f} MB")
                 done += len(block)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_edge.regular_files import read_regular
+from lightning_edge.wording import counted
 
 # A minute of 16-bit sound at 48 kHz is 6 MB.
 MOST_BYTES = 1 << 27
@@ -39,8 +40,9 @@ def read_wav(path: Path, sample_rate: int) -> NDArray[np.int16]:
         raise ValueError(f"{path} is no WAV file of plain samples: {str(error) or 'it is cut'}") from error
     if found != (1, 16, sample_rate):
         raise ValueError(
-            f"{path} has {found[0]} channel(s), {found[1]} bits and {found[2]} samples in a second; allowed: 1 "
-            f"channel, 16 bits, {sample_rate}. To convert: ffmpeg -i IN -ac 1 -ar {sample_rate} -sample_fmt s16 OUT.wav"
+            f"{path} has {counted(found[0], 'channel')}, {found[1]} bits and {found[2]} samples in a second; "
+            f"allowed: 1 channel, 16 bits, {sample_rate}. To convert: ffmpeg -i IN -ac 1 -ar {sample_rate} "
+            "-sample_fmt s16 OUT.wav"
         )
     if not frames or len(frames) != 2 * count:
         raise ValueError(f"{path} holds {len(frames) // 2:,} samples and says {count:,}; it is cut or empty")

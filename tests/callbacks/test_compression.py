@@ -422,11 +422,20 @@ def test_a_training_of_nothing_is_told(nothing: dict[str, int]) -> None:
         fit(new(), edge(start=0.5), epochs=1, **nothing)
 
 
-def test_a_phase_that_never_began_is_told() -> None:
-    with warnings.catch_warnings(record=True) as told:
+@pytest.mark.parametrize("start", [2, 1.0])
+def test_a_phase_that_cannot_begin_is_told_before_the_first_step_and_once(start: float) -> None:
+    told: list[str] = []
+
+    class Listening(Task):
+        def on_train_start(self) -> None:
+            told.extend(str(warning.message) for warning in caught)
+
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(new(), edge(start=99))
-    assert any("Quantize never began" in str(warning.message) for warning in told)
+        fit(new(Listening), edge(start=start), epochs=2)
+    (line,) = [line for line in told if "Quantize will never begin" in line]
+    assert f"it begins at {start!r}, and this training ends before that (max_epochs=2; 1.0 is the end)" in line
+    assert len([warning for warning in caught if "never" in str(warning.message)]) == 1
 
 
 @pytest.mark.parametrize(

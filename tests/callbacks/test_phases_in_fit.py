@@ -351,7 +351,7 @@ def test_the_trial_comes_behind_factorize_and_is_no_beginning() -> None:
     task = new()
     fit(task, edge(Factorize(energy=0.6, start=1, round_to=1), cut(start=2)))
     assert kinds(task) == ["factorize", "trial", "cut"]
-    with pytest.warns(UserWarning, match="Prune never began"):
+    with pytest.warns(UserWarning, match="Prune will never begin"):
         fit(new(), edge(cut(start=99)))
 
 

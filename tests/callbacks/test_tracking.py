@@ -22,12 +22,14 @@ from lightning_edge import Budget, DeviceEvaluationCallback, EdgeCompressionCall
 from lightning_edge.callbacks.tracking import (
     OfflineFallbackWandbLogger,
     answers,
+    device_table_of,
     hashes,
     is_wandb,
     log_report,
     table_of,
 )
 from lightning_edge.errors import ExportError
+from lightning_edge.reporting.devices import DeviceRow
 from lightning_edge.reporting.report import Report, Row, digest
 
 wandb = pytest.importorskip("wandb")
@@ -136,9 +138,9 @@ def test_offline_run_holds_metrics_table_and_files_with_their_hashes(
     (table,) = tmp_path.rglob("offline-run-*/files/media/table/**/*.table.json")
     content = json.loads(table.read_text())
     rows = {row[0]: dict(zip(content["columns"], row, strict=True)) for row in content["data"]}
-    assert rows["tflite int8 (trained)"]["val_acc"] == 0.25
-    assert rows["tflite int8 (trained)"]["float_ops"] == "a, b"
-    assert rows["executorch int8 (trained)"]["error"] == "refused"
+    assert rows["tflite int8 (quantized in training)"]["val_acc"] == 0.25
+    assert rows["tflite int8 (quantized in training)"]["float_ops"] == "a, b"
+    assert rows["executorch int8 (quantized in training)"]["error"] == "refused"
 
     (page,) = tmp_path.rglob("offline-run-*/files/media/html/**/*.html")
     assert page.read_text() == (folder / "report.html").read_text()
@@ -253,6 +255,28 @@ def test_table_has_a_value_for_every_column(report: Report) -> None:
     assert columns[:2] == ["candidate", "val_acc"]
     assert {len(row) for row in data} == {len(columns)}
     assert table_of(Report("m", "validate", ())) == (["candidate"], [])
+
+
+def test_table_of_devices_has_a_value_or_none_for_every_column() -> None:
+    rows = [
+        DeviceRow("pi4", "onnx", "int8", "trained", metrics={"val_acc": 0.5}, change_to_host={"val_acc": 0.25}),
+        DeviceRow("pi5", "onnx", "int8", "trained", "it is off"),
+    ]
+    columns, data = device_table_of(Report("m", "validate", (), devices=rows))
+    assert columns == [
+        "device",
+        "target",
+        "precision",
+        "verdict",
+        "error",
+        "runtime",
+        "val_acc",
+        "val_acc_change_to_host",
+    ]
+    assert data == [
+        ["pi4", "onnx", "int8", None, None, None, 0.5, 0.25],
+        ["pi5", "onnx", "int8", None, "it is off", None, None, None],
+    ]
 
 
 def test_hashes_leave_out_files_that_were_not_made(report: Report, folder: Path) -> None:

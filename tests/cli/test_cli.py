@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_edge import CompressionError, exporters
-from lightning_edge.cli.config_errors import explain
+from lightning_edge import CompressionError, DeviceEvaluationCallback, Prune, exporters
+from lightning_edge.cli.config_errors import cause, explain
 from lightning_edge.cli.main import main
 from lightning_edge.cli.recipe_files import recipe_names, recipe_path
 from lightning_edge.interface import Interface
@@ -83,6 +83,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (
+            lambda: DeviceEvaluationCallback(["phone"]),
+            "DeviceEvaluationCallback: targets=['phone']: 'phone' is not one",
+        ),
+        (lambda: Prune(macs=0.5, start=0.5, end=0.2), "Prune: end=0.2 comes before start=0.5"),
+    ],
+)
+def test_a_refused_value_is_told_by_the_class_that_the_user_names(build: Callable[[], object], told: str) -> None:
+    with pytest.raises(ValueError, match="=") as refused:
+        build()
+    assert cause(refused.value).startswith(told)
+
+
 def test_fit_writes_a_checkpoint_of_a_quantized_network(trained: Path) -> None:
     state = torch.load(trained / "checkpoints" / "trained.ckpt", weights_only=True)
     assert state["lightning_edge"]["changes"][0]["phase"] == "quantize"
@@ -109,15 +125,17 @@ def test_export_writes_int8_files(
         *("export", "--config", "written.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),  # as `fit` wrote it
         *("--targets", "[onnx]", "--dirpath", str(tmp_path / "out"), "--batches", "1", "--jobs", "1"),
         *("--interface.layout", "nhwc", "--interface.outputs", "[scores]"),
+        *("--name", "digits"),
     )
-    artifact = exporters.load(tmp_path / "out" / "model-int8.onnx")
+    artifact = exporters.load(tmp_path / "out" / "digits-int8.onnx")
     assert artifact.precision == "int8"
     assert artifact(torch.zeros(2, 1, 8, 8))[0].shape == (2, 10)
     printed = capfd.readouterr()
-    assert "model-int8.onnx: int8, " in printed.out
+    assert "digits-int8.onnx: int8, " in printed.out
     assert "onnx: converting, after " in printed.err  # in a process of its own
     manifest = Manifest.read(tmp_path / "out")
-    assert [entry.path for entry in manifest.files] == ["model-int8.onnx"]
+    assert [entry.path for entry in manifest.files] == ["digits-int8.onnx"]
+    assert manifest.phases["quantize"]["start"] == 0.5
     assert manifest.files[0].agreement["samples"] == 16
     assert manifest.files[0].interface == Interface(("input",), ("scores",), layout="nhwc")
     assert [end.shape for end in manifest.files[0].inputs] == [(1, 8, 8, 1)]
@@ -158,7 +176,7 @@ def test_evaluate_fails_where_a_file_is_over_the_budget_of_the_configuration(
         run("evaluate", "--config", str(tmp_path / "settings.yaml"), "--ckpt_path", "checkpoints/trained.ckpt")
     assert exit_info.value.code == 3
     error = capfd.readouterr().err
-    assert "error: tflite int8 (trained) is over its budget: size_bytes " in error
+    assert "error: tflite int8 (quantized in training) is over its budget: size_bytes " in error
     assert "above 1,000" in error
     (entry,) = Manifest.read(tmp_path).files  # the file is kept, and said of it
     assert [end.name for end in entry.inputs] == ["digit"]
@@ -186,7 +204,7 @@ def test_fit_ends_with_a_status_of_its_own_where_a_file_is_over_its_budget(
     with pytest.raises(SystemExit) as exit_info, pytest.warns(UserWarning, match="is over its budget"):
         run("fit", "--config", "settings.yaml")
     assert exit_info.value.code == 3
-    assert "error: onnx int8 (trained) is over its budget: size_bytes " in capfd.readouterr().err
+    assert "error: onnx int8 (quantized in training) is over its budget: size_bytes " in capfd.readouterr().err
     assert Path("checkpoints/trained.ckpt").is_file()  # everything was saved before
     assert Path("files/report.html").is_file()
     (entry,) = Manifest.read(Path("files")).files
@@ -227,6 +245,13 @@ def test_evaluate_writes_the_report_and_runs_on_the_devices_of_a_file(
     printed = capfd.readouterr().out
     assert "onnx int8" in printed
     assert "bench: onnx int8" in printed
+    with pytest.raises(SystemExit) as exit_info:  # a switch, without a value
+        run(
+            *("evaluate", "--config", "settings.yaml", "--ckpt_path", "checkpoints/trained.ckpt"),
+            *("--targets", "[onnx]", "--dirpath", str(tmp_path), "--resume", "--devices", "[bench]"),
+        )
+    assert exit_info.value.code == 1
+    assert "error: there is nothing to resume" in capfd.readouterr().err
 
 
 def test_evaluate_on_a_device_that_the_file_does_not_describe(

@@ -53,6 +53,20 @@ def test_a_command_that_there_is_not(capsys: pytest.CaptureFixture[str], monkeyp
     assert all(name in error for name in (*entry.SUBCOMMANDS, *commands.COMMANDS))
 
 
+def test_an_interrupted_command_is_one_line_and_status_130(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["lightning-edge", "export"])
+    monkeypatch.setattr(commands, "run", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        entry.main()
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == "interrupted; nothing half-written is left\n"
+
+
 def test_modules_of_the_current_folder_are_found_behind_all_others(tmp_path: Path) -> None:
     """With a command line that stands for Lightning's; the slow test has a configuration that names the module."""
     (tmp_path / "my_network.py").write_text("NAME = 'mine'\n")

@@ -76,7 +76,7 @@ def opened(answers: bytes, path: Path) -> RemoteRunner:
 
 
 def test_an_answer_is_made_real_by_the_scales_of_the_file(path: Path) -> None:
-    device = Scripted(HELLO + LOADED + runner.pack({}, [numpy.array([[1, -1, 5]], "int8")]))
+    device = Scripted(HELLO + LOADED + runner.pack({"ns": 1500}, [numpy.array([[1, -1, 5]], "int8")]))
     (scores,) = RemoteRunner("board", device, "tflite", path, CONTENTS, 1, 5.0)(SAMPLE)
     assert scores.tolist() == [[1.0, 0.0, 3.0]]
     message, (sent,) = runner.unpack(io.BytesIO(device.written[-1]).read, 100)
@@ -96,6 +96,9 @@ def test_an_answer_is_made_real_by_the_scales_of_the_file(path: Path) -> None:
         (runner.pack({}, [numpy.zeros((1, 3), "uint8")]), r"an output uint8\[1, 3\]"),
         (runner.pack({}), "0 outputs, where the file has 1"),
         (runner.pack({}, [numpy.zeros((1, 1), "int8")] * 2), "2 outputs, where the file has 1"),
+        (runner.pack({}, [numpy.zeros((1, 3), "int8")]), "ns=None"),
+        (runner.pack({"ns": -1}, [numpy.zeros((1, 3), "int8")]), "ns=-1"),
+        (runner.pack({"ns": 10**12}, [numpy.zeros((1, 3), "int8")]), "ns=1000000000000"),
         (runner.pack({}, [numpy.zeros((1, 3), "float32")]), "arrays of 12 bytes, where 3 are the most"),
         (frame({"arrays": [["int8", [2**40]]]}), "arrays of 1099511627776 bytes, where 3 are the most"),
         (frame({"arrays": [["int8", [10**30, 10**30]]]}), "arrays of 10"),

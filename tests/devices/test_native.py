@@ -66,7 +66,7 @@ def test_litert_on_every_kind_of_device(tmp_path: Path, model: Path, place: Path
     for device in devices:
         runtime, figures = time_by_program("board", device, "tflite", model, TIMING)
         assert runtime == "linux_aarch64_benchmark_model, a program of the device, which gives times only"
-        assert figures == NativeFigures(13.576, 1.239, 1.2475, None, 5.579, 800.0, 50)
+        assert figures == NativeFigures(13.576, 1.239, 1.2475, None, 2.565, 5.579, 800.0, 50)
         given = ["--use_xnnpack=false", "--num_threads=2", "--graph=model.tflite", "--warmup_runs=2", "--num_runs=50"]
         assert (tmp_path / "arguments").read_text().splitlines() == given
         assert (tmp_path / "model.tflite").read_bytes() == model.read_bytes()
@@ -78,7 +78,7 @@ def test_litert_on_every_kind_of_device(tmp_path: Path, model: Path, place: Path
 @pytest.mark.parametrize(
     ("target", "name", "says", "figures"),
     [
-        ("onnx", "trtexec", TENSORRT, NativeFigures(None, 41.25, 41.29, 41.3, None, 31.8446)),
+        ("onnx", "trtexec", TENSORRT, NativeFigures(None, 41.25, 41.29, 41.3, throughput=31.8446)),
         (
             "executorch",
             "executor_runner",
@@ -99,7 +99,7 @@ def test_an_old_benchmark_tells_no_median(tmp_path: Path, model: Path, place: Pa
     old = LITERT.replace(" p5=1238 median=1239 p95=1247.5", "")
     device = Local(folder=str(place), programs={"tflite": [program(tmp_path, "benchmark_model", old)]})
     found = time_by_program("board", device, "tflite", model, TIMING)[1]
-    assert found == NativeFigures(first_ms=13.576, load_ms=5.579, throughput=800.0, repeats=50)
+    assert found == NativeFigures(first_ms=13.576, jitter_ms=2.565, load_ms=5.579, throughput=800.0, repeats=50)
 
 
 @pytest.mark.parametrize(

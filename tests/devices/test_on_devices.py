@@ -30,8 +30,9 @@ from lightning_edge.devices.conversation import Conversation
 from lightning_edge.devices.remote import RemoteRunner, Times
 from lightning_edge.devices.settings import Cool, DeviceSettings, Sustained
 from lightning_edge.errors import DeviceError
+from lightning_edge.evaluation.device_file import DeviceFile, limited
 from lightning_edge.evaluation.evaluate import evaluate_module
-from lightning_edge.evaluation.on_device import DeviceFile, limited
+from lightning_edge.evaluation.journal import Journal
 from lightning_edge.evaluation.on_devices import check_devices, left_out, raise_device_failures, run_on_devices
 from lightning_edge.evaluation.reference import Reference
 from lightning_edge.evaluation.settings import EvaluationSettings
@@ -149,6 +150,11 @@ def test_what_is_computed_there_is_what_is_computed_here(report: Report, device:
     for row in rows(report, device):
         assert row.error is None
         assert row.metrics == here[row.target].metrics
+        assert row.change_to_host == {"val_acc": 0.0, "val_loss": 0.0}
+        floats = next(other.metrics for other in report.rows if other.source == "float")
+        assert row.change_to_float == {name: value - floats[name] for name, value in row.metrics.items()}
+        assert row.fallback_share == here[row.target].fallback_share  # ONNX Runtime has no delegate
+        assert (row.fallback_share is None) == (row.target == "onnx")
         assert set(row.metrics) == {"val_acc", "val_loss"}
         assert row.samples == 56
         assert row.max_steps == here[row.target].max_steps
@@ -160,7 +166,8 @@ def test_what_was_measured_there(report: Report, device: str) -> None:
     for row in rows(report, device):
         assert row.repeats == TIMING.repeats
         times = (row.p50_ms, row.p95_ms, row.p99_ms, row.first_ms, row.load_ms, row.throughput, row.peak_memory_bytes)
-        assert all(value is not None and value > 0 for value in times)
+        apart = (row.preprocess_ms, row.transfer_ms, row.postprocess_ms, row.jitter_ms)
+        assert all(value is not None and value > 0 for value in (*times, *apart))
         assert row.p50_ms is not None
         assert row.p99_ms is not None
         assert row.p50_ms <= row.p99_ms
@@ -205,6 +212,8 @@ def test_devices_are_in_every_form_of_the_report(report: Report) -> None:
     found = rows(report, "board")[1]
     assert flat["edge/board/tflite/latency_p50_ms"] == found.p50_ms
     assert flat["edge/board/tflite/val_acc"] == found.metrics["val_acc"]
+    assert flat["edge/board/tflite/val_acc_change_to_host"] == 0.0
+    assert flat["edge/board/tflite/transfer_ms"] == found.transfer_ms
     assert not [name for name in flat if name.startswith("edge/away/")]
 
 
@@ -433,6 +442,60 @@ def test_what_was_measured_before_the_connection_broke_is_kept(
     assert second.samples == 56
 
 
+def test_a_run_that_broke_off_measures_only_what_is_missing(
+    server: Server, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+    run, init = RemoteRunner.__call__, RemoteRunner.__init__
+
+    def counted(self: RemoteRunner, tensors: list[Tensor]) -> list[Tensor]:
+        calls.append("run")
+        if len(calls) == 1 + 40:
+            os.kill(self._asked._pids[1], signal.SIGKILL)
+        return run(self, tensors)
+
+    def begun(self: RemoteRunner, *given: Any) -> None:
+        calls.append("load")
+        init(self, *given)
+
+    monkeypatch.setattr(RemoteRunner, "__call__", counted)
+    monkeypatch.setattr(RemoteRunner, "__init__", begun)
+    settings = replace(evaluated.settings, dirpath=tmp_path, devices=[server.device()], on_devices=DeviceSettings())
+    told: list[str] = []
+
+    def measured(
+        files: list[DeviceFile] = evaluated.files, validation: Validation = evaluated.validation, resume: bool = True
+    ) -> tuple[DeviceRow, ...]:
+        calls.clear()
+        return run_on_devices(files, validation, settings, told.append, Journal(settings, resume))
+
+    broken, whole = measured(resume=False)
+    assert broken.error is not None
+    assert (broken.samples, whole.error, whole.samples) == (32, None, 56)
+    assert (tmp_path / "devices.journal").exists()
+    other = replace(evaluated.files[0], row=replace(evaluated.files[0].row, sha256="0" * 64))
+    (row,) = measured([other])
+    assert row.error is not None
+    assert row.error.startswith("model-int8.onnx is another file than the one that was measured before the run broke")
+    assert calls == []
+    row, again = measured(validation=replace(evaluated.validation, dataloaders=data(56, 2)))
+    assert row.error is not None
+    assert row.error.startswith("the samples are not those that ran before the run broke off (batch 1)")
+    assert again.error == row.error  # although nothing was missing
+    assert calls == ["load"]
+    told.clear()
+    row, again = measured()
+    assert (row.error, again.error) == (None, None)
+    assert told == ["Going on with 127.0.0.1: onnx int8", "Going on with 127.0.0.1: tflite int8"]
+    assert calls == ["load", *["run"] * 24]  # of one file, what is behind the two batches
+    assert (row.p50_ms, row.first_ms, row.jitter_ms) == (broken.p50_ms, broken.first_ms, broken.jitter_ms)
+    for found, board in zip((row, again), rows(evaluated.report, "board"), strict=True):
+        assert (found.metrics, found.samples, found.max_steps) == (board.metrics, 56, board.max_steps)
+        assert (found.verdict, found.change_to_host) == (board.verdict, board.change_to_host)
+    assert again == replace(whole, load_ms=again.load_ms)
+    assert not (tmp_path / "devices.journal").exists()
+
+
 def fit(folder: Path, *, strict: bool = True, **options: Any) -> DeviceEvaluationCallback:
     callback = DeviceEvaluationCallback(
         ["onnx"], str(folder / "files"), timing=TIMING, fp32_files=False, strict=strict, **options
@@ -456,6 +519,10 @@ def test_a_fit_ends_with_figures_of_the_device_in_the_logger(tmp_path: Path, ser
     assert callback.report is not None
     (row,) = callback.report.devices
     assert row.error is None
+    here = next(other.metrics for other in callback.report.rows if other.target == "onnx")
+    assert row.metrics["val_loss"] != here["val_loss"]  # those of 16 samples and of all
+    assert row.change_to_host == {"val_acc": 0.0, "val_loss": 0.0}
+    assert set(row.change_to_float) == {"val_acc", "val_loss"}
     assert "edge/127.0.0.1/onnx/latency_p50_ms" in next(tmp_path.glob("log/*/metrics.csv")).read_text()
 
 

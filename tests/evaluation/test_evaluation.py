@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import Accuracy, MeanSquaredError
+from torchmetrics import Accuracy, MeanMetric, MeanSquaredError
 
 from lightning_edge import DeviceEvaluationCallback, EdgeCompressionCallback, Prune, Quantize
 from lightning_edge.contents import Placements
@@ -34,7 +34,7 @@ from lightning_edge.evaluation.settings import EvaluationSettings
 from lightning_edge.evaluation.validation import Validation
 from lightning_edge.exporters import TARGETS, Contents, ExportWarning, Target, TensorSpec, load, options_of
 from lightning_edge.exporters.run.runner import Runner
-from lightning_edge.measure import Timing, Tolerance
+from lightning_edge.measure import Timing, Tolerance, parameter_count
 from lightning_edge.network import Deployable, Inputs, flatten_outputs
 from lightning_edge.reporting.budget import Budget
 from lightning_edge.reporting.manifest import Manifest
@@ -131,9 +131,9 @@ TARGET_SUFFIXES = {"executorch": ".pte", "tflite": ".tflite"}
 def test_every_candidate_has_a_row_with_the_users_metrics(fitted: Fitted) -> None:
     assert [row.label for row in fitted.report.rows] == [
         "torch fp32",
-        "torch int8 (post-training)",
-        "torch int8 (trained)",
-        *(f"{name} {form}" for name in fitted.targets for form in ("fp32", "int8 (trained)")),
+        "torch int8 (quantized after training)",
+        "torch int8 (quantized in training)",
+        *(f"{name} {form}" for name in fitted.targets for form in ("fp32", "int8 (quantized in training)")),
     ]
     assert fitted.report.failures == []
     for row in fitted.report.rows:
@@ -336,9 +336,9 @@ def test_network_that_was_not_trained_quantized_is_quantized_after_training(stub
     report = evaluate(tmp_path, calibration=calibration)
     assert [row.label for row in report.rows] == [
         "torch fp32",
-        "torch int8 (post-training)",
+        "torch int8 (quantized after training)",
         "stub fp32",
-        "stub int8 (post-training)",
+        "stub int8 (quantized after training)",
     ]
     assert report.rows[3].max_steps == 0.0
     assert report.rows[3].planned_memory_bytes == 64
@@ -353,7 +353,7 @@ def test_without_calibration_there_is_no_int8_and_the_report_says_so(stub: Stub,
 
 def test_float_files_can_be_left_out(stub: Stub, tmp_path: Path) -> None:
     report = evaluate(tmp_path, calibration=calibration, fp32_files=False)
-    assert [row.label for row in report.rows if row.target == "stub"] == ["stub int8 (post-training)"]
+    assert [row.label for row in report.rows if row.target == "stub"] == ["stub int8 (quantized after training)"]
 
 
 def test_file_that_differs_is_kept_with_its_verdict(stub: Stub, tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_file_that_differs_is_kept_with_its_verdict(stub: Stub, tmp_path: Path) 
     assert json.loads((tmp_path / "report.json").read_text())["rows"][1]["verdict"] == "differs"
     assert report.metrics()["edge/stub/fp32_verdict"] == 1.0
     raise_failures(report)
-    with pytest.raises(ExportError, match=r"1 of the files compute something else.*strict='close'.*\n  stub fp32 diff"):
+    with pytest.raises(ExportError, match=r"1 compute something else.*strict='close'.*: stub fp32 differs\."):
         raise_failures(report, "close")
 
 
@@ -380,7 +380,7 @@ def test_broken_file_is_kept_and_an_error_when_all_is_written(stub: Stub, tmp_pa
     assert (report.rows[1].verdict, report.failures) == ("broken", [])
     assert (tmp_path / "model-fp32.stub").is_file()
     assert Manifest.read(tmp_path).files[0].verdict == "broken"
-    with pytest.raises(ExportError, match=r"stub fp32 broken: values are not finite"):
+    with pytest.raises(ExportError, match=r"and are kept: stub fp32 broken\."):
         raise_failures(report)
     raise_failures(report, strict=False)
 
@@ -395,6 +395,14 @@ def test_report_and_page_tell_what_was_cut(stub: Stub, tmp_path: Path) -> None:
     assert module.net[0].out_channels < 8
     assert json.loads((tmp_path / "report.json").read_text())["channels"] == {"0": [8, module.net[0].out_channels]}
     assert "What was cut" in (tmp_path / "report.html").read_text()
+    original = evaluation.report.original
+    assert original is not None
+    assert original.parameters == parameter_count(Classifier().net) > (evaluation.report.parameters or 0)
+    assert original.macs is not None
+    assert original.macs > (evaluation.report.macs or 0) > 0
+    # A run from Python says what was asked of it, as a run of a configuration does.
+    assert read_report(tmp_path).report.phases["prune"]["params"] == 0.5
+    assert Manifest.read(tmp_path).phases["quantize"]["start"] == 0.5
 
 
 def test_file_with_outputs_of_another_shape_is_broken(stub: Stub, tmp_path: Path) -> None:
@@ -535,7 +543,7 @@ def test_the_post_training_baseline_keeps_the_same_layers_in_float(stub: Stub, t
     trainer(EdgeCompressionCallback([phase]), max_epochs=1).fit(module, TRAINING, VALIDATION)
     report = evaluate(tmp_path, module, calibration=calibration)
     trained, after = (
-        next(row.size_bytes for row in report.rows if row.label == f"torch int8 ({source})")
+        next(row.size_bytes for row in report.rows if (row.target, row.source) == ("torch", source))
         for source in ("trained", "post-training")
     )
     assert trained == after
@@ -550,7 +558,19 @@ def test_metric_that_early_stopping_watches_decides(stub: Stub, tmp_path: Path) 
     assert evaluation.report is not None
     assert evaluation.report.monitor == "val_loss"
     assert evaluation.report.calibration_batches == 1
-    assert [row.label for row in evaluation.report.rows][-1] == "stub int8 (post-training)"
+    assert [row.label for row in evaluation.report.rows][-1] == "stub int8 (quantized after training)"
+
+
+def test_a_metric_that_is_not_logged_is_told_before_training(tmp_path: Path) -> None:
+    evaluation = DeviceEvaluationCallback(["onnx"], str(tmp_path), metric="val_accuracy")
+    trainer = SimpleNamespace(callback_metrics={"val_acc": 1.0})
+    evaluation.on_validation_end(trainer, Classifier())  # type: ignore[arg-type]
+    evaluation._knows_metrics = False  # as when a fit begins
+    with pytest.warns(UserWarning, match=r"metric='val_accuracy' is not among .*: \['val_acc'\]"):
+        evaluation.on_validation_end(trainer, Classifier())  # type: ignore[arg-type]
+    evaluation.on_validation_end(trainer, Classifier())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"metric='acc' is none of metrics=\['accuracy'\]"):
+        DeviceEvaluationCallback(["onnx"], metric="acc", metrics={"accuracy": MeanMetric()})
 
 
 def test_limit_of_validation_batches_is_kept(stub: Stub, tmp_path: Path) -> None:
@@ -574,13 +594,17 @@ def test_fast_dev_run_goes_through_all_and_keeps_nothing(stub: Stub, tmp_path: P
 def test_failure_is_raised_after_the_report_is_written(stub: Stub, tmp_path: Path) -> None:
     stub.refusal = ExportError("no such operation")
     evaluation = DeviceEvaluationCallback(["stub"], str(tmp_path), timing=QUICK, calibration_batches=0)
-    with pytest.raises(ExportError, match="no such operation"):
+    with pytest.raises(
+        ExportError, match=r"of 2 networks and files 1 could not be made: stub fp32\. Why is told above"
+    ):
         trainer(evaluation, max_epochs=1).fit(Classifier(), TRAINING, VALIDATION)
     assert (tmp_path / "report.md").exists()
 
     lenient = DeviceEvaluationCallback(["stub"], str(tmp_path), timing=QUICK, calibration_batches=0, strict=False)
-    with pytest.warns(UserWarning, match="stub fp32 failed: no such operation"):
+    with warnings.catch_warnings(record=True) as caught:
         trainer(lenient, max_epochs=1).fit(Classifier(), TRAINING, VALIDATION)
+    assert not [str(warning.message) for warning in caught if "no such operation" in str(warning.message)]
+    assert "no such operation" in (tmp_path / "report.md").read_text()
 
 
 def test_a_file_over_its_budget_is_kept_told_and_no_failure(stub: Stub, tmp_path: Path) -> None:
@@ -655,8 +679,8 @@ def test_evaluations_during_training_leave_it_bitwise_as_it_is_without(stub: Stu
     torch.testing.assert_close(optimizer, other_optimizer, rtol=0, atol=0)
     assert [path.name for path in sorted((tmp_path / "with").glob("epoch-*"))] == ["epoch-0001", "epoch-0002"]
     first, second = (read_report(tmp_path / "with" / name).report for name in ("epoch-0001", "epoch-0002"))
-    assert [row.label for row in first.rows][-1] == "stub int8 (post-training)"
-    assert [row.label for row in second.rows][-1] == "stub int8 (trained)"
+    assert [row.label for row in first.rows][-1] == "stub int8 (quantized after training)"
+    assert [row.label for row in second.rows][-1] == "stub int8 (quantized in training)"
     assert not [row for row in second.rows if row.target == "stub" and row.precision == "fp32"]
     rows = [*csv.DictReader((tmp_path / "with" / "logs" / "version_0" / "metrics.csv").open())]
     timed = {row["step"]: float(row["edge/evaluation_s"]) for row in rows if row["edge/evaluation_s"]}
@@ -669,7 +693,9 @@ def test_what_fails_during_training_does_not_end_it(stub: Stub, tmp_path: Path) 
     evaluation = DeviceEvaluationCallback(
         ["stub"], str(tmp_path), timing=QUICK, calibration_batches=1, strict=False, every_n_epochs=1
     )
-    with pytest.warns(UserWarning, match=r"After epoch 1, stub int8 \(post-training\) failed: no such operation"):
+    with pytest.warns(
+        UserWarning, match=r"After epoch 1, stub int8 \(quantized after training\) failed: no such operation"
+    ):
         trainer(evaluation, max_epochs=2).fit(Classifier(), TRAINING, VALIDATION)
     (tmp_path / "epoch-0001" / "report.json").unlink()
     stub.refusal = None
@@ -796,7 +822,7 @@ def test_float_files_are_made_where_post_training_quantization_fails(stub: Stub,
     report = evaluate(tmp_path, calibration=refuse)
     assert [(row.label, row.error) for row in report.rows] == [
         ("torch fp32", None),
-        ("torch int8 (post-training)", "no batch of the training data"),
+        ("torch int8 (quantized after training)", "no batch of the training data"),
         ("stub fp32", None),
     ]
     assert (tmp_path / "report.md").is_file()

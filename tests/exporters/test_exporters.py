@@ -607,6 +607,15 @@ def test_explain_puts_the_innermost_message_first() -> None:
     assert "The converter said: pass 7 failed. Do this." in told
 
 
+def test_explain_leaves_out_what_developers_of_a_converter_may_do() -> None:
+    error = RuntimeError(
+        "Failed to convert. \x1b[96mThis is step 3/3\x1b[0m of exporting the model to ONNX. Next steps:"
+    )
+    error.__cause__ = ValueError("No ONNX function found for aten.linalg_eig.default")
+    told = str(explain("onnx", error, "ONNX"))
+    assert told.startswith("onnx: No ONNX function found for aten.linalg_eig.default. Replace that operation by one")
+
+
 def test_a_converters_own_fault_is_no_operation_to_replace() -> None:
     for said in ("Unsupported fx node lgamma, kind lgamma", "node fft_rfft (fft_rfft) got 1 input(s), expected [4]"):
         assert "Replace that operation" in str(explain("coreml", ValueError(said), "coremltools"))

@@ -192,7 +192,7 @@ def test_the_trial_says_what_can_be_cut_and_cuts_nothing() -> None:
     assert not phase.perform(network, trial)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     told = phase.describe(trial)
-    assert told.startswith("tried on a copy, 1 group(s) of layers can be cut. Left alone are 'last': its channels")
+    assert told.startswith("tried on a copy, 1 group of layers can be cut. Left alone are 'last': its channels")
     assert "'second': cutting it was tried and does not work: its forward then fails" in told
     assert not phase.began([trial])
     assert phase.plan(network, EPOCHS[1], [trial], SomeBatch(network, inputs)) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pruned import SomeBatch
@@ -261,3 +263,106 @@ def test_only_the_part_that_cannot_be_traced_is_left_alone() -> None:
     }
     assert "blocks.1.3" in reasons["blocks.1.2"]
     assert "cannot trace that" in reasons["blocks.1.2"]
+
+
+class ImageNorm(nn.LayerNorm):
+    """A LayerNorm over the channels of images, as timm and torchvision have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ResponseNorm(nn.Module):
+    """Divides each channel's size by the mean of all (ConvNeXt V2, Woo et al. 2023)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(2, 3), keepdim=True)
+        shares = size / (size.mean(1, keepdim=True) + 1e-6)
+        return x + self.weight.view(1, -1, 1, 1) * (x * shares) + self.bias.view(1, -1, 1, 1)
+
+
+class LastNorm(nn.Module):
+    """A norm over the last dimension, in front of which channels go there and back."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Scale(nn.Module):
+    """A factor for each channel, as ConvNeXt has it: a parameter of one dimension that is viewed with more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(16))
+        self.inner = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x) * self.gamma.reshape(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: ImageNorm(16),
+        lambda: ResponseNorm(16),
+        lambda: LastNorm(nn.RMSNorm(16)),
+        lambda: LastNorm(nn.LayerNorm(16, elementwise_affine=False)),
+        Scale,
+    ],
+    ids=["images", "response", "rms", "plain", "scale"],
+)
+def test_norms_over_channels_follow_whoever_wrote_them(norm: Callable[[], nn.Module]) -> None:
+    # Images as wide as there are channels: the norm alone says which dimension it looks at.
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), norm(), nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    change = cut(network, Inputs((torch.randn(2, 3, 5, 16),)), Prune(layers={"0": 0.5}, round_to=1))
+    assert network[2].in_channels == 8
+    check_record({"changes": [{"phase": "prune", **change}]})
+
+
+def test_a_norm_that_mixes_channels_is_left_alone() -> None:
+    class Neighbours(ResponseNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.roll(1, 1)
+
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), Neighbours(16), nn.Conv2d(16, 4, 1))
+    phase, inputs = Prune(layers={"0": 0.5}, round_to=1), Inputs((torch.randn(2, 3, 5, 5),))
+    with pytest.warns(UserWarning, match="cuts nothing"):
+        change = phase.plan(network, Clock(0, 0.0), [], SomeBatch(network, inputs))
+    assert change is not None
+    assert not change["kept"]
+    assert "something else" in next(iter(change["faulty"].values()))
+
+
+class TalkingHeads(nn.Module):
+    """Attention over images whose heads are mixed by convolutions (EfficientFormerV2, Li et al. 2023)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Conv2d(16, 32, 1), nn.Conv2d(16, 32, 1), nn.Conv2d(16, 64, 1)
+        self.before, self.after, self.proj = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(64, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        layers = (self.query, self.key, self.value)
+        query, key, value = (layer(x).reshape(batch, 4, -1, height * width) for layer in layers)
+        attention = self.after(self.before(query.transpose(2, 3) @ key).softmax(-1))
+        attended = (attention @ value.transpose(2, 3)).transpose(2, 3)
+        return x + self.proj(attended.reshape(batch, 64, height, width))
+
+
+def test_a_search_without_an_end_is_stopped_and_the_rest_is_cut() -> None:
+    blocks = (TalkingHeads() for _ in range(2))
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), *blocks, nn.Conv2d(16, 32, 1), nn.Conv2d(32, 4, 1))
+    inputs = Inputs((torch.randn(2, 3, 4, 4),))
+    reasons = {group.name: group.reason for group in trace(network.eval(), inputs).groups}
+    assert "no end" in reasons["1.query"]
+    cut(network, inputs, Prune(layers={"0": 0.5, "3": 0.5}, round_to=1))
+    assert (network[0].out_channels, network[3].out_channels) == (8, 16)

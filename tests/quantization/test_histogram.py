@@ -30,3 +30,17 @@ def test_the_range_is_that_of_torchao_to_the_bit(kind: str) -> None:
             observer(batch)
         for own, other in zip(ours.calculate_qparams(), theirs.calculate_qparams(), strict=True):
             assert torch.equal(own, other)
+
+
+def test_the_range_of_huge_values_is_that_of_small_ones() -> None:
+    small, huge = (
+        FastHistogramObserver(dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_affine)
+        for _ in range(2)
+    )
+    factor = 2.0**60  # untrained networks without norms get there
+    for batch in batches("outlier"):
+        small(batch)
+        huge(batch * factor)
+    (scale, zero_point), (huge_scale, huge_zero_point) = small.calculate_qparams(), huge.calculate_qparams()
+    assert torch.equal(huge_scale, scale * factor)
+    assert torch.equal(huge_zero_point, zero_point)

@@ -77,7 +77,7 @@ def test_rows_are_judged_by_what_they_hold() -> None:
     assert reference.budget is not None
     assert (reference.budget.status, reference.budget.not_measurable) == ("not measurable", ("latency_p95_ms",))
     assert over_budget(Report("Net", "validate", [before, slow, reference, failed])) == [
-        f"tflite int8 (trained) is over its budget: {slow.budget}"
+        f"tflite int8 (quantized in training) is over its budget: {slow.budget}"
     ]
 
 

@@ -20,6 +20,7 @@ from lightning_edge.exporters import export, target
 from lightning_edge.interface import Interface, Pixels
 from lightning_edge.reporting import verification
 from lightning_edge.reporting.budget import Excess, Verdict
+from lightning_edge.reporting.devices import About, DeviceRow
 from lightning_edge.reporting.manifest import NAME, SCHEMA, FileEntry, Manifest, check_path
 from lightning_edge.reporting.provenance import Commit, commit_of
 from lightning_edge.reporting.report import Report, Row
@@ -52,11 +53,31 @@ ROW = Row(
     interface=INTERFACE,
     runtime="LiteRT",
 )
+ON_DEVICE = DeviceRow(
+    "pi4",
+    "tflite",
+    "int8",
+    "trained",
+    path="model-int8.tflite",
+    about=About("aarch64"),
+    runtime="LiteRT",
+    metrics={"val_acc": 0.875},
+    change_to_host={"val_acc": -0.025},
+    p50_ms=0.75,
+    verdict="close",
+)
 MANIFEST = Manifest.of(
-    Report("Net", "validate", [ROW, Row("torch", "fp32", "float"), replace(ROW, path=None, error="no")]),
+    Report(
+        "Net",
+        "validate",
+        [ROW, Row("torch", "fp32", "float"), replace(ROW, path=None, error="no")],
+        devices=[ON_DEVICE, replace(ON_DEVICE, device="off", path="model-fp32.tflite")],
+    ),
     Commit("c" * 40, True),
     "model: Net\n",
 )
+
+DEVICE = MANIFEST.files[0].devices[0]
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -82,6 +103,9 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
         metrics={"val_acc": 0.9, "val_loss": None},
         agreement={"samples": 10, "top1": 1.0, "max_steps": None},
     )
+    (device,) = file.devices  # of this file only
+    assert (device.device, device.about, device.runtime, device.verdict) == ("pi4", "aarch64", "LiteRT", "close")
+    assert device.figures == {"latency_p50_ms": 0.75, "val_acc": 0.875, "val_acc_change_to_host": -0.025}
     assert back.git == Commit("c" * 40, True)
     assert back.recipe == "model: Net\n"
     assert [entry.name for entry in path.parent.iterdir()] == [NAME]
@@ -121,6 +145,8 @@ def test_a_row_without_a_file_has_no_entry() -> None:
         (entry(inputs=[{"name": None}]), r"files\[0\].inputs\[0\] lacks 'shape'"),
         (entry(metrics={"val_acc": "0.9"}), r"files\[0\].metrics.val_acc is '0.9' and not a finite number"),
         (entry(path="../model.tflite"), "leaves the folder"),
+        (entry(devices=[{"device": "pi4"}]), r"files\[0\].devices\[0\] lacks 'about', 'runtime', 'verdict', 'error'"),
+        (entry(devices=[{**asdict(DEVICE), "figures": {"x": "1"}}]), r"devices\[0\].figures.x is '1' and not a finite"),
         (entry(not_run=True), r"files\[0\].not_run is True and not a text"),
         (changed(files=entry()["files"] * 2), "'model-int8.tflite' is named twice"),
     ],

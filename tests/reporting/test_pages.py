@@ -16,6 +16,7 @@ from lightning_edge.reporting.html import comparison_page, report_page, sweep_pa
 from lightning_edge.reporting.html.choice import choose_file
 from lightning_edge.reporting.html.markup import Markup, file_link, join, link, tag, text
 from lightning_edge.reporting.html.page import state
+from lightning_edge.reporting.network_size import NetworkSize
 from lightning_edge.reporting.provenance import Commit
 from lightning_edge.reporting.report import Row
 
@@ -40,11 +41,11 @@ def test_names_are_never_markup() -> None:
 
 def test_headline_says_what_to_ship_against_what() -> None:
     found = words(report_page(REPORT))
-    assert "Digits is a network of 12,058 parameters. To ship: tflite int8 (trained)" in found
+    assert "Digits is a network of 12,058 parameters. To ship: tflite int8 (quantized in training)" in found
     assert "Against tflite fp32: 3.1 times smaller, val_acc 0.02 better, 2.5 times faster." in found
-    assert "16,000 was 50,000" in found
+    assert "16,000 tflite fp32: 50,000" in found
     assert "1 ready" in found
-    assert "1 baseline" in found
+    assert "1 for comparison" in found
 
 
 def test_page_tells_what_the_report_knows() -> None:
@@ -57,7 +58,7 @@ def test_page_tells_what_the_report_knows() -> None:
         "softmax",
         "270,000",
         "done so",
-        "latency of one sample: 10 warm-up calls, 100 timed, 1 thread(s)",
+        "latency of one sample: 10 warm-up calls, 100 timed, 1 thread",
         "post-training quantization from 32 batches",
         "seed 0",
         "commit abc123",
@@ -75,6 +76,8 @@ def test_page_tells_what_was_measured_on_devices() -> None:
         "pi4: tflite int8 0.9700 close",
         "pi4: tflite int8, energy: 2.5 mJ an inference; RAPL, package-0: 3 J",
         "p50 1.011 ms at first, 1.606 ms at the end of 60 s, 40 to 47 °C",
+        "pi4: tflite int8 0.125 2.500 0.250 21.00%",
+        "pi4: tflite int8 64 - 1.00 - - +0.0000 -0.0100",
         "Median latency of a sample, one call after another",
         "The hottest temperature",
         "pi5: tflite int8, 60 s: 1.667 ms",
@@ -87,9 +90,12 @@ def test_page_tells_what_was_measured_on_devices() -> None:
 
 def test_trouble_comes_before_the_pictures() -> None:
     for name, told in (
-        ("failed", "coreml int8 (trained) failed: no such operation: roll"),
-        ("not run", "executorch int8 (trained) was not run here: needs an NPU"),
-        ("over budget", "onnx int8 (trained) is over its budget: size_bytes 16,000 is 6,000 above 10,000"),
+        ("failed", "coreml int8 (quantized in training) failed: no such operation: roll"),
+        ("not run", "executorch int8 (quantized in training) was not run here: needs an NPU"),
+        (
+            "over budget",
+            "onnx int8 (quantized in training) is over its budget: size_bytes 16,000 is 6,000 above 10,000",
+        ),
     ):
         found = words(report_page(REPORTS[name]))
         assert told in found
@@ -149,7 +155,7 @@ def test_samples_that_changed_their_class_are_told() -> None:
     unlabelled = replace(INT8, classes=ClassChanges(360, 1, ((3, 5, 1),), ((12, 3, 5),)))
     plain = words(report_page(replace(REPORT, rows=(TORCH, FLOAT, unlabelled))))
     assert "Became right" not in plain
-    assert "3 to 5 1 samples" in plain
+    assert "3 to 5 1 sample" in plain
     many = words(report_page(REPORTS["many layers and classes"]))
     assert "Right by class, of labels: the 16 of 100 classes that moved most" in many
     same = replace(INT8, classes=ClassChanges(360, 0))
@@ -224,7 +230,7 @@ def test_side_by_side_tells_differences_and_what_makes_them_unfair() -> None:
     assert "12,000 -25.0%" in found
     assert "-0.01" in found
     assert "Latencies are not comparable: cpus of the machines differ." in found
-    assert "after: onnx int8 (trained) failed: too new" in found
+    assert "after: onnx int8 (quantized in training) failed: too new" in found
     assert "cpus (version) 2 8" in found
     assert "seed 0 1" in found
     assert "torch (version)" not in found
@@ -426,3 +432,20 @@ def test_pages_need_no_torch_and_no_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_pruned_file_is_compared_with_the_network_before_it_was_cut() -> None:
+    before = NetworkSize(24_000, 96_000, 5_000_000)
+    cut = replace(REPORT, original=before, macs=2_000_000, phases={"prune": {"macs": 0.4, "end": None}})
+    found = words(report_page(cut))
+    for told in (
+        "a network of 24,000 parameters, cut to 12,058. To ship: tflite int8",
+        "6.0 times smaller than its float weights before compression. Against tflite fp32, after pruning: 3.1 times",
+        "float weights before compression: 96,000; tflite fp32: 50,000, 3.1 times smaller",
+        "What its metrics were is not known here.",
+        "prune: macs=0.4",
+    ):
+        assert told in found, told
+    assert "Before compression: 24,000 parameters, 5,000,000 multiply-accumulates a sample" in cut.to_markdown()
+    assert "- prune: macs=0.4\n" in cut.to_markdown()
+    assert "before compression" not in words(report_page(REPORT)).lower()

@@ -133,9 +133,9 @@ def test_markdown_is_a_table_with_a_cell_for_every_column() -> None:
         "856,064",
         "-",
     )
-    assert f"| tflite int8 (trained) | {' | '.join(cells)} |" in first
-    assert "- tflite int8 (trained) close: 0.25 quantization steps off on average" in text.splitlines()
-    assert first[-1].startswith("| coreml int8 (trained) | no file |")
+    assert f"| tflite int8 (quantized in training) | {' | '.join(cells)} |" in first
+    assert "- tflite int8 (quantized in training) close: 0.25 quantization steps off on average" in text.splitlines()
+    assert first[-1].startswith("| coreml int8 (quantized in training) | no file |")
 
 
 def test_markdown_shows_no_latency_of_a_reference_and_says_why() -> None:
@@ -149,46 +149,49 @@ def test_a_file_that_was_not_run_says_so_in_place_of_numbers() -> None:
     row = Row("executorch", "int8", "trained", size_bytes=100, planned_memory_bytes=64, not_run="there is no | GPU")
     report = replace(REPORT, rows=(*ROWS[:3], row))
     lines = report.to_markdown().splitlines()
-    first, second = [line for line in lines if line.startswith("| executorch int8 (trained)")]
+    first, second = [line for line in lines if line.startswith("| executorch int8 (quantized in training)")]
     head = next(line for line in lines if line.startswith("| Candidate"))
     assert first.count("|") == head.count("|")
     assert first.split(" | ")[1:4] == ["not run"] * 3  # its verdict and metrics
     assert first.endswith("| 100 | - |" + " not run |" * 6 + " 64 |")
-    assert second.startswith("| executorch int8 (trained) |" + " not run |" * 5 + " - |")
-    assert "- executorch int8 (trained): there is no | GPU" in lines[lines.index("## Not run here") :]
+    assert second.startswith("| executorch int8 (quantized in training) |" + " not run |" * 5 + " - |")
+    assert "- executorch int8 (quantized in training): there is no | GPU" in lines[lines.index("## Not run here") :]
     console = Console(width=120)
     with console.capture() as captured:
         console.print(report.table())
-    assert "executorch int8 (trained) NOT RUN here: there is no | GPU" in captured.get()
+    assert "executorch int8 (quantized in training) NOT RUN here: there is no | GPU" in captured.get()
     assert report.failures == []
 
 
 def test_markdown_says_what_failed_and_how_it_was_measured() -> None:
     text = REPORT.to_markdown()
     for part in (
-        "coreml int8 (trained): coreml: no such | operation",
+        "coreml int8 (quantized in training): coreml: no such | operation",
         "look here",
         "done so",
         "seed 1",
         "torch 2.13.0",
     ):
         assert part in text
-    assert "3 warm-up calls, 20 timed, 1 thread(s)" in text
-    assert "agreement over 1000 samples" in text
+    assert "3 warm-up calls, 20 timed, 1 thread" in text
+    assert "agreement over 1,000 samples" in text
 
 
 def test_markdown_says_what_runs_where_and_which_limit_is_not_kept() -> None:
     text = REPORT.to_markdown()
-    assert "| tflite int8 (trained) | 12,000 | 0.00% | 9 x CONV_2D | 1 x SOFTMAX | the runtime |" in text, text
     assert (
-        "tflite int8 (trained): size_bytes 98,496 is 496 above 98,000; not measurable here: peak_memory_bytes" in text
+        "| tflite int8 (quantized in training) | 12,000 | 0.00% | 9 x CONV_2D | 1 x SOFTMAX | the runtime |" in text
+    ), text
+    assert (
+        "tflite int8 (quantized in training): size_bytes 98,496 is 496 above 98,000; "
+        "not measurable here: peak_memory_bytes" in text
     )
 
 
 def test_over_budget_are_the_files_to_ship() -> None:
     exceeded = Verdict("exceeded", (Excess("size_bytes", 1, 2),))
     float_file = Row("tflite", "fp32", "float", budget=exceeded)
-    assert [row.label for row in REPORT.over_budget] == ["tflite int8 (trained)"]
+    assert [row.label for row in REPORT.over_budget] == ["tflite int8 (quantized in training)"]
     assert replace(REPORT, rows=(*ROWS, float_file)).over_budget == [ROWS[3]]
     assert replace(REPORT, rows=(ROWS[0], float_file)).over_budget == [float_file]
     scheme = replace(float_file, scheme="int8_dynamic")
@@ -205,10 +208,16 @@ def test_over_budget_are_the_files_to_ship() -> None:
     [
         ({}, []),
         ({"p50_ms": 1.09}, []),
-        ({"p50_ms": 1.2}, ["tflite int8 (trained) is slower than tflite fp32 on this machine: p50 1.2 ms against 1."]),
+        (
+            {"p50_ms": 1.2},
+            ["tflite int8 (quantized in training) is slower than tflite fp32 on this machine: p50 1.2 ms against 1."],
+        ),
         ({"p50_ms": 1.2, "is_reference": True}, []),
         ({"p50_ms": None}, []),
-        ({"size_bytes": 1000}, ["tflite int8 (trained) is no smaller than tflite fp32: 1,000 bytes against 1,000."]),
+        (
+            {"size_bytes": 1000},
+            ["tflite int8 (quantized in training) is no smaller than tflite fp32: 1,000 bytes against 1,000."],
+        ),
         ({"p50_ms": 1.2, "error": "it was discarded"}, []),
         ({"p50_ms": 1.2, "target": "onnx"}, []),
     ],
@@ -237,7 +246,7 @@ def test_terminal_tables_fit_80_columns_with_every_metric_and_no_broken_number()
     text = "\n".join(lines)
     for part in ("0.8800", "0.5000", "98,496", "70,000", "no", "99.50%", "0.500", "1.000", "1800", "856,064", "-*"):
         assert part in text.split(), part
-    assert "coreml int8 (trained) FAILED: coreml: no such | operation" in lines
+    assert "coreml int8 (quantized in training) FAILED: coreml: no such | operation" in lines
     assert "…" not in text
     assert max(map(len, lines)) <= 80
     assert tables(lines) == 2

@@ -349,7 +349,7 @@ def test_layers_that_are_ignored_or_do_not_fit_the_pattern_stay_dense() -> None:
     assert list(change["masks"]) == ["features.2.weight"]
     assert change["left_alone"] == {"stem": "its 3 inputs are not whole groups of 4"}
     assert phase.describe(change) == (
-        "50.0% of 576 weights in 1 layers are zero (2:4); left dense: stem: its 3 inputs are not whole groups of 4"
+        "50.0% of 576 weights in 1 layer are zero (2:4); left dense: stem: its 3 inputs are not whole groups of 4"
     )
 
 

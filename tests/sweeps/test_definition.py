@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from sweep_files import CONFIG, GRID, FixedChecker, sweep_of
 
 from lightning_edge.errors import SweepError
@@ -67,7 +68,8 @@ MISTAKES = {
     # What only the base tells.
     "phase not in the base": (
         changed("prune.macs", "sparsify.sparsity"),
-        "no phase and no key 'sparsify'.*: prune, quantize",
+        r"base.yaml has no Sparsify phase, which the space varies. Add it to the phases of its EdgeCompressionCallback:"
+        r"\n    phases:\n      - class_path: lightning_edge.Sparsify\n        init_args: {sparsity: 0.5}",
     ),
     "phase misspelled": (changed("prune.macs", "prun.macs"), "Did you mean prune"),
     "phase without argument": (changed("prune.macs", "prune"), "name the argument too, such as prune.start"),
@@ -125,6 +127,20 @@ MISTAKES = {
 def test_a_mistake_is_one_clear_error(text: str, told: str) -> None:
     with pytest.raises(SweepError, match=f"(?s){told}"):
         sweep_of(text)
+
+
+def test_a_base_without_callback_is_told_the_lines_to_add() -> None:
+    bare = {
+        **CONFIG,
+        "trainer": {"callbacks": [c for c in CONFIG["trainer"]["callbacks"] if "Compression" not in str(c)]},
+    }
+    with pytest.raises(SweepError) as told:
+        Base("base.yaml", bare).place("prune.params")
+    said = str(told.value)
+    assert "base.yaml has no Prune phase, which the space varies. Add to the callbacks of its trainer:" in said
+    (added,) = yaml.safe_load(said.partition("trainer:\n")[2])
+    assert added["class_path"] == "lightning_edge.EdgeCompressionCallback"
+    assert added["init_args"]["phases"] == [{"class_path": "lightning_edge.Prune", "init_args": {"params": 0.5}}]
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
 
     outcome = engine(tmp_path / "sweep", runner=stops_at_the_third, stop=stop).run()
     assert outcome.interrupted
-    assert Counter(trial.status for trial in outcome.front.trials) == {"complete": 2, "running": 1}
+    assert Counter(trial.status for trial in outcome.front.trials) == {"complete": 2, "stopped": 1}
+    assert read_front(tmp_path / "sweep") == outcome.front
     (tmp_path / "sweep" / "trial-0002" / "left over").write_text("of the first attempt")
 
     outcome = engine(tmp_path / "sweep").run()
@@ -227,6 +228,20 @@ def test_a_metric_that_no_training_logs_ends_it_at_once(tmp_path: Path) -> None:
     outcome = engine(tmp_path / "sweep", GRID.replace("val_acc", "val_f1")).run()
     assert "the report of tflite has no val_f1; it has: val_acc" in str(outcome.cause)
     assert len(outcome.front.trials) == 1
+
+
+def test_workers_share_the_cores_that_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    given: list[Any] = []
+
+    def noted(fit: Fit) -> dict[str, Any]:
+        given.append(dict(fit.environment))
+        return quick(fit)
+
+    engine(tmp_path / "sweep", runner=noted, workers=2).run()
+    assert given == [{"OMP_NUM_THREADS": "3"}] * 6
 
 
 def test_what_goes_wrong_outside_of_a_trial_is_raised(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import yaml
 from sweep_files import CONFIG, GRID, engine, report_of
 
 from lightning_edge.cli.front import main, table
+from lightning_edge.condition import read_condition
 from lightning_edge.errors import SweepError
 from lightning_edge.sweeps.fit import Fit
-from lightning_edge.sweeps.front import Front, TrialRecord, read_condition, read_front, with_front
+from lightning_edge.sweeps.front import Front, TrialRecord, read_front, with_front
 from lightning_edge.sweeps.objectives import (
     Figure,
     NoSuchFigureError,
@@ -72,7 +74,7 @@ def test_the_best_under_a_condition() -> None:
     "text", ["", "a < b", "a == 3", "a < 3 < 4", "a 3", "< 3", "a < 1e999", "a < nan", "__import__('os') < 1 and a < 2"]
 )
 def test_what_is_no_condition(text: str) -> None:
-    with pytest.raises(SweepError, match=r"--best: given .*allowed: an objective, one of < <= > >="):
+    with pytest.raises(ValueError, match=r"given .*allowed: a name, one of < <= > >=, a number"):
         read_condition(text)
 
 
@@ -85,7 +87,20 @@ def test_front_json_keeps_to_its_form(tmp_path: Path) -> None:
     assert written["objectives"] == OBJECTIVES
     assert written["constraints"] == {"tflite.p95_ms": 3.5}
     assert list(written["trials"][0]) == [
-        *("number", "status", "settings", "values", "spread", "feasible", "front", "folder", "reason", "seconds", "url")
+        *(
+            "number",
+            "status",
+            "settings",
+            "values",
+            "spread",
+            "feasible",
+            "front",
+            "folder",
+            "reason",
+            "seconds",
+            "url",
+            "limited",
+        )
     ]
     assert read_front(tmp_path / "sweep") == front
 
@@ -210,6 +225,21 @@ def test_mistakes_have_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([str(tmp_path), "--best", "val_acc >= 0", "--to", str(tmp_path / "x")]) == 2
     assert "the machine that trained the trial has its files" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_the_table_marks_what_breaks_a_constraint() -> None:
+    from rich.console import Console
+
+    slow = replace(record(2, 0.95, 40, feasible=False), limited={"tflite.p95_ms": 4.25})
+    stopped = replace(record(3, 0, 0), status="stopped", values={}, feasible=False)
+    trials = with_front([record(0, 0.9, 50), slow, stopped], OBJECTIVES)
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(table(Front("s", OBJECTIVES, {"tflite.p95_ms": 3.5}, "b", trials)))
+    text = console.export_text()
+    assert "s: 2 complete, 0 failed, 1 stopped, 1 on the front" in text
+    assert "tflite.p95_ms 4.25 > 3.5" in text
+    console.print(table(Front("s", OBJECTIVES, {}, "b", trials[:1])))
+    assert "breaks" not in console.export_text(clear=True).replace(text, "")
 
 
 def test_the_table_shows_text_as_it_is() -> None:

@@ -19,6 +19,7 @@ from lightning_edge.cli.main import main
 from lightning_edge.cli.sweep_base import CommandLineChecker
 from lightning_edge.errors import SweepError
 from lightning_edge.sweeps.fit import Fit, InterruptedFitError, run_address, run_fit, why_it_failed
+from lightning_edge.sweeps.front import Front, TrialRecord
 from lightning_edge.sweeps.locks import take
 from lightning_edge.sweeps.objectives import TrialFailedError
 
@@ -129,7 +130,8 @@ def test_a_dry_run_prints_the_trials_and_writes_nothing(folder: Path, capsys: py
     assert status("sweep", "sweep.yaml", "--dry-run") == 0
     told = capsys.readouterr().out
     assert "0: prune.macs=1.0, model.init_args.learning_rate=0.01\n" in told
-    assert "2 trials x 1 seed(s) = 2 fits" in told
+    assert "2 trials x 1 seed = 2 fits" in told
+    assert "cost: 2 epochs; the time is told after the first trial" in told
     Path("sweep.yaml").write_text(
         SWEEP.replace("prune.macs: [1.0, 0.5]", "quantize.precisions: {choices: [int8, mixed]}")
     )
@@ -140,8 +142,19 @@ def test_a_dry_run_prints_the_trials_and_writes_nothing(folder: Path, capsys: py
     told = capsys.readouterr().out
     assert "9: prune.macs=" in told
     assert "Examples: tpe samples anew" in told
-    assert "20 trials x 2 seed(s) = 40 fits" in told
+    assert "20 trials x 2 seeds = 40 fits" in told
     assert sorted(path.name for path in folder.iterdir()) == ["base.yaml", "sweep.yaml"]
+
+
+def test_a_dry_run_tells_the_time_from_trials_that_are_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = folder / "sweeps" / "sweep"
+    place.mkdir(parents=True)
+    done = TrialRecord(0, "complete", {}, {}, None, False, False, "trial-0000", None, 120.0)
+    Front("sweep", {"val_acc": "max"}, {}, "base.yaml", [done]).write(place)
+    Path("sweep.yaml").write_text(f"{SWEEP.replace('[1e-2]', '{low: 1e-3, high: 1e-2}')}\ntrials: 20\nseeds: 2\n")
+    assert status("sweep", "sweep.yaml", "--dry-run", "--workers", "2") == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "cost: 40 epochs; 2 min for each of the 1 done, so about 19 min for 19 more, 2 at once"
 
 
 def test_a_configuration_for_wandb_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +232,7 @@ def test_a_sweep_of_real_trainings_is_stopped_and_goes_on(folder: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM, told
     assert f"To go on: {'lightning-edge'} sweep sweep.yaml" in told
     front = json.loads((folder / "sweeps" / "sweep" / "front.json").read_text())
-    assert [trial["status"] for trial in front["trials"]] == ["complete", "running"]
+    assert [trial["status"] for trial in front["trials"]] == ["complete", "stopped"]
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(folder) not in left  # every training names its folder
 

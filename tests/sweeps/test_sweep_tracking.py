@@ -16,6 +16,7 @@ from lightning_edge.cli import sweep as command
 from lightning_edge.errors import SweepError
 from lightning_edge.sweeps.agent_trial import run_settings
 from lightning_edge.sweeps.fit import Fit
+from lightning_edge.sweeps.page import write_page
 from lightning_edge.sweeps.tracking import as_trial, log_front, logger_of, with_logger
 from lightning_edge.sweeps.wandb_agent import logged_name, read_settings, wandb_config
 
@@ -65,6 +66,7 @@ def test_the_run_of_the_sweep_has_the_table_and_the_charts(tmp_path: Path) -> No
         "class_path": "x.WandbLogger",
         "init_args": {"project": "digits", "offline": True, "save_dir": "elsewhere"},
     }
+    page = write_page(front, tmp_path / "sweep")
     assert log_front(front, logger, tmp_path / "sweep", "0123") is None  # offline, so nowhere to look
 
     read = records(tmp_path / "sweep")
@@ -82,6 +84,8 @@ def test_the_run_of_the_sweep_has_the_table_and_the_charts(tmp_path: Path) -> No
     logged = history(tmp_path / "sweep")
     assert logged["sweep/trials/nrows"] == 6
     assert logged["sweep/val_acc over tflite size_bytes_table/nrows"] == 6
+    (shown,) = (tmp_path / "sweep").rglob("files/media/html/**/*.html")
+    assert shown.read_text() == page.read_text()
 
 
 def test_a_run_that_fails_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from lightning_edge.plain_calls import PlainCalls
 from lightning_edge.quantization.capture.in_place import inline_gradient_modes
 from lightning_edge.quantization.capture.nodes import LIFTED
 from lightning_edge.quantization.capture.regularizers import LayersStay
+from lightning_edge.quiet import without_graph_dumps
 from lightning_edge.surgery import in_mode, redirected
 from lightning_edge.user_warnings import warn
 
@@ -106,7 +107,14 @@ def _export(network: nn.Module, inputs: Inputs, any_batch: bool) -> GraphModule:
     try:
         # With gradients, so that the graph shows where forward() turns them off.
         without_autocast = torch.autocast(device_type, enabled=False)
-        with torch.enable_grad(), without_autocast, _spelled_out(network, inputs), PlainCalls(), _symbolic_len():
+        with (
+            torch.enable_grad(),
+            without_autocast,
+            _spelled_out(network, inputs),
+            PlainCalls(),
+            _symbolic_len(),
+            without_graph_dumps(),
+        ):
             shapes = _dynamic_batch(network, inputs) if any_batch else None
             program = torch.export.export(
                 network, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False

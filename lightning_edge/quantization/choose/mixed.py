@@ -153,7 +153,7 @@ def plan_increase(
     measured = Measured(loss)
     with torch.no_grad(), in_mode(model, training=False):
         for batch in evaluation_batches:
-            inputs, target = measured.split(batch)
+            inputs, target = measured.split(model, batch)
             measured.begin(model(*inputs.args, **inputs.kwargs), target, inputs.batch_size)
             measured.add("plan", quantized(*inputs.args, **inputs.kwargs))
     return measured.increases()["plan"]

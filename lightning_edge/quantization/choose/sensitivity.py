@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from lightning_edge.errors import CompressionError
-from lightning_edge.network import Inputs, flatten_outputs
+from lightning_edge.network import Inputs, fed, flatten_outputs
 from lightning_edge.quantization.choose.bar_chart import bar_chart
 from lightning_edge.quantization.network import attach, float_copy
 from lightning_edge.quantization.plan import layer_name
 from lightning_edge.quantization.post_training import calibrate
 from lightning_edge.quantization.train.layers import RoundedBias
+from lightning_edge.wording import counted
 
 Difference = Literal["mse", "kl"]
 Loss = Difference | Callable[[Any, Any], Any]
@@ -115,7 +116,7 @@ class Sensitivities:
         """Draw one bar a layer, as a whole SVG document."""
         return bar_chart(
             {layer.name: layer.increase for layer in self.layers},
-            title=f"Sensitivity to int8 over {self.samples} samples",
+            title=f"Sensitivity to int8 over {counted(self.samples, 'sample')}",
             axis=f"increase of {self.loss} with this layer alone in int8",
             rows="layer",
         )
@@ -154,7 +155,7 @@ def sensitivity(
     child = None
     with torch.no_grad():
         for batch in calibration_batches:
-            inputs = Inputs.of(batch)
+            inputs = fed(network, batch)
             if child is None:
                 child = attach(network, inputs, averaging=None)
             calibrate(network, inputs)
@@ -180,8 +181,8 @@ def sensitivity(
             candidates[f"{layer}\n8"] = [gate for gate in gates if gate.layer == layer]
             candidates[f"{layer}\n16"] = [gate for gate in gates if gate.layer == layer and gate.on_weight]
         for batch in evaluation_batches:
-            fed, target = measured.split(batch)
-            inputs = child.call.match(fed.args, dict(fed.kwargs))
+            call, target = measured.split(network, batch)
+            inputs = child.call.match(call.args, dict(call.kwargs))
             expected = run(inputs, ())
             measured.begin(expected, target, inputs.batch_size)
             for name, chosen in candidates.items():
@@ -261,10 +262,10 @@ class Measured:
         self._target: Any = None
         self._size = 0
 
-    def split(self, batch: Any) -> tuple[Inputs, Any]:
+    def split(self, network: nn.Module, batch: Any) -> tuple[Inputs, Any]:
         """Read a batch: what the network is fed, and the target where there is a loss function."""
         if isinstance(self._loss, str):
-            return Inputs.of(batch), None
+            return fed(network, batch), None
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(
                 "with a loss function, each of evaluation_batches is a pair (what the network is fed, target)"

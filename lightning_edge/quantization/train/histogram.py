@@ -1,7 +1,8 @@
 """Torchao's histogram observer with a faster search: the same range of least error, to the same bits.
 
 Torchao walks along the histogram with comparisons of tensors of one element, of which a search takes thousands. Here
-the same steps are taken on Python numbers. The error of a range is torchao's own function. Ranges are searched anew for
+the same steps are taken on Python numbers. The error of a range is torchao's own function, of values that are scaled by
+a power of two: it cubes them, and beyond 1e12 every range had the same error, infinity. Ranges are searched anew for
 every batch of calibration, because what follows is calibrated on the rounded values.
 
 Import this module only where torchao may be imported.
@@ -9,6 +10,8 @@ Import this module only where torchao may be imported.
 
 from __future__ import annotations
 
+import copy
+import math
 from bisect import bisect_left, bisect_right
 
 import numpy as np
@@ -32,6 +35,7 @@ class FastHistogramObserver(HistogramObserver):  # type: ignore[misc]
         bin_width = (self.max_val - self.min_val) / self.bins
         total = torch.sum(self.histogram).item()
         below: list[float] = torch.cumsum(self.histogram, dim=0).tolist()
+        scaled = self._scaled()
         low, high = 0.0, 1.0  # shares of the values
         start, end = 0, self.bins - 1
         least = float("inf")
@@ -50,8 +54,20 @@ class FastHistogramObserver(HistogramObserver):  # type: ignore[misc]
                 next_end, high = last, next_high
             if (next_start, next_end) == (start, end):
                 continue
-            error = self._compute_quantization_error(next_start, next_end)
+            error = scaled._compute_quantization_error(next_start, next_end)
             if error > least:
                 break
             least, start, end = error, next_start, next_end
         return self.min_val + bin_width * start, self.min_val + bin_width * (end + 1)
+
+    def _scaled(self) -> FastHistogramObserver:
+        """The same histogram of values between whose ends lies 0.5 to 1, so that their cubes do not overflow."""
+        smallest, largest = self.min_val.item(), self.max_val.item()
+        factor = 2.0 ** -math.frexp(largest - smallest)[1]
+        ends = {"min_val": smallest * factor, "max_val": largest * factor}
+        scaled = copy.copy(self)
+        scaled._buffers = {
+            **self._buffers,
+            **{name: torch.full_like(self._buffers[name], end) for name, end in ends.items()},
+        }
+        return scaled

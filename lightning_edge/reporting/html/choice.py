@@ -12,10 +12,10 @@ from lightning_edge.reporting.monitor import Mode, choose, direction
 if TYPE_CHECKING:
     from lightning_edge.reporting.report import Report, Row
 
-State = Literal["ready", "baseline", "over budget", "broken", "not run here", "failed"]
+State = Literal["ready", "for comparison", "over budget", "broken", "not run here", "failed"]
 KINDS: dict[State, str] = {
     "ready": "good",
-    "baseline": "unknown",
+    "for comparison": "unknown",
     "over budget": "warn",
     "broken": "bad",
     "not run here": "unknown",
@@ -48,7 +48,7 @@ def verdict_of(row: Row) -> tuple[str | None, str | None]:
 
 
 def state_of(report: Report, row: Row) -> State:
-    """Whether a file can ship, in a word; a float file beside compressed ones is their baseline."""
+    """Whether a file can ship, in a word; a float file beside compressed ones is for comparison."""
     if row.error is not None:
         return "failed"
     if verdict_of(row)[0] == "broken":
@@ -56,7 +56,7 @@ def state_of(report: Report, row: Row) -> State:
     if row.not_run is not None:
         return "not run here"
     if not is_compressed(row) and any(is_compressed(other) and other.error is None for other in files_of(report)):
-        return "baseline"
+        return "for comparison"
     return "over budget" if row.within_budget is False else "ready"
 
 
@@ -113,7 +113,7 @@ def choose_file(report: Report) -> Choice | None:
     """
     sound = [row for row in files_of(report) if row.size_bytes is not None and row.within_budget is not False]
     compressed = [row for row in sound if is_compressed(row) and state_of(report, row) == "ready"]
-    left = compressed or [row for row in sound if state_of(report, row) in ("ready", "baseline")]
+    left = compressed or [row for row in sound if state_of(report, row) in ("ready", "for comparison")]
     if not left:
         return None
     kind = "int8 or compressed file" if compressed else "file"

@@ -12,6 +12,7 @@ from lightning_edge.reporting.html.markup import Markup
 from lightning_edge.reporting.html.page import pictures, quiet, section, table, without
 from lightning_edge.reporting.html.picture import WIDTH, cell, svg, write
 from lightning_edge.reporting.html.words import ABSENT, clipped, number, share, signed
+from lightning_edge.wording import counted
 
 if TYPE_CHECKING:
     from lightning_edge.reporting.classes import ClassChanges
@@ -73,7 +74,7 @@ def _details(row: Row, found: ClassChanges) -> list[Markup]:
         ]
     else:
         entries = [
-            Entry(f"{name(old)} to {name(new)}", told := f"{count:,} samples", (float(count),), told)
+            Entry(f"{name(old)} to {name(new)}", told := counted(count, "sample"), (float(count),), told)
             for old, new, count in found.pairs[:_MOST_DRAWN]
         ]
         drawn = [

@@ -22,10 +22,11 @@ from lightning_edge.reporting.html.markup import Markup, join, tag, text
 from lightning_edge.reporting.html.on_devices import on_devices
 from lightning_edge.reporting.html.page import page, points, quiet, section, state, table, tiles
 from lightning_edge.reporting.html.words import clipped, known, number, signed, times
+from lightning_edge.reporting.rendering import phases_in_words
 
 if TYPE_CHECKING:
     from lightning_edge.reporting.provenance import Commit
-    from lightning_edge.reporting.report import Report
+    from lightning_edge.reporting.report import Report, Row
 
 _LONGEST_RECIPE = 40_000
 _LONGEST_NAME = 80
@@ -71,17 +72,21 @@ def _headline(report: Report, choice: Choice | None) -> Markup:
     metric, mode = metric_of(report)
     shown: list[tuple[str, object, object]] = []
     told = []
+    # The float files of a pruned network are pruned, too: what a file is compared with is said of each figure.
+    after_cut = "" if report.original is None else ", after pruning"
     if row.size_bytes is not None:
         than = "no float file to compare with"
         if before is not None and before.size_bytes and row.size_bytes:
             told.append(times(before.size_bytes, row.size_bytes, "smaller", "larger", "as large"))
-            than = f"was {before.size_bytes:,}: {told[-1]}"
+            than = f"{before.label}: {before.size_bytes:,}, {told[-1]}"
+        if report.original is not None and row.size_bytes:
+            than = f"float weights before compression: {report.original.size_bytes:,}; {than}"
         shown.append(("Bytes", number(row.size_bytes), than))
     if metric is not None and known(row.metrics.get(metric)):
         now, than = row.metrics[metric], "no float file to compare with"
         if before is not None and known(before.metrics.get(metric)):
             difference = now - before.metrics[metric]
-            than = f"was {number(before.metrics[metric])}: {signed(difference)}"
+            than = f"{before.label}{after_cut}: {number(before.metrics[metric])}, {signed(difference)}"
             better = mode is not None and difference and (difference > 0) == (mode == "max")
             words = (
                 f"{abs(difference):.3g} {'better' if better else 'worse'}"
@@ -94,26 +99,44 @@ def _headline(report: Report, choice: Choice | None) -> Markup:
         than = "the float file was not timed"
         if before is not None and timed(before) and row.p50_ms and before.p50_ms:
             told.append(times(before.p50_ms, row.p50_ms, "faster", "slower", "as fast", _SAME_SPEED))
-            than = f"was {number(before.p50_ms, 3)} ms: {told[-1]}"
+            than = f"{before.label}{after_cut}: {number(before.p50_ms, 3)} ms, {told[-1]}"
         shown.append(("Median latency of one sample", f"{number(row.p50_ms, 3)} ms", than))
     word, reason = verdict_of(row)
     if word is not None:
         shown.append(("Agreement with its network", parts.verdict_cell(row), reason or ""))
     elif known(row.top1):
         shown.append(("Same top class as its network", f"{row.top1:.2%}", f"of {number(row.samples)} samples"))
-    size = "" if report.parameters is None else f" of {report.parameters:,} parameters"
     return join(
         tag(
             "p",
-            f"{clipped(report.model, _LONGEST_NAME)} is a network{size}. To ship: ",
+            f"{clipped(report.model, _LONGEST_NAME)} is a network{_size(report)}. To ship: ",
             tag("strong", row.label),
-            f". Against {before.label}: {', '.join(told)}." if before is not None and told else ".",
+            _against_original(report, row),
+            f". Against {before.label}{after_cut}: {', '.join(told)}." if before is not None and told else ".",
             class_="lead",
         ),
         tiles(shown),
         files,
         quiet(f"Chosen as {choice.why}."),
+        quiet(" ".join(report.float_networks())) if report.original is not None else None,
     )
+
+
+def _size(report: Report) -> str:
+    """How large the network was built, and how large it is."""
+    if report.parameters is None:
+        return ""
+    if report.original is None:
+        return f" of {report.parameters:,} parameters"
+    return f" of {report.original.parameters:,} parameters, cut to {report.parameters:,}"
+
+
+def _against_original(report: Report, row: Row) -> str:
+    """How much smaller a file is than the float weights that it was cut from; nothing where nothing was cut."""
+    if report.original is None or not row.size_bytes or not report.original.size_bytes:
+        return ""
+    told = times(report.original.size_bytes, row.size_bytes, "smaller", "larger", "as large")
+    return f", {told} than its float weights before compression"
 
 
 def _attention(report: Report) -> Markup:
@@ -141,6 +164,7 @@ def _making(report: Report, recipe: str | None, commit: Commit | None) -> Markup
     return section(
         "How it was made",
         points(settings),
+        join(tag("h3", "Phases"), points(phases_in_words(report.phases))) if report.phases else None,
         table(["Package", "Version"], versions, "Versions", ("Version",)),
         join(tag("h3", "Configuration"), tag("pre", text(recipe, _LONGEST_RECIPE))) if recipe else None,
     )

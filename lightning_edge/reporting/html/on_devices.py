@@ -25,20 +25,31 @@ def on_devices(report: Report) -> Markup:
     """What the files did on each device."""
     rows = report.devices
     names = devices.metric_names(rows)
+    short = [clipped(name, _LONGEST_NAME) for name in names]
     shown = [row for row in rows if row.error is None or row.p50_ms is not None or row.metrics]
+    apart = [row for row in shown if {*devices.apart_cells(row)} != {devices.LEFT_OUT}]
     return section(
         "On devices",
         points([join(tag("strong", "Failed: "), line) for line in devices.failures(rows)]),
         table(
-            ["File", *(clipped(name, _LONGEST_NAME) for name in names), *devices.HEADERS],
+            ["File", *short, *devices.HEADERS],
             [[row.label, *devices.metric_cells(row, names), *devices.cells(row)] for row in shown],
             "Calls, load and memory on the device",
             ("Verdict",),
         ),
         table(
-            ["File", *devices.FIDELITY_HEADERS],
-            [[row.label, *devices.fidelity_cells(row)] for row in shown if row.samples is not None],
-            "Its values there and those of its network",
+            ["File", *devices.APART_HEADERS],
+            [[row.label, *devices.apart_cells(row)] for row in apart],
+            "What a sample takes beside the runtime's own time: on this machine before it, on the way, and after it",
+        ),
+        table(
+            ["File", *devices.FIDELITY_HEADERS, *devices.change_headers(short)],
+            [
+                [row.label, *devices.fidelity_cells(row), *devices.change_cells(row, names)]
+                for row in shown
+                if row.samples is not None
+            ],
+            "Its values and those of its network; its metrics less those of the file here and of the float network",
         ),
         _long_runs(rows),
         points(devices.described(rows)),

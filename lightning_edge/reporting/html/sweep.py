@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from lightning_edge.reporting.html.parts import plain_axis
 from lightning_edge.reporting.html.scatter import Point, Side, scatter
 from lightning_edge.reporting.html.words import ABSENT, clipped, known, number
 from lightning_edge.reporting.typed import built
+from lightning_edge.wording import counted
 
 FRONT = "front.json"
 
@@ -23,12 +25,14 @@ _MOST_POINTS = 400
 _MOST_PICTURES = 6
 _LONGEST_VALUE = 40
 _NAMED_TOO = 8
+_UNFINISHED = {"running": "still running", "stopped": "stopped"}
+_COUNTED = {"ended early": "ended early", **_UNFINISHED}
 
 
 @dataclass(frozen=True)
 class _Trial:
     number: int
-    status: Literal["complete", "failed", "running"]
+    status: Literal["complete", "ended early", "failed", "running", "stopped"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, float] = field(default_factory=dict)
     spread: Mapping[str, float] | None = None
@@ -38,6 +42,7 @@ class _Trial:
     reason: str | None = None
     seconds: float | None = None
     url: str | None = None
+    limited: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,16 @@ def sweep_page(front: Mapping[str, Any]) -> str:
     sweep = _read(front)
     best = [trial for trial in sweep.trials if trial.front]
     failed = [trial for trial in sweep.trials if trial.status == "failed"]
-    running = sum(trial.status == "running" for trial in sweep.trials)
+    counts = Counter[str](trial.status for trial in sweep.trials)
+    others = [f"{counts[status]:,} {word}" for status, word in _COUNTED.items() if counts[status]]
     names = list(sweep.objectives)
     drawn = [(f"{names[0]} over {name}", _picture(sweep, names[0], name)) for name in names[1 : 1 + _MOST_PICTURES]]
     drawn = [(words, picture) for words, picture in drawn if picture]
-    done = f"{len(sweep.trials):,} trials: {len(best):,} on the front, {len(failed):,} failed"
+    done = f"{counted(len(sweep.trials), 'trial')}: {len(best):,} on the front, {len(failed):,} failed"
     return page(
         f"Sweep {sweep.study}",
         tag("h1", f"Sweep {sweep.study}"),
-        tag("p", f"{done}, {running:,} still running." if running else f"{done}.", class_="lead"),
+        tag("p", f"{', '.join([done, *others])}.", class_="lead"),
         quiet(_aims(sweep)),
         section(
             "The front",
@@ -229,22 +235,24 @@ def _rank(trial: _Trial, sweep: _Front) -> tuple[Any, ...]:
     first, way = next(iter(sweep.objectives.items()))
     value = trial.values.get(first)
     order = 0.0 if not known(value) else -value if way == "max" else value
-    status = ("complete", "running", "failed").index(trial.status)
+    status = ("complete", "running", "stopped", "ended early", "failed").index(trial.status)
     return not trial.front, status, not trial.feasible, not known(value), order, trial.number
 
 
 def _state(trial: _Trial) -> Markup:
     if trial.status == "failed":
         return state("bad", "failed", trial.reason)
-    if trial.status == "running":
-        return state("unknown", "running")
+    if trial.status == "ended early":
+        return state("warn", "ended early", trial.reason)
+    if trial.status in _UNFINISHED:
+        return state("unknown", trial.status)
     if trial.front:
         return state("good", "front")
     return state("unknown", "beaten") if trial.feasible else state("warn", "breaks a constraint", trial.reason)
 
 
 def _value(trial: _Trial, name: str) -> str:
-    value, spread = trial.values.get(name), (trial.spread or {}).get(name)
+    value, spread = {**trial.limited, **trial.values}.get(name), (trial.spread or {}).get(name)
     return f"{number(value)} ± {number(spread, 2)}" if known(value) and known(spread) else number(value)
 
 

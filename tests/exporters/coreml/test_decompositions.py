@@ -25,6 +25,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "celu": lambda x: functional.celu(x, 0.5),
     "hardshrink": functional.hardshrink,
+    "addcmul": lambda x: torch.addcmul(x, x, x.tanh(), value=2),
+    "addcdiv": lambda x: torch.addcdiv(x, x, x.abs() + 0.5, value=0.5),
     "reciprocal": lambda x: (x.abs() + 0.001).reciprocal(),
     "rms_norm": lambda x: functional.rms_norm(x, (8,), torch.linspace(0.5, 2.0, 8), eps=1e-5),
     "group_norm": lambda x: functional.group_norm(x, 2, torch.linspace(0.5, 2.0, 8), torch.linspace(-1, 1, 8)),

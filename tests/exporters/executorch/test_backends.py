@@ -138,7 +138,7 @@ def test_a_file_that_was_not_run_is_no_passed_proof(
     assert f"{place.name} was not run: {artifact.not_run}" in printed
     text = report.to_markdown()
     assert "## Not run here" in text
-    assert f"executorch int8 (trained): {artifact.not_run}" in text
+    assert f"executorch int8 (quantized in training): {artifact.not_run}" in text
     place.write_bytes(place.read_bytes()[:-200])
     assert {finding.check for finding in verification.verify(tmp_path)} >= {"digest", "bytes"}
 

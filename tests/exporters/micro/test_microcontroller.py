@@ -298,7 +298,7 @@ def test_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert caught.value.code == 0
     told = capsys.readouterr().out
     found = footprint(model)
-    assert f"{found.arena_bytes / 1024:.1f} KiB" in told or f"{found.arena_bytes} bytes" in told
+    assert f"{found.arena_bytes:,} bytes" in told
     assert "upper bound" in told
     assert "CONV_2D" in told
     assert str(tmp_path / "model_3_pooled_net.cc") in told.replace("\n", "")

@@ -117,9 +117,9 @@ def test_every_figure_is_called_an_estimate() -> None:
     assert of_vela == {
         "inference": "0.250 ms",
         "cycles": "125000",
-        "SRAM": "50.0 KiB",
+        "SRAM": "51,200 bytes",
         "DRAM": "0 bytes",
-        "flash": "2.0 KiB",
+        "flash": "2,048 bytes",
         "on the NPU": "7 operations",
         "on the CPU": "2 operations: GATHER",
     }

@@ -473,7 +473,7 @@ def test_a_trained_network_is_reported_with_its_own_metrics(tmp_path: Path) -> N
     trainer.fit(task, data, data)
     assert evaluation.report is not None
     assert evaluation.report.failures == []
-    row = next(row for row in evaluation.report.rows if row.label == "onnx int8 (trained)")
+    row = next(row for row in evaluation.report.rows if row.label == "onnx int8 (quantized in training)")
     assert row.path is not None
     artifact = load(tmp_path / row.path)
     assert row.int8_weight_share == 1.0

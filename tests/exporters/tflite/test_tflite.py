@@ -21,6 +21,8 @@ from lightning_edge.exporters.tflite.passes.sorts import sort_by_top_k
 from lightning_edge.exporters.verify.agreement import agreement_of, reference_outputs
 from lightning_edge.network import Deployable, Precision
 from lightning_edge.quantization import quantize
+from lightning_edge.reporting.report import Row
+from lightning_edge.reporting.rows import described
 from lightning_edge.zoo.networks import ResNet8
 
 pytest.importorskip("ai_edge_litert")
@@ -101,6 +103,9 @@ def test_reference_kernels_compute_as_a_microcontroller(folder: Path, isolated: 
     assert others  # XNNPACK rounds otherwise
     inside = load(artifact.path, kernels="reference", isolated=False).runner.intermediates([sample])
     assert inside
+    row = Row("tflite", "int8", "trained")
+    assert described(row, artifact).fallback_share == 0.0
+    assert described(row, plain).placements is None  # there is no delegate on a microcontroller
 
 
 def test_reference_kernels_are_of_tflite_alone(tmp_path: Path) -> None:
