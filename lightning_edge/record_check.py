@@ -6,7 +6,7 @@ Knows which values each kind of change has, and nothing of networks: what does n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -90,6 +90,8 @@ def _change(value: Any, where: str) -> None:
             check(given[name], f"{where}.{name}")
     if "masks" in given:
         _check_masks(given, where)
+    if "args" in given and not any(tensor.dim() for tensor in _tensors((given["args"], given["kwargs"]))):
+        raise ValueError(f"{where}.args and {where}.kwargs hold no tensor with a batch, which every network is fed")
 
 
 def _kept(value: Any, where: str) -> None:
@@ -185,6 +187,15 @@ def _call(value: Any, where: str, depth: int = 0) -> None:
             _call(entry, f"{where}[{index}]", depth + 1)
     elif not isinstance(value, _PLAIN):
         raise ValueError(f"{where} is a {type(value).__name__} and neither a tensor nor a plain value")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a call that was checked."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(entry)
 
 
 def _setting(value: Any, where: str, depth: int = 0) -> None:

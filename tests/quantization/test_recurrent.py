@@ -63,11 +63,14 @@ def test_files_hold_the_steps_in_int8(target: str, kind: type[nn.RNNBase], tmp_p
     pytest.importorskip(module.needs[0])
     torch.manual_seed(0)
     quantized = quantize(Sequence(kind).eval(), [sounds()])
-    artifact = exporters.export(quantized, target, tmp_path / f"net{module.suffix}", batches=[sounds()], isolated=False)
+    path = tmp_path / f"net{module.suffix}"
+    with pytest.warns(ExportWarning, match="compute in float"):  # gates and states, and no product
+        artifact = exporters.export(quantized, target, path, batches=[sounds()], isolated=False)
     assert artifact.agreement is not None
     assert artifact.agreement.outputs[0].max_steps is not None
     assert artifact.agreement.outputs[0].max_steps <= 1.01
-    assert artifact.contents.int8_weight_bytes == HELD + IN_STEPS[kind]
+    # Core ML and TFLite count the first state as a weight: six constant zeros.
+    assert artifact.contents.int8_weight_bytes - HELD - IN_STEPS[kind] in (0, 6)
     assert not artifact.contents.float_compute_ops
 
 

@@ -99,7 +99,9 @@ def operations(graph: nn.Module) -> Counter[str]:
     [
         pytest.param(lambda: Sequence(nn.GRU, batch_first=True), id="gru"),
         pytest.param(lambda: Sequence(nn.LSTM), id="lstm-steps-first"),
-        pytest.param(lambda: Sequence(nn.GRU, num_layers=2, bidirectional=True), id="gru-both-ways"),
+        pytest.param(
+            lambda: Sequence(nn.GRU, num_layers=2, bidirectional=True), id="gru-both-ways", marks=pytest.mark.slow
+        ),
         pytest.param(lambda: Sequence(nn.LSTM, num_layers=2, bidirectional=True, bias=False), id="lstm-both-ways"),
         pytest.param(Cells, id="cells"),
     ],
@@ -181,7 +183,9 @@ def test_layers_that_are_skipped_stay_whole() -> None:
     ("network", "steps", "reason"),
     [
         (lambda: Sequence(nn.GRU, batch_first=True), 17, "memory stays float in the int8 network: it makes 17 steps"),
-        (lambda: Sequence(nn.RNN, batch_first=True), 4, "only GRU and LSTM"),
+        pytest.param(
+            lambda: Sequence(nn.RNN, batch_first=True), 4, "only GRU and LSTM", marks=pytest.mark.slow, id="plain"
+        ),
         (Decoder, 4, "its first state is neither zero"),
     ],
 )

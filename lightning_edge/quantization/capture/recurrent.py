@@ -195,11 +195,11 @@ class _Cell(_Written):
 
     def write(self) -> None:
         """Put the step in the place of the operation."""
-        x, state, *weights = (*self.node.args, None, None)[:6]
-        states = (state,) if isinstance(state, Node) else tuple(state)  # type: ignore[arg-type]
-        cell = _Weights(*weights)  # type: ignore[arg-type]
-        of_input = self.of_input(x, cell)  # type: ignore[arg-type]
-        results = self.step(cell, of_input, 0, states)
+        given: tuple[Any, ...] = (*self.node.args, None, None)
+        x, state, *weights = given[:6]
+        states = (state,) if isinstance(state, Node) else tuple(state)
+        cell = _Weights(*weights)
+        results = self.step(cell, self.of_input(x, cell), 0, states)
         _replace(self.node, results)
 
 
@@ -208,13 +208,14 @@ class _Layer(_Written):
 
     def write(self) -> None:
         """Put the steps in the place of the operation."""
-        x, first, parameters, has_biases, count, dropout, _, both_ways, batch_first = self.node.args
-        firsts: Any = (first,) if isinstance(first, Node) else first
+        given: tuple[Any, ...] = self.node.args
+        x, first, parameters, has_biases, count, dropout, _, both_ways, batch_first = given
+        firsts = (first,) if isinstance(first, Node) else first
         directions = 2 if both_ways else 1
-        weights = list(_weights(parameters, has_biases))  # type: ignore[arg-type]
-        sequence = x if batch_first else _transposed(self, x)  # type: ignore[arg-type]
+        weights = list(_weights(parameters, has_biases))
+        sequence = x if batch_first else _transposed(self, x)
         lasts: list[_State] = []
-        for layer in range(count):  # type: ignore[arg-type]
+        for layer in range(count):
             if layer and dropout:
                 sequence = self.op(aten.dropout.default, sequence, dropout, False)
             by_direction = []
@@ -249,12 +250,12 @@ class _Layer(_Written):
 
     def _replace(self, sequence: Node, steps: list[Node], lasts: list[_State], batch_first: bool) -> None:
         for user in list(self.node.users):
-            index = user.args[1]
+            index: Any = user.args[1]
             if index == 0:
                 _read_steps(user, steps, 1 if batch_first else 0)
                 result = sequence if batch_first else self.op(aten.transpose.int, sequence, 0, 1)
             else:
-                parts = [last[index - 1] for last in lasts]  # type: ignore[operator]
+                parts = [last[index - 1] for last in lasts]
                 _read_steps(user, parts, 0)
                 whole = len(parts) > 1
                 result = self.op(aten.stack.default, parts) if whole else self.op(aten.unsqueeze.default, parts[0], 0)
@@ -289,15 +290,16 @@ def _weights(parameters: Sequence[Node], has_biases: bool) -> Iterator[_Weights]
     size = 4 if has_biases else 2
     for start in range(0, len(parameters), size):
         part = parameters[start : start + size]
-        yield _Weights(*part) if has_biases else _Weights(*part, None, None)
+        yield _Weights(part[0], part[1], *(part[2:] if has_biases else (None, None)))
 
 
 def _reason_to_stay(node: Node) -> str:
     """Say why a recurrent layer cannot be written out; empty if it can."""
     if node.target not in _LAYERS | _CELLS:
         return "only GRU and LSTM on whole sequences are written out in int8, no packed sequences and no plain RNN"
-    x, state = node.args[:2]
-    hidden: Any = state if isinstance(state, Node) else state[0]  # type: ignore[index]
+    given: tuple[Any, ...] = node.args
+    x, state = given[:2]
+    hidden = state if isinstance(state, Node) else state[0]
     if not _is_bounded(hidden):
         return (
             "its first state is neither zero, nor an input of the network, nor the state of such a layer, so that it "
@@ -305,15 +307,15 @@ def _reason_to_stay(node: Node) -> str:
         )
     if node.target in _CELLS:
         return ""
-    parameters, has_biases, count = node.args[2:5]
-    directions = 2 if node.args[7] else 1
-    if len(parameters) != count * directions * (4 if has_biases else 2):  # type: ignore[arg-type, operator]
+    parameters, has_biases, count = given[2:5]
+    directions = 2 if given[7] else 1
+    if len(parameters) != count * directions * (4 if has_biases else 2):
         return "its states are projected (proj_size)"
-    value = x.meta["val"]  # type: ignore[union-attr]
-    steps = value.shape[1 if node.args[8] else 0] if value.dim() == 3 else None
+    value = x.meta["val"]
+    steps = value.shape[1 if given[8] else 0] if value.dim() == 3 else None
     if not isinstance(steps, int):
         return "the number of its steps is not fixed"
-    weights = sum(part.meta["val"].numel() for part in parameters if part.meta["val"].dim() == 2)  # type: ignore[union-attr]
+    weights = sum(part.meta["val"].numel() for part in parameters if part.meta["val"].dim() == 2)
     most = min(max(_STEPS, weights // _WEIGHTS_A_STEP), _MOST_STEPS)
     if steps > most:
         return (

@@ -254,7 +254,7 @@ class EdgeQuantizer(Quantizer):  # type: ignore[misc]
         known = node.meta.get(KNOWN_RANGE)
         return self._activation if known is None or self._activation is self._wide_activation else fixed_spec(*known)
 
-    def _state_spec(self, node: Node) -> QuantizationSpec:
+    def _state_spec(self, node: Any) -> QuantizationSpec:
         """How a value is quantized that is float itself: by the known range of a recurrent layer's state."""
         return self._spec(node) if FLOAT in node.meta else self._activation
 
