@@ -46,6 +46,7 @@ UNCHECKED = (
     "versions",
     "git",
     "recipe",
+    "phases",
 )
 
 _AGAIN = "Export it again, or take it from where the manifest came from"
