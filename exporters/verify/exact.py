@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lightning_edge.exporters.passes.base import each_node
 from lightning_edge.exporters.passes.graph import operation
+from lightning_edge.exporters.verify.integer_convolutions import convolve_integers
 from lightning_edge.network import Deployable
 
 
@@ -28,6 +30,8 @@ def exact(network: Deployable) -> Deployable:
     if network.precision != "int8" or not isinstance(network.graph, fx.GraphModule):
         return network
     graph = copy.deepcopy(network.graph).double()
+    if each_node(convolve_integers)(graph):
+        graph.graph.eliminate_dead_code()
     for node in list(graph.graph.nodes):
         replaced = _REPLACED.get(operation(node))
         if node.op == "placeholder":
@@ -82,7 +86,7 @@ def _quantize(x: Tensor, scale: float, zero_point: int, lowest: int, highest: in
 
 
 def _dequantize(x: Tensor, scale: float, zero_point: int, *_: Any) -> Tensor:
-    return (x.double() - zero_point) * scale
+    return x.double().sub_(zero_point).mul_(scale)
 
 
 def _dequantize_channels(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, *_: Any) -> Tensor:
