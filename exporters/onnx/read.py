@@ -132,7 +132,7 @@ def contents(path: Path) -> Contents:
     float_other: list[str] = []
     for node in nodes:
         name = node.op_type
-        if name in _PRODUCTS:
+        if name in _PRODUCTS and len(node.inputs) > 1:  # an Einsum of one input moves or sums
             if not _runs_in_int8(node):
                 float_compute.append(name)
             for position in _PRODUCTS[name]:

@@ -41,7 +41,7 @@ def exact(network: Deployable) -> Deployable:
         elif replaced is not None:
             node.target, node.kwargs = replaced, {}
         else:
-            node.args, node.kwargs = pytree.tree_map(_in_double, (node.args, dict(node.kwargs)))
+            node.args, node.kwargs = pytree.tree_map(_in_double, (node.args, {**_own_type(node), **node.kwargs}))
     graph.recompile()
     return network.with_graph(_Narrowing(graph))
 
@@ -74,6 +74,15 @@ def _widen(graph: fx.GraphModule, placeholder: fx.Node) -> None:
 
 def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _own_type(node: fx.Node) -> dict[str, torch.dtype]:
+    """The type of a float constant that is made in the graph, which may stand there by default only."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.all_input_nodes:
+        return {}
+    named = any(argument.name == "dtype" for argument in node.target._schema.arguments)
+    value = node.meta.get("val")
+    return {"dtype": value.dtype} if named and isinstance(value, Tensor) else {}
 
 
 def _in_double(value: Any) -> Any:

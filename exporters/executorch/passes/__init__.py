@@ -9,6 +9,7 @@ from lightning_edge.exporters.executorch.passes.activations import (
     write_out_tanh_gelu,
 )
 from lightning_edge.exporters.executorch.passes.attention import flatten_softmax, write_out_attention
+from lightning_edge.exporters.executorch.passes.contiguous_constants import lay_out_constants
 from lightning_edge.exporters.executorch.passes.norms import write_out_layer_norm
 from lightning_edge.exporters.executorch.passes.pooling import (
     average_whole_images,
@@ -16,6 +17,7 @@ from lightning_edge.exporters.executorch.passes.pooling import (
     keep_dimensions_of_means,
 )
 from lightning_edge.exporters.executorch.passes.shapes import (
+    drop_single_repeats,
     drop_whole_slices,
     join_rolled_parts,
     join_upsampled_rows,
@@ -27,6 +29,7 @@ from lightning_edge.exporters.passes.trim_kernels import trim_kernels
 
 # For Core ML and portable kernels.
 COMMON_PASSES = (
+    lay_out_constants,  # ExecuTorch's kernels refuse two layouts in one operation
     trim_kernels,  # weights that only meet padding are left out
 )
 # For XNNPACK.
@@ -39,6 +42,7 @@ PASSES = (
     average_whole_images,  # it has no pool of a whole image in int8
     flatten_softmax,  # the lowering mixes up its axis in NHWC
     view_squeezes,  # from here on: moves that it has as views, slices and concatenations
+    drop_single_repeats,
     drop_whole_slices,
     slice_selections,
     slice_splits,

@@ -56,6 +56,28 @@ def drop_whole_slices(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 @each_node
+def drop_single_repeats(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Drop repetitions that give one copy.
+
+    Given: a ``repeat`` or ``tile`` once in each of the dimensions there are, such as a position embedding for a batch
+    of one.
+
+    Result: what it repeats.
+
+    Why: a no-op would run outside the delegate.
+    """
+    if node.target not in (_ATEN.repeat.default, _ATEN.tile.default):
+        return False
+    source, times = node.args
+    assert isinstance(source, fx.Node)
+    if any(count != 1 for count in times) or source.meta["val"].dim() < len(times):  # type: ignore[union-attr, arg-type]
+        return False
+    node.replace_all_uses_with(source)
+    graph.graph.erase_node(node)
+    return True
+
+
+@each_node
 def slice_selections(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Select by a slice.
 

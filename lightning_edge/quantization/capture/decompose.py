@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from lightning_edge.quantization.capture.einsums import permutation
 from lightning_edge.quantization.capture.masks import added_mask, causal_mask, is_learnt_bias
 from lightning_edge.quantization.capture.nodes import DROPS, FIXED_RANGE, POOLS, REARRANGES, SCALED, call, constant
 
@@ -302,6 +303,7 @@ _REWRITES: dict[Any, Callable[[GraphModule, Node], Node]] = {
     aten.matmul.default: _linear,
     aten.mm.default: _linear,
     aten.addmm.default: _linear,
+    aten.einsum.default: permutation,
     aten.mean.dim: _mean,
     aten.adaptive_avg_pool2d.default: _adaptive_pool,
     aten.adaptive_avg_pool1d.default: _adaptive_pool,

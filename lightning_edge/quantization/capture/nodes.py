@@ -13,7 +13,9 @@ aten = torch.ops.aten
 # One operand, all of whose values the result holds once, in another order or shape.
 REARRANGES = {
     aten.view.default,
+    aten.view_as.default,
     aten.reshape.default,
+    aten.reshape_as.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.permute.default,
@@ -25,7 +27,12 @@ REARRANGES = {
     aten.swapaxes.default,
     aten.swapdims.default,
     aten.mT.default,
+    aten.adjoint.default,
     aten.t.default,
+    aten.rot90.default,
+    aten.atleast_2d.default,
+    aten.atleast_3d.default,
+    aten.type_as.default,
     aten.contiguous.default,
     aten.clone.default,
 }
@@ -34,6 +41,7 @@ MOVES_VALUES = {
     *REARRANGES,
     aten.max_pool1d.default,
     aten.max_pool2d.default,
+    aten.max_pool3d.default,
     aten.adaptive_max_pool2d.default,
     aten.squeeze.default,
     aten.squeeze.dim,
@@ -41,13 +49,18 @@ MOVES_VALUES = {
     aten.unsqueeze.default,
     aten.slice.Tensor,
     aten.select.int,
+    aten.index_select.default,
+    aten.diagonal.default,
+    aten.unfold.default,
     aten.narrow.default,
+    aten.broadcast_to.default,
     aten.expand.default,
     aten.expand_as.default,
     aten.repeat.default,
     aten.tile.default,
     aten.repeat_interleave.self_int,
     aten.roll.default,
+    aten.upsample_nearest1d.vec,
     aten.upsample_nearest2d.vec,
     aten.upsample_nearest2d.default,
     aten.pixel_shuffle.default,
@@ -57,8 +70,28 @@ MOVES_VALUES = {
     aten.to.dtype,
 }
 # One operand, several results, each read through operator.getitem.
-SPLITTING = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
-JOINING = {aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default, aten.hstack.default}
+SPLITTING = {
+    aten.chunk.default,
+    aten.unsafe_chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+    aten.hsplit.int,
+    aten.vsplit.int,
+    aten.dsplit.int,
+    aten.unbind.int,
+}
+JOINING = {
+    aten.cat.default,
+    aten.concat.default,
+    aten.concatenate.default,
+    aten.stack.default,
+    aten.hstack.default,
+    aten.vstack.default,
+    aten.dstack.default,
+    aten.column_stack.default,
+}
 DROPOUTS = {
     aten.dropout.default,
     aten.feature_dropout.default,

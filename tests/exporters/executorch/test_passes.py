@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_edge import quantize
+from lightning_edge.exporters import export
 from lightning_edge.exporters.executorch.passes import PASSES
 from lightning_edge.exporters.executorch.passes.activations import write_out_tanh_gelu
+from lightning_edge.exporters.executorch.passes.contiguous_constants import lay_out_constants
+from lightning_edge.exporters.executorch.passes.shapes import drop_single_repeats
 from lightning_edge.exporters.passes.base import apply_passes
 from lightning_edge.exporters.passes.graph import operation
 
@@ -75,3 +81,61 @@ def test_the_tanh_form_of_gelu_is_written_out_in_float_only() -> None:
     assert "gelu" not in operations(graph)
     torch.testing.assert_close(graph(x), network(x), rtol=1e-5, atol=1e-6)
     assert not apply_passes(exported(nn.GELU(), x), (write_out_tanh_gelu,))
+
+
+class Repeated(nn.Module):
+    """Copies of what it is fed."""
+
+    def __init__(self, times: tuple[int, ...]) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(self.times)
+
+
+class Positions(nn.Module):
+    """Features of positions, channels first by a permutation, as XCiT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.projection = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = torch.arange(1.0, images.shape[2] + 1).view(1, -1, 1, 1).repeat(1, 1, images.shape[3], 1)
+        positions = self.projection(torch.sin(rows / torch.arange(1.0, 9.0)).permute(0, 3, 1, 2))
+        return (self.layer(images) + positions.repeat(images.shape[0], 1, 1, 1)).flatten(2).mean(-1)
+
+
+def test_constants_are_stored_contiguously(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 6, 6)
+    file = export(quantize(Positions().eval(), [images]), "executorch", tmp_path / "network.pte", isolated=False)
+    assert file.judgement is not None
+    assert file.judgement.grade == "exact"
+
+
+def test_a_repetition_that_gives_one_copy_is_dropped() -> None:
+    x = torch.randn(1, 2, 3)
+    for times, stays in (((1, 1, 1), False), ((1, 2, 1), True), ((1, 1, 1, 1), True)):
+        graph = exported(Repeated(times), x)
+        assert drop_single_repeats(graph) is not stays
+        graph.recompile()
+        assert ("repeat" in operations(graph)) is stays
+        assert torch.equal(graph(x), x.repeat(times))
+
+
+def test_the_layout_of_a_constant_is_no_part_of_its_values() -> None:
+    graph = exported(nn.Identity(), torch.randn(1, 2, 3, 4))
+    given = torch.randn(1, 3, 4, 2).permute(0, 3, 1, 2)
+    graph.register_buffer("table", given)
+    (output,) = graph.graph.find_nodes(op="output")
+    with graph.graph.inserting_before(output):
+        table = graph.graph.get_attr("table")
+        total = graph.graph.call_function(torch.ops.aten.add.Tensor, (output.args[0][0], table))
+    output.args = ((total,),)
+    graph.recompile()
+    assert lay_out_constants(graph)
+    assert graph.table.is_contiguous()
+    assert torch.equal(graph.table, given)
+    assert not lay_out_constants(graph)

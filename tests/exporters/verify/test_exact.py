@@ -81,3 +81,23 @@ def test_the_network_itself_stays_as_it_was() -> None:
     assert {value.dtype for value in before.values()} <= {torch.float32, torch.int8, torch.int64}
     images: Tensor = batches("residual")[0].args[0]
     assert converted(images).dtype == torch.float32
+
+
+class Ramp(nn.Module):
+    """A layer that is fed constants of the default type, made in forward()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.other(torch.linspace(0, 1, 4) + torch.full((4,), 0.5) + torch.arange(0.0, 4.0))
+
+
+def test_constants_of_the_default_type_are_wide() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    converted = convert(quantize(Ramp().eval(), [x]))
+    found = exact(converted)(x)
+    assert found.dtype == torch.float32
+    assert float((found - converted(x)).abs().max()) <= 1.01 * converted.output_scales[0]  # type: ignore[operator]
