@@ -122,11 +122,46 @@ class FusedAttention(nn.Module):
         self.attn_dim = 32
         self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
 
+    def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return query, key
+
+    def width(self, x: Tensor) -> int:
+        return self.attn_dim
+
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(query, key, value)
-        return x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+        attended = functional.scaled_dot_product_attention(*self.normed(query, key), value)
+        return x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, self.width(x)))
+
+
+class OwnNorm(nn.Module):
+    """An RMSNorm of the network's own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class NormedAttention(FusedAttention):
+    """Queries and keys are normalized, by one norm for all heads (timm's ``qk_norm=True``)."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = norm(8), norm(8)
+
+    def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q_norm(query), self.k_norm(key)
+
+
+class SizedAttention(NormedAttention):
+    """What comes out has the size of what came in."""
+
+    def width(self, x: Tensor) -> int:
+        return x.shape[-1]
 
 
 def cut(network: nn.Module, inputs: Inputs, phase: Prune) -> Change:
@@ -202,8 +237,18 @@ def test_attention_loses_whole_heads(kind: type[Attention]) -> None:
     check_record({"changes": [{"phase": phase.name, **change}]})  # a checkpoint with it loads
 
 
-def test_attention_with_one_layer_for_all_three_loses_whole_heads() -> None:
-    network = nn.Sequential(nn.Linear(6, 32), FusedAttention(), nn.Linear(32, 4))
+@pytest.mark.parametrize(
+    "build",
+    [
+        FusedAttention,
+        lambda: NormedAttention(nn.LayerNorm),
+        lambda: NormedAttention(nn.RMSNorm),
+        lambda: NormedAttention(OwnNorm),
+    ],
+    ids=["plain", "layer-norm", "rms-norm", "own-norm"],
+)
+def test_attention_with_one_layer_for_all_three_loses_whole_heads(build: Callable[[], FusedAttention]) -> None:
+    network = nn.Sequential(nn.Linear(6, 32), build(), nn.Linear(32, 4))
     attention = network[1]
     assert isinstance(attention, FusedAttention)
     phase = Prune(layers={"1.qkv": 0.5}, round_to=1)
@@ -214,7 +259,20 @@ def test_attention_with_one_layer_for_all_three_loses_whole_heads() -> None:
     assert torch.equal(heads, heads[:1, :, :1] // 8 * 8 + torch.arange(8) + torch.tensor([0, 32, 64]).view(3, 1, 1))
     assert (attention.num_heads, attention.head_dim, attention.attn_dim) == (2, 8, 16)
     assert attention.proj.in_features == 16
+    assert not any("norm" in name for name in change["kept"])  # one norm for all heads, however many
     check_record({"changes": [{"phase": phase.name, **change}]})
+
+
+def test_attention_whose_code_keeps_its_size_is_left_alone_and_the_rest_is_cut() -> None:
+    network = nn.Sequential(nn.Linear(6, 32), SizedAttention(nn.LayerNorm), nn.Linear(32, 24), nn.Linear(24, 4))
+    inputs = Inputs((torch.randn(2, 5, 6),))
+    with pytest.raises(CompressionError, match=r"cutting it was tried .*invalid for input of size"):
+        Prune(layers={"1.qkv": 0.5}, round_to=1).plan(network, Clock(0, 0.0), [], SomeBatch(network, inputs))
+    change = cut(network, inputs, Prune(params=0.9, round_to=1))
+    assert any("invalid for input of size" in reason for reason in change["faulty"].values())
+    assert network[1].qkv.out_features == 96
+    assert network[1].proj.in_features == network[1].num_heads * network[1].head_dim == 32
+    assert network[2].out_features < 24
 
 
 @torch.jit.script
