@@ -348,12 +348,17 @@ def open_file(
     return Artifact(name, path, size_bytes(path), compressed_bytes(path), contents, runner, load_ms)
 
 
-def check_kernels(name: str, kernels: Kernels) -> None:
-    """Refuse reference kernels of a target whose runtime has none.
+def check_kernels(name: str, kernels: Kernels, max_fallback: float | None = None) -> None:
+    """Refuse reference kernels of a target whose runtime has none, and a limit on what they leave to a delegate.
 
     Raises:
-        ValueError: Naming the targets that have them.
+        ValueError: Naming the targets that have them, or the limit.
     """
+    if kernels == "reference" and max_fallback is not None:
+        raise ValueError(
+            f"max_fallback={max_fallback} limits what a delegate leaves to the CPU, and kernels='reference' has no "
+            "delegate, as a microcontroller has none; leave one of them out"
+        )
     if kernels == "reference" and not target(name).has_reference_kernels:
         raise ValueError(f"kernels='reference' is for files of tflite, and this is one of {name}; leave it out")
 

@@ -183,7 +183,7 @@ class Writers:
 
             return Pending(here)
         try:
-            check_kernels(target, running.kernels)
+            check_kernels(target, running.kernels, max_fallback)
             asked = ordered(model, target, path, forms=self._forms, **shape)
             with export_warnings() as messages:
                 prepared = asked.prepared()

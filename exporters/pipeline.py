@@ -81,7 +81,7 @@ def stage(
 
 def stage_order(asked: Order, running: Running) -> Staged:
     """Write, read back and load what was ordered; errors as for `stage`."""
-    check_kernels(asked.target, running.kernels)
+    check_kernels(asked.target, running.kernels, asked.max_fallback)
     place = StagedPath(asked.path)
     try:
         contents = written(asked.module, asked.prepared(), asked.path, place.staged, asked.options)

@@ -15,7 +15,8 @@ from lightning_edge.errors import ExportError
 from lightning_edge.interrupts import undisturbed
 from lightning_edge.locks import Lock
 
-_STAGING = ".staging-"
+# How the folders begin that files are written in, which runs that were killed leave.
+STAGING = ".staging-"
 # In a folder of ours: the mark that it is one, whose lock is held as long as its run is alive; and what stood there.
 _ALIVE, _OLD = ".lightning-edge.alive", "old"
 
@@ -129,7 +130,7 @@ def remove_folders(made: list[Path]) -> None:
 def _make_staging(parent: Path) -> tuple[Path, Lock]:
     """Make a folder for one `StagedPath`, with a lock that tells that its run is alive."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=parent))
         try:
             lock = Lock.take(folder / _ALIVE)
         except FileNotFoundError:
@@ -143,7 +144,7 @@ def _make_staging(parent: Path) -> tuple[Path, Lock]:
 
 def _sweep(parent: Path) -> None:
     """Remove what runs that are not alive any more have left behind."""
-    for folder in parent.glob(f"{_STAGING}*"):
+    for folder in parent.glob(f"{STAGING}*"):
         # Only what has our mark is ours, and only what nobody holds is left.
         with contextlib.suppress(OSError):
             if folder.is_symlink() or (lock := Lock.take(folder / _ALIVE, make=False)) is None:

@@ -17,9 +17,14 @@ from lightning_edge.wording import counted
 
 # Steps come from outputs in float32, and three of them come to 3.000001.
 _ROUNDING_STEPS = 1e-3
-# What the values of an int8 file may lie off by, where the network itself is not as far from itself; and how much
-# further than that: the same values are not tipped in both.
-_MAX_STEPS = 3.0
+# What an int8 file may lie off by where the network itself is not as far from itself, with what a verdict calls it; and
+# how much further than that: the same values are not tipped in both.
+_STEPS = {
+    "max_steps": ("largest difference", math.inf),
+    "most_steps": ("difference of all but 0.1 % of the values", 3.0),
+    "worst_mean_steps": ("mean difference at the worst position", 3.0),
+    "mean_steps": ("mean difference", 0.6),
+}
 _OVER_OWN = 1.5
 # How long calls are made in a row before one counts.
 _WARM_AFTER_NS = 1_000_000
@@ -36,13 +41,14 @@ class Tolerance:
 
     Attributes:
         max_steps: int8: largest difference of any output value, in quantization steps of that output; any if ``None``.
-        mean_steps: int8: mean difference, in quantization steps.
+        mean_steps: int8: mean difference, in quantization steps. ``None`` for 0.6, or for 1.5 times what the network's
+            own rounding moves the output by on average on the same samples, if that is more: how far it lies in
+            float32, as it was trained, from itself in float64.
         top1: Smallest share of samples whose largest output is the same class; ``None`` if the outputs are no classes.
         max_relative: fp32: largest difference over the largest absolute output.
         most_steps: int8: difference that 99.9 % of an output's values stay within; in a small set, all but as many as
             could be beyond it by chance (three standard deviations): none of 90 values, 3 of 640. ``None`` for 3, or
-            for 1.5 times what the network's own rounding moves as many values by on the same samples, if that is more:
-            how far it lies in float32, as it was trained, from itself in float64.
+            for 1.5 times what the network's own rounding moves as many values by, if that is more.
         worst_mean_steps: int8: mean difference over the samples, at the position of an output where it is largest: one
             class of a thousand, one pixel. ``None`` as for ``most_steps``.
 
@@ -51,14 +57,14 @@ class Tolerance:
     """
 
     max_steps: float | None = None
-    mean_steps: float = 0.6
+    mean_steps: float | None = None
     top1: float | None = 0.98
     max_relative: float = 1e-3
     most_steps: float | None = None
     worst_mean_steps: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "mean_steps", "max_relative", "most_steps", "worst_mean_steps"):
+        for name in (*_STEPS, "max_relative"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"Tolerance({name}={value!r}) is not allowed; give a number of 0 or more")
@@ -89,19 +95,27 @@ class Tolerance:
             )
         return found
 
+    def steps(self, name: str, own: OutputAgreement | None = None) -> float:
+        """Give a limit in steps: the user's, or ours, wider where the network's own rounding moves an output further.
+
+        Args:
+            name: Which: ``"max_steps"``, ``"most_steps"``, ``"worst_mean_steps"`` or ``"mean_steps"``.
+            own: What the network's own rounding moves the output by, where it was looked at.
+        """
+        given: float | None = getattr(self, name)
+        if given is not None:
+            return given
+        rounded = None if own is None else getattr(own, name)
+        least = _STEPS[name][1]
+        return least if rounded is None else max(least, _OVER_OWN * rounded)
+
     def _of_output(self, output: OutputAgreement, precision: Precision, own: OutputAgreement | None) -> list[str]:
         found = []
         if precision == "int8":
-            most = _limit(self.most_steps, None if own is None else own.most_steps)
-            worst = _limit(self.worst_mean_steps, None if own is None else own.worst_mean_steps)
-            for said, value, limit in (
-                ("largest difference", output.max_steps, math.inf if self.max_steps is None else self.max_steps),
-                ("difference of all but 0.1 % of the values", output.most_steps, most),
-                ("mean difference at the worst position", output.worst_mean_steps, worst),
-                ("mean difference", output.mean_steps, self.mean_steps),
-            ):
+            for name, (said, _) in _STEPS.items():
+                value, limit = getattr(output, name), self.steps(name, own)
                 if value is not None and not value <= limit + _ROUNDING_STEPS:
-                    found.append(f"{said} {value:.4g} quantization steps, allowed {limit:g}")
+                    found.append(f"{said} {value:.4g} quantization steps, allowed {limit:.4g}{_own_words(name, own)}")
         if (precision == "fp32" or output.max_steps is None) and not output.max_relative <= self.max_relative:
             found.append(
                 f"largest difference {output.max_relative:.3g} of the largest output, allowed {self.max_relative:g}"
@@ -109,11 +123,9 @@ class Tolerance:
         return found
 
 
-def _limit(given: float | None, own: float | None) -> float:
-    """The user's limit of a difference in steps, or ours, wider where the network's own rounding moves it further."""
-    if given is not None:
-        return given
-    return _MAX_STEPS if own is None else max(_MAX_STEPS, _OVER_OWN * own)
+def _own_words(name: str, own: OutputAgreement | None) -> str:
+    value = None if own is None else getattr(own, name)
+    return "" if value is None else f" (the network's own rounding in float32: {value:.3g})"
 
 
 @dataclass(frozen=True)

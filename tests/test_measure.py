@@ -193,17 +193,28 @@ def test_the_own_rounding_of_an_output_widens_its_limits() -> None:
     assert Tolerance().violations(found, "int8") == [told]
     assert Tolerance().violations(found, "int8", rounding=two(4.0, 0.0)) == []  # 1.5 times as far
     # Of another output it says nothing, and of what lies further off not enough.
-    assert Tolerance().violations(found, "int8", rounding=two(1.0, 9.0)) == [told]
+    assert Tolerance().violations(found, "int8", rounding=two(1.0, 9.0)) == [
+        f"{told} (the network's own rounding in float32: 1)"
+    ]
     assert "6 quantization steps, allowed 4.5" in Tolerance().violations(found, "int8", (), two(3.0, 0.0))[0]
-    # The worst position is held to the worst position, and the mean to its limit.
+    # The worst position is held to the worst position, and the mean to the mean.
     worst = two(2.0, worst=7.0)
     (line,) = Tolerance().violations(worst, "int8", (), two(8.0, worst=1.0))
     assert "worst position 7 quantization steps, allowed 3" in line
     assert Tolerance().violations(worst, "int8", (), two(2.0, worst=6.0)) == []
-    (line,) = Tolerance().violations(two(2.0, worst=7.0, mean=0.7), "int8", (), two(2.0, worst=6.0, mean=0.7))
-    assert "mean difference 0.7" in line
+    far = two(2.0, mean=2.3)
+    assert Tolerance().violations(far, "int8", (), two(2.0, mean=1.6)) == []
+    (line,) = Tolerance().violations(far, "int8", (), two(2.0, mean=1.15))
+    assert line.endswith(
+        "mean difference 2.3 quantization steps, allowed 1.725 (the network's own rounding in float32: 1.15)"
+    )
+    (line,) = Tolerance().violations(far, "int8", (), two(9.0, worst=9.0, mean=0.2))
+    assert line.endswith("allowed 0.6 (the network's own rounding in float32: 0.2)")
+    (line,) = Tolerance().violations(far, "int8")
+    assert line.endswith("allowed 0.6")
     # A limit that the user states holds.
     assert len(Tolerance(most_steps=4.0).violations(found, "int8", rounding=two(5.0, 0.0))) == 1
+    assert len(Tolerance(mean_steps=0.6).violations(far, "int8", rounding=two(2.0, mean=1.6))) == 1
     assert len(Tolerance(worst_mean_steps=4.0).violations(worst, "int8", rounding=two(2.0, worst=6.0))) == 1
 
 

@@ -52,16 +52,20 @@ def judge(
     violations = tolerance.violations(agreement, precision, names)
     if not violations:
         return Judgement("close", _distance(agreement))
+    own = None
     if precision == "int8" and rounding is not None:
         least = tolerance.violations(agreement, precision, names, _without_limit(agreement))
         if len(least) < len(violations):
-            violations = tolerance.violations(agreement, precision, names, rounding())
-    if not violations:
-        return Judgement("close", (*_distance(agreement), "the network's own rounding moves it as far"))
+            own = rounding()
+            violations = tolerance.violations(agreement, precision, names, own)
+    if own is not None and not violations:
+        by = f"{own.mean_steps:.2g} on average, {own.max_steps:.3g} at most"
+        as_far = f"the network's own rounding in float32 moves it as far ({by})"
+        return Judgement("close", (*_distance(agreement), as_far))
     reasons = (*violations, *_noise(agreement), *cost)
     if change is not None and (change.kept or change.lost):
         return Judgement("broken" if change.lost else "differs", reasons)
-    return Judgement("broken" if _is_something_else(agreement, tolerance) else "differs", reasons)
+    return Judgement("broken" if _is_something_else(agreement, tolerance, own) else "differs", reasons)
 
 
 def _is_exact(agreement: Agreement, precision: Precision) -> bool:
@@ -72,14 +76,18 @@ def _is_exact(agreement: Agreement, precision: Precision) -> bool:
 
 def _without_limit(agreement: Agreement) -> Agreement:
     """A rounding so large that no limit that follows it holds."""
-    unbounded = OutputAgreement(most_steps=math.inf, worst_mean_steps=math.inf)
+    unbounded = OutputAgreement(mean_steps=math.inf, most_steps=math.inf, worst_mean_steps=math.inf)
     return Agreement(agreement.samples, None, (unbounded,) * len(agreement.outputs))
 
 
-def _is_something_else(agreement: Agreement, tolerance: Tolerance) -> bool:
+def _is_something_else(agreement: Agreement, tolerance: Tolerance, own: Agreement | None) -> bool:
     ratio = _snr_db(agreement)
     other_classes = agreement.top1 is not None and agreement.top1 < _OTHER_CLASSES and ratio < _OTHER_CLASSES_DB
-    far = agreement.mean_steps is not None and agreement.mean_steps > _TIMES_CLOSE * tolerance.mean_steps
+    owns = (None,) * len(agreement.outputs) if own is None else own.outputs
+    far = any(
+        output.mean_steps is not None and output.mean_steps > _TIMES_CLOSE * tolerance.steps("mean_steps", of_own)
+        for output, of_own in zip(agreement.outputs, owns, strict=True)
+    )
     return other_classes or far or ratio < _NOISE_DB
 
 

@@ -49,7 +49,8 @@ class EvaluationSettings:
 
     Raises:
         ValueError: If a target or one of its options is unknown, ``max_fallback``, ``name`` or ``jobs`` is out of its
-            range, or there is a budget's device, and no target's files run there.
+            range, or there is a budget's device, and no target's files run there, or it has no delegate that
+            ``max_fallback`` could limit.
     """
 
     targets: Sequence[str]
@@ -76,7 +77,7 @@ class EvaluationSettings:
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r} is not the first part of a file's name; dirpath names the folder")
         check_names(self.devices)
-        check_board(self.budget, self.targets, self.options)
+        check_board(self.budget, self.targets, self.options, self.max_fallback)
 
     def _check_types(self) -> None:
         """Refuse plain dicts, which a configuration takes and Python does not."""
@@ -116,11 +117,16 @@ class EvaluationSettings:
         return self.tolerance
 
 
-def check_board(budget: Budget | None, targets: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a budget of a device that runs none of the files.
+def check_board(
+    budget: Budget | None,
+    targets: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]],
+    max_fallback: float | None = None,
+) -> None:
+    """Refuse a budget of a device that runs none of the files, or that has no delegate where one is asked for.
 
     Raises:
-        ValueError: Naming what it runs.
+        ValueError: Naming what it runs, or the limit.
     """
     board = None if budget is None else budget.board()
     if board is None:
@@ -129,6 +135,11 @@ def check_board(budget: Budget | None, targets: Sequence[str], options: Mapping[
         raise ValueError(
             f"budget: device={board.name!r} runs files of {', '.join(board.targets)}, and targets={list(targets)} has "
             "none of them; add one, or leave the device out"
+        )
+    if max_fallback is not None and board.is_microcontroller:
+        raise ValueError(
+            f"budget: device={board.name!r} is a microcontroller, which has no delegate, and "
+            f"max_fallback={max_fallback} limits what one leaves to the CPU; leave the limit or the device out"
         )
     for target in board.targets:
         scheme = options.get(target, {}).get("scheme")

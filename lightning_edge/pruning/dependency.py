@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,12 +25,14 @@ class Watch(TorchFunctionMode):
     Attributes:
         shapes: Of each view, by its autograd function: the shape before and after.
         counts: Of each split, by its autograd function: how many outputs it has.
+        parts: Of each split of the last dimension of ``(batch, positions, channels)``: the sizes.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.counts: dict[Any, int] = {}
+        self.parts: dict[Any, list[int]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -42,6 +45,8 @@ class Watch(TorchFunctionMode):
         elif type(result) in (tuple, list) and result and _is_split(result):
             parts = _by_sizes(args[0], result) if args else result
             self.counts[parts[0].grad_fn] = len(parts)
+            if args and _splits_rows(args[0], parts[0]):
+                self.parts[parts[0].grad_fn] = [part.shape[-1] for part in parts]
             return type(result)(part * 1 for part in parts)
         return result
 
@@ -56,6 +61,10 @@ def _by_sizes(x: Any, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         return parts
     axes = [axis for axis in range(x.dim()) if x.shape[axis] != parts[0].shape[axis]]
     return x.split([part.shape[axes[0]] for part in parts], axes[0]) if axes else parts
+
+
+def _splits_rows(x: Any, part: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.dim() == part.dim() == 3 and x.shape[:2] == part.shape[:2]
 
 
 def _name(value: Tensor) -> str:
@@ -94,6 +103,8 @@ def dependency_graph(watch: Watch) -> Any:
             for node in self.module2node.values():
                 if node.grad_fn in watch.shapes:
                     _map_rows(node, *watch.shapes[node.grad_fn])
+                if node.grad_fn in watch.parts:
+                    _map_parts(node, watch.parts[node.grad_fn])
             self._most = _PASSES * sum(math.prod(after[1:]) for _, after in watch.shapes.values())
             _watch_views(self)
             return result
@@ -177,6 +188,21 @@ def _map_rows(node: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Non
         dep.index_mapping[0] = _Rows(after[1], after[2], to_row=way.reverse)
     if flattened:
         node.type = ops.OPTYPE.ELEMENTWISE  # or it is mapped again, its own way
+
+
+def _map_parts(node: Any, sizes: list[int]) -> None:
+    """Say which channels go into which part: torch-pruning maps only splits of the second dimension, that of images."""
+    from torch_pruning.dependency.index_mapping import _SplitIndexMapping
+
+    if len(node.outputs) != len(sizes):
+        return
+    offsets = [0, *accumulate(sizes)]
+    node.module.split_sizes, node.module.offsets = sizes, offsets
+    for part, ends in zip(node.outputs, pairwise(offsets), strict=True):
+        for source, target in ((node, part), (part, node)):
+            for dep in source.dependencies:
+                if dep.target is target:
+                    dep.index_mapping[0] = _SplitIndexMapping(offset=ends, reverse=source is part)
 
 
 def _watch_views(graph: Any) -> None:

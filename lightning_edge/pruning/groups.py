@@ -166,6 +166,7 @@ class Reading:
             group.way, group.counters = way.name, dict(way.counters)
         layers: list[tuple[nn.Module, str, Channels, Integers, Integers]] = []
         parameters: list[tuple[Tensor, int, Integers, Integers]] = []
+        shared = 0 if way is None else way.shared
         every = list(range(len(found[0].idxs)))
         straight = np.arange(len(every))
         union = _Union(len(every))
@@ -186,6 +187,8 @@ class Reading:
                 if sizes and len(set(sizes)) == 1 and sum(sizes) == len(indices):
                     union.lockstep(indices, origin, len(sizes))
             elif isinstance(node.module, nn.Parameter):
+                if node.module.numel() == node.module.shape[node.pruning_dim] == shared < len(indices):
+                    continue  # a vector, as a norm's scale is
                 union.merge(indices, origin)
                 parameters.append((node.module, node.pruning_dim, indices, origin))
             elif id(node.module) in self.modules:
@@ -198,6 +201,8 @@ class Reading:
                 described = channels_of(node.module, side) if why is None else f"torch-pruning cannot trace that: {why}"
                 if isinstance(described, str):
                     group.reason = group.reason or f"its channels reach {name or 'the network'!r}, and {described}"
+                    continue
+                if side == "both" and described.count == shared < len(indices):
                     continue
                 union.merge(indices, origin)
                 if described.blocks > 1:

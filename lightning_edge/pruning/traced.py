@@ -72,12 +72,17 @@ def trace(network: nn.Module, inputs: Inputs) -> Structure:
             ) from error
         run = _run(network, inputs, untraced)
     reading = Reading(network, run.graph, run.watch, untraced)
-    groups = [reading.group(group) for group in run.found]
-    for group, channels in zip(groups, run.found, strict=True):
-        if not group.reason:
-            others = [reading.group(channels, way) for way in reading.ways(group, channels)]
-            group.others = [other for other in others if not other.reason]
-    return Structure(groups, run.positions, inputs)
+    return Structure([_by_any_way(reading, channels) for channels in run.found], run.positions, inputs)
+
+
+def _by_any_way(reading: Reading, channels: Any) -> Group:
+    """Read a group with its other ways; by the first of these where its channels cannot go alone."""
+    group = reading.group(channels)
+    others = [other for way in reading.ways(group, channels) if not (other := reading.group(channels, way)).reason]
+    if group.reason and others:
+        group = others.pop(0)
+    group.others = others
+    return group
 
 
 def _run(network: nn.Module, inputs: Inputs, untraced: Mapping[str, str]) -> _Run:

@@ -27,6 +27,8 @@ class Way:
         keys: Which channels only go together: those with one key.
         roots: The root's channel of each key.
         counters: How many of what (module, attribute) counts one unit holds; the network's own, such as ``num_heads``.
+        shared: How many channels a head has, where heads go whole: what holds as many, as a norm of the queries does,
+            holds them for all heads and loses none. 0: nothing is for all.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Way:
     keys: Integers
     roots: Integers
     counters: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    shared: int = 0
 
 
 def of_heads(
@@ -63,14 +66,14 @@ def of_heads(
     whole = {name: 1 for name, value in counts.items() if value == heads and name not in widths}
     every = {name: 1 for name, value in counts.items() if value == width and name in widths}
     both = {name for name, value in counts.items() if value == heads * width and name in widths}
-    for label, keys, units, own, held in (
-        ("whole heads", indices // width % heads, heads, whole, width),
-        ("equal heads", indices % width, width, every, heads),
+    for label, keys, units, own, held, shared in (
+        ("whole heads", indices // width % heads, heads, whole, width, width),
+        ("equal heads", indices % width, width, every, heads, 0),
     ):
-        yield Way(label, units, keys, roots)
+        yield Way(label, units, keys, roots, shared=shared)
         counters = {(owner, name): count for name, count in (own | dict.fromkeys(both, held)).items()}
         if counters:
-            yield Way(f"{label}, counted", units, keys, roots, counters)
+            yield Way(f"{label}, counted", units, keys, roots, counters, shared)
 
 
 def of_parts(network: nn.Module, maker: str, sizes: Sequence[int], indices: Integers, roots: Integers) -> Iterator[Way]:

@@ -238,6 +238,17 @@ def without_edge_callbacks(config: Mapping[str, Any]) -> dict[str, Any]:
     return alone
 
 
+def with_callback(
+    config: Mapping[str, Any], class_path: str, arguments: Mapping[str, Any], *, first: bool = False
+) -> dict[str, Any]:
+    """Give a configuration with one callback more, behind all others or in front of them."""
+    more: dict[str, Any] = copy.deepcopy(dict(config))
+    added = [{"class_path": class_path, "init_args": dict(arguments)}]
+    given = _callbacks(more)
+    more["trainer"]["callbacks"] = [*added, *given] if first else [*given, *added]
+    return more
+
+
 def _evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
     return next(callback for callback in _callbacks(config) if _class_name(callback) == _EVALUATION)
 

@@ -154,7 +154,7 @@ def parse_definition(text: str, path: Path) -> Definition:
             raise SweepError(f"{key}: it is missing; a sweep file needs {', '.join(_REQUIRED)}")
     space = read_space(given["space"])
     total = count(space)
-    trials = _whole("trials", given.get("trials", 24 if total is None else total))
+    trials = strict_yaml.whole("trials", given.get("trials", 24 if total is None else total))
     return Definition(
         study=path.stem,
         text=text,
@@ -163,7 +163,7 @@ def parse_definition(text: str, path: Path) -> Definition:
         objectives=read_objectives(given["objectives"]),
         constraints=read_constraints(given.get("constraints")),
         trials=trials,
-        seeds=_whole("seeds", given.get("seeds", 1)),
+        seeds=strict_yaml.whole("seeds", given.get("seeds", 1)),
         sampler=_sampler(given.get("sampler"), total, trials),
         warm_start=_warm_start(given.get("warm_start"), path),
         stop_early=None if given.get("stop_early") is None else read_stop_early(given["stop_early"]),
@@ -241,14 +241,8 @@ def _warm_start(given: Any, path: Path) -> str | int | None:
     if isinstance(given, str) and given:
         return _beside(given, path)
     if isinstance(given, dict) and set(given) == {"epochs"}:
-        return _whole("warm_start.epochs", given["epochs"])
+        return strict_yaml.whole("warm_start.epochs", given["epochs"])
     raise SweepError(f"warm_start: given {given!r}; allowed: the path of a checkpoint, or {{epochs: <number>}}")
-
-
-def _whole(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SweepError(f"{key}: given {value!r}; allowed: a whole number from 1 on")
-    return value
 
 
 def _sampler(given: Any, total: int | None, trials: int) -> SamplerName:

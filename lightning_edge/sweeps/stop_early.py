@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning_edge.condition import Condition, read_condition
 from lightning_edge.errors import SweepError
+from lightning_edge.sweeps.base import with_callback
+from lightning_edge.sweeps.strict_yaml import whole
 
 _KEYS = ("when", "after_epochs")
 
@@ -34,9 +36,7 @@ def read_stop_early(given: Any) -> StopEarly:
     """
     if not isinstance(given, dict) or not {"when"} <= set(given) <= set(_KEYS) or not isinstance(given["when"], str):
         raise SweepError(f"stop_early: given {given!r}; allowed: {{when: val_acc < 0.6, after_epochs: 5}}")
-    epochs = given.get("after_epochs", 1)
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise SweepError(f"stop_early.after_epochs: given {epochs!r}; allowed: a whole number from 1 on")
+    epochs = whole("stop_early.after_epochs", given.get("after_epochs", 1))
     try:
         return StopEarly(read_condition(given["when"]), epochs)
     except ValueError as error:
@@ -45,13 +45,7 @@ def read_stop_early(given: Any) -> StopEarly:
 
 def with_stop(config: Mapping[str, Any], stop_early: StopEarly | None) -> dict[str, Any]:
     """Give a configuration whose training ends then; as it is without ``stop_early``."""
-    found: dict[str, Any] = copy.deepcopy(dict(config))
     if stop_early is None:
-        return found
-    given = found["trainer"].get("callbacks") or []
-    stop = {
-        "class_path": "lightning_edge.callbacks.stop_trial.StopTrial",
-        "init_args": {"when": str(stop_early.when), "after_epochs": stop_early.after_epochs},
-    }
-    found["trainer"]["callbacks"] = [*(given if isinstance(given, list) else [given]), stop]
-    return found
+        return copy.deepcopy(dict(config))
+    arguments = {"when": str(stop_early.when), "after_epochs": stop_early.after_epochs}
+    return with_callback(config, "lightning_edge.callbacks.stop_trial.StopTrial", arguments)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_edge.errors import SweepError, first_line, require
-from lightning_edge.files import replace_text
+from lightning_edge.files import STAGING, replace_text
 from lightning_edge.sweeps.definition import Definition, parse_definition
 from lightning_edge.sweeps.locks import held
 from lightning_edge.sweeps.samplers import EXTRA, sampler
@@ -24,8 +24,8 @@ JOURNAL, COPY, FOLDER_ID, LOCK = "journal.log", "sweep.yaml", "folder-id", "swee
 # A worker with a database says so often that it is alive, and is given up after so long a silence.
 BEAT_S, SILENCE_S = 20, 120
 _IDENTITY = "sweep"
-# The lock of a process that comes first, and what agents of W&B have trained.
-_NO_MATTER = (LOCK, "agent")
+# What a process leaves that comes first or was killed before it wrote the copy, and what agents of W&B have trained.
+_NO_MATTER = re.compile(rf"{re.escape(LOCK)}|agent|{re.escape(JOURNAL)}.*|{re.escape(STAGING)}.*")
 _PASSWORD = re.compile(r"(?<=://)[^@/]*@")
 
 
@@ -92,7 +92,7 @@ def check_folder(definition: Definition, folder: Path) -> None:
         _check_same(
             definition.identity(), kept.identity(), f"{folder} is the folder of another sweep", "give another --folder"
         )
-    elif folder.exists() and any(entry.name not in _NO_MATTER for entry in folder.iterdir()):
+    elif folder.exists() and any(not _NO_MATTER.fullmatch(entry.name) for entry in folder.iterdir()):
         raise SweepError(f"{folder} holds other files; give an empty or a new folder as --folder")
 
 

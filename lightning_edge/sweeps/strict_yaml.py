@@ -42,6 +42,17 @@ def load(text: str, name: str) -> Any:
         raise SweepError(str(error)) from error
 
 
+def whole(key: str, value: Any) -> int:
+    """Give a value that is a whole number from 1 on.
+
+    Raises:
+        SweepError: Naming the key, if it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SweepError(f"{key}: given {value!r}; allowed: a whole number from 1 on")
+    return value
+
+
 def dump(value: Any) -> str:
     """Write plain values as YAML, in their order."""
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120))

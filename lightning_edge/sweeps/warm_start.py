@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from lightning_edge.sweeps.base import in_folder, without_edge_callbacks
+from lightning_edge.sweeps.base import in_folder, with_callback, without_edge_callbacks
 from lightning_edge.sweeps.fit import LOG, Fit, InterruptedFitError, tail, train, why_it_failed
 from lightning_edge.sweeps.locks import take
 from lightning_edge.sweeps.objectives import TrialFailedError
@@ -76,11 +75,7 @@ def common_start(
 
 def beginning_from(config: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Give a configuration whose training begins with the weights of a checkpoint."""
-    begun: dict[str, Any] = copy.deepcopy(dict(config))
-    given = begun["trainer"].get("callbacks") or []
-    start = {"class_path": "lightning_edge.WarmStart", "init_args": {"checkpoint": str(checkpoint)}}
-    begun["trainer"]["callbacks"] = [start, *(given if isinstance(given, list) else [given])]
-    return begun
+    return with_callback(config, "lightning_edge.WarmStart", {"checkpoint": str(checkpoint)}, first=True)
 
 
 def _configuration(config: Mapping[str, Any], epochs: int, folder: Path) -> dict[str, Any]:
@@ -88,16 +83,12 @@ def _configuration(config: Mapping[str, Any], epochs: int, folder: Path) -> dict
     trainer = alone["trainer"]
     # A base may keep no checkpoints of its own; this one is wanted.
     trainer |= {"max_epochs": epochs, "max_steps": -1, "enable_checkpointing": True}
-    saver = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {
-            "dirpath": str(folder),
-            "filename": Path(_WRITTEN).stem,
-            "enable_version_counter": False,
-            # Lightning refuses two that look the same to it; one of the user's is not likely to have this.
-            "every_n_epochs": epochs,
-            "save_on_train_epoch_end": True,
-        },
+    arguments = {
+        "dirpath": str(folder),
+        "filename": Path(_WRITTEN).stem,
+        "enable_version_counter": False,
+        # Lightning refuses two that look the same to it; one of the user's is not likely to have this.
+        "every_n_epochs": epochs,
+        "save_on_train_epoch_end": True,
     }
-    trainer["callbacks"] = [*trainer["callbacks"], saver]
-    return alone
+    return with_callback(alone, "lightning.pytorch.callbacks.ModelCheckpoint", arguments)

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_edge import EdgeCompressionCallback, Factorize, Prune, Quantize, Sparsify, load_compressed
@@ -45,10 +46,17 @@ def data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(images, labels), batch_size=16)
 
 
-def fit(names: str, *callbacks: L.Callback, resume: Path | None = None, loader: Any = None, **settings: Any) -> Any:
+def fit(
+    names: str,
+    *callbacks: L.Callback,
+    resume: Path | None = None,
+    loader: Any = None,
+    new: Callable[[], L.LightningModule] = subject.Task,
+    **settings: Any,
+) -> Any:
     """Train a fresh task; give it, its Trainer and the state that must be the same bit by bit."""
     L.seed_everything(0, verbose=False)
-    task = subject.Task()
+    task = new()
     settings = {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **settings}
     edge = [EdgeCompressionCallback(subject.phases(names))] if names else []
     trainer = L.Trainer(
@@ -94,6 +102,42 @@ def test_resuming_is_bitwise_exact(tmp_path: Path, names: str) -> None:
     loaded = load_compressed(path, subject.Task())
     images = next(iter(data()))[0]
     assert torch.equal(loaded.network(images), whole.eval().network(images))  # type: ignore[operator]
+
+
+class Recurrent(subject.Task):  # type: ignore[misc, name-defined]
+    """A classification of sequences, by a recurrent layer that is written out step by step in int8."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.network = nn.Sequential(kind(5, 6, batch_first=True), LastStep(), nn.Linear(6, 3))
+
+
+class LastStep(nn.Module):
+    def forward(self, given: tuple[Tensor, Any]) -> Tensor:
+        return given[0][:, -1]
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_recurrent_layers_in_int8_resume_exactly(tmp_path: Path, kind: type[nn.RNNBase]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sequences, labels = torch.randn(32, 4, 5, generator=generator), torch.randint(0, 3, (32,), generator=generator)
+    settings: dict[str, Any] = {
+        "new": lambda: Recurrent(kind),
+        "loader": DataLoader(TensorDataset(sequences, labels), batch_size=16),
+    }
+    whole, _, expected = fit("quantize", every_epoch(tmp_path), **settings)
+    called = {str(node.target) for node in whole.network.edge_quantizers.bind().graph.nodes}
+    assert "aten.sigmoid.default" in called  # of a gate
+    assert not {"aten.gru.input", "aten.lstm.input"} & called
+    for epoch in (4, 5, 6):  # int8 begins with the sixth
+        *_, found = fit("quantize", resume=tmp_path / f"epoch={epoch}.ckpt", **settings)
+        assert subject.equal(found, expected), f"resumed after epoch {epoch}"
+    path = tmp_path / f"epoch={subject.EPOCHS - 1}.ckpt"
+    loaded = load_compressed(path, Recurrent(kind))
+    assert torch.equal(loaded.network(sequences), whole.eval().network(sequences))  # type: ignore[operator]
+    # Without either the ranges have no place, as for every other network.
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*edge_quantizers"):
+        Recurrent.load_from_checkpoint(path, kind=kind)
 
 
 class StatefulLoader:

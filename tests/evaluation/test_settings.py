@@ -22,6 +22,10 @@ from lightning_edge.reporting.budget import Budget
         ({"targets": ["tflite"], "options": {"coreml": {}}}, "options are given for 'coreml'"),
         ({"targets": ["tflite"], "options": {"tflite": {"io": "int4"}}}, "io='int4' is not one of"),
         ({"targets": ["tflite"], "max_fallback": 2}, "max_fallback=2 is not allowed"),
+        (
+            {"targets": ["tflite", "onnx"], "max_fallback": 0.1, "budget": Budget(device="nrf5340")},
+            r"device='nrf5340' is a microcontroller, which has no delegate, and max_fallback=0.1 .* leave",
+        ),
         ({"targets": ["tflite"], "name": ""}, "name='' is not the first part of a file's name"),
         ({"targets": ["tflite"], "name": "files/model"}, "name='files/model' is not the first part of a file's name"),
     ],

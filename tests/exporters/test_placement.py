@@ -131,6 +131,13 @@ def test_a_share_that_is_none_is_refused(tmp_path: Path) -> None:
         stage(network("difference", "int8"), "tflite", tmp_path / "net.tflite", max_fallback=1.5)
 
 
+def test_a_limit_on_a_delegate_that_is_not_asked_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.tflite"
+    with pytest.raises(ValueError, match=r"max_fallback=0.1 limits what a delegate leaves .* kernels='reference' has"):
+        export(network("difference", "int8"), "tflite", path, kernels="reference", max_fallback=0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_limit_that_cannot_be_checked_is_told() -> None:
     unknown = Placements.of("op support", [("conv", "any unit", 1)])
     for placements in (None, unknown):

@@ -122,11 +122,86 @@ class FusedAttention(nn.Module):
         self.attn_dim = 32
         self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
 
+    def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return query, key
+
+    def width(self, x: Tensor) -> int:
+        return self.attn_dim
+
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
         query, key, value = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(query, key, value)
-        return x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+        attended = functional.scaled_dot_product_attention(*self.normed(query, key), value)
+        return x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, self.width(x)))
+
+
+class OwnNorm(nn.Module):
+    """An RMSNorm of the network's own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class NormedAttention(FusedAttention):
+    """Queries and keys are normalized, by one norm for all heads (timm's ``qk_norm=True``)."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = norm(8), norm(8)
+
+    def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q_norm(query), self.k_norm(key)
+
+
+class SizedAttention(NormedAttention):
+    """What comes out has the size of what came in."""
+
+    def width(self, x: Tensor) -> int:
+        return x.shape[-1]
+
+
+class ChunkedAttention(NormedAttention):
+    """Query, key and value are chunks of what one layer gives (nanoGPT)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
+        )
+        attended = functional.scaled_dot_product_attention(*self.normed(query, key), value)
+        return x + self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class SplitHeads(nn.Module):
+    """LeViT: each head is split into its query, its key, and a value twice as wide, and has biases of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.key_dim, self.val_dim, self.val_attn_dim = 4, 4, 8, 32
+        self.qkv, self.proj = nn.Linear(32, 64), nn.Linear(32, 32)
+        self.biases = nn.Parameter(torch.randn(4, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).view(*x.shape[:2], self.num_heads, -1)
+        query, key, value = heads.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        scores = query.permute(0, 2, 1, 3) @ key.permute(0, 2, 3, 1) + self.biases
+        attended = (scores.softmax(-1) @ value.permute(0, 2, 1, 3)).transpose(1, 2)
+        return x + self.proj(attended.reshape(*x.shape[:2], self.val_attn_dim))
+
+
+class GatedLinear(nn.Module):
+    """One half weighs the other, and the halves are of the last dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(32, 48), nn.Linear(24, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, passed = self.both(x).chunk(2, -1)
+        return x + self.out(gate.sigmoid() * passed)
 
 
 def cut(network: nn.Module, inputs: Inputs, phase: Prune) -> Change:
@@ -202,8 +277,20 @@ def test_attention_loses_whole_heads(kind: type[Attention]) -> None:
     check_record({"changes": [{"phase": phase.name, **change}]})  # a checkpoint with it loads
 
 
-def test_attention_with_one_layer_for_all_three_loses_whole_heads() -> None:
-    network = nn.Sequential(nn.Linear(6, 32), FusedAttention(), nn.Linear(32, 4))
+@pytest.mark.parametrize(
+    "build",
+    [
+        FusedAttention,
+        lambda: NormedAttention(nn.LayerNorm),
+        lambda: NormedAttention(nn.RMSNorm),
+        lambda: NormedAttention(OwnNorm),
+        lambda: ChunkedAttention(nn.Identity),
+        lambda: ChunkedAttention(nn.LayerNorm),
+    ],
+    ids=["plain", "layer-norm", "rms-norm", "own-norm", "chunks", "chunks-layer-norm"],
+)
+def test_attention_with_one_layer_for_all_three_loses_whole_heads(build: Callable[[], FusedAttention]) -> None:
+    network = nn.Sequential(nn.Linear(6, 32), build(), nn.Linear(32, 4))
     attention = network[1]
     assert isinstance(attention, FusedAttention)
     phase = Prune(layers={"1.qkv": 0.5}, round_to=1)
@@ -212,9 +299,43 @@ def test_attention_with_one_layer_for_all_three_loses_whole_heads() -> None:
     assert before == 96
     heads = kept.view(3, 2, 8)
     assert torch.equal(heads, heads[:1, :, :1] // 8 * 8 + torch.arange(8) + torch.tensor([0, 32, 64]).view(3, 1, 1))
-    assert (attention.num_heads, attention.head_dim, attention.attn_dim) == (2, 8, 16)
+    assert (attention.num_heads, attention.head_dim) == (2, 8)
+    assert isinstance(attention, ChunkedAttention) or attention.attn_dim == 16
     assert attention.proj.in_features == 16
+    assert not any("norm" in name for name in change["kept"])  # one norm for all heads, however many
     check_record({"changes": [{"phase": phase.name, **change}]})
+
+
+def test_heads_that_are_split_unequally_are_left_alone_and_the_rest_is_cut() -> None:
+    network = nn.Sequential(nn.Linear(6, 32), SplitHeads(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 4))
+    inputs = Inputs((torch.randn(2, 5, 6),))
+    with pytest.raises(CompressionError, match=r"'1\.qkv' names only layers that keep .* because its channels do not"):
+        cut(network, inputs, Prune(layers={"1.qkv": 0.5}, round_to=1))
+    cut(network, inputs, Prune(macs=0.6, round_to=1))
+    assert network[1].qkv.out_features == 64
+    assert network[1].qkv.in_features < 32
+    assert network[2].out_features < 24
+
+
+def test_gates_in_the_last_dimension_go_with_what_they_weigh() -> None:
+    network = nn.Sequential(nn.Linear(6, 32), GatedLinear(), nn.Linear(32, 4))
+    change = cut(network, Inputs((torch.randn(2, 5, 6),)), Prune(layers={"1.both": 0.5}, round_to=1))
+    ((_, kept, _),) = change["kept"]["1.both.bias"]
+    gates, passed = kept.chunk(2)
+    assert torch.equal(gates + 24, passed)
+    assert network[1].out.in_features == len(gates) == 12
+
+
+def test_attention_whose_code_keeps_its_size_is_left_alone_and_the_rest_is_cut() -> None:
+    network = nn.Sequential(nn.Linear(6, 32), SizedAttention(nn.LayerNorm), nn.Linear(32, 24), nn.Linear(24, 4))
+    inputs = Inputs((torch.randn(2, 5, 6),))
+    with pytest.raises(CompressionError, match=r"cutting it was tried .*invalid for input of size"):
+        Prune(layers={"1.qkv": 0.5}, round_to=1).plan(network, Clock(0, 0.0), [], SomeBatch(network, inputs))
+    change = cut(network, inputs, Prune(params=0.9, round_to=1))
+    assert any("invalid for input of size" in reason for reason in change["faulty"].values())
+    assert network[1].qkv.out_features == 96
+    assert network[1].proj.in_features == network[1].num_heads * network[1].head_dim == 32
+    assert network[2].out_features < 24
 
 
 @torch.jit.script

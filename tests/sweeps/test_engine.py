@@ -340,6 +340,35 @@ def test_a_folder_that_another_process_is_making_is_waited_for(tmp_path: Path) -
     assert len(opened) == 1
 
 
+def test_a_process_that_is_killed_before_the_copy_is_written_leaves_a_folder_to_go_on_in(tmp_path: Path) -> None:
+    killed = """
+import os, sys
+from pathlib import Path
+from lightning_edge.files import StagedPath
+from sweep_files import engine
+StagedPath.accept = lambda self: os.kill(os.getpid(), 9)
+engine(Path(sys.argv[1]))
+"""
+    folder = tmp_path / "sweep"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ended = subprocess.run([sys.executable, "-c", killed, str(folder)], env=environment, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    left = [path.name for path in folder.iterdir()]
+    assert "sweep.yaml" not in left
+    assert any(name.startswith(".staging-") for name in left)
+    assert "journal.log" in left
+    assert len(engine(folder).run().front.trials) == 6
+    assert not [path for path in folder.iterdir() if path.name.startswith(".staging-")]
+    # The journal says whose it is.
+    (folder / "sweep.yaml").unlink()
+    for path in folder.glob("trial-*"):
+        path.rename(tmp_path / path.name)
+    for name in ("folder-id", "front.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(SweepError, match="its space is"):
+        engine(folder, GRID.replace("0.75, ", ""))
+
+
 def test_trials_of_another_storage_are_not_overwritten(tmp_path: Path) -> None:
     engine(tmp_path / "sweep").run()
     with pytest.raises(SweepError, match="trial-0000 is of a study in another storage"):

@@ -71,6 +71,7 @@ def test_a_training_ends_when_the_condition_holds_and_not_before() -> None:
         ({"when": "val_acc < 0.6", "epochs": 2}, "allowed: {when:"),
         ({"when": "val_acc"}, "stop_early.when: given 'val_acc'; allowed: a name, one of"),
         ({"when": "val_acc < 1", "after_epochs": 0}, "stop_early.after_epochs: given 0; allowed: a whole number"),
+        ({"when": "val_acc < 1", "after_epochs": True}, "stop_early.after_epochs: given True; allowed: a whole number"),
     ],
 )
 def test_what_is_no_rule(given: Any, told: str) -> None:
@@ -87,6 +88,10 @@ def test_every_trial_has_the_callback_that_ends_it() -> None:
     assert last["class_path"] == f"{StopTrial.__module__}.{StopTrial.__name__}"
     assert isinstance(rule, StopEarly)
     assert with_stop(CONFIG, None) == CONFIG
+    for given in (None, [], last, [last]):  # none, one that is not in a list, and a list
+        assert with_stop({"trainer": {"callbacks": given}}, rule)["trainer"]["callbacks"] == [last] * (
+            2 if given else 1
+        )
 
 
 @pytest.mark.parametrize("sampler", ["grid", "tpe", "nsga2"])

@@ -81,14 +81,36 @@ def test_the_own_rounding_is_looked_at_only_where_it_can_change_the_verdict() ->
 
     def rounding() -> Agreement:
         asked.append(True)
-        return agreed(most_steps=6.0, worst_mean_steps=2.0)
+        return agreed(max_steps=20.0, mean_steps=0.4, most_steps=6.0, worst_mean_steps=2.0)
 
     assert judge(agreed(**ONE_VALUE), "int8", Tolerance(), rounding=rounding).grade == "close"
-    assert judge(agreed(mean_steps=2.0, max_steps=3.0), "int8", Tolerance(), rounding=rounding).grade == "differs"
+    far = agreed(mean_steps=2.0, max_steps=3.0)
+    assert judge(far, "int8", Tolerance(mean_steps=0.6), rounding=rounding).grade == "differs"
+    assert judge(agreed(0.9, mean_steps=0.1, max_steps=3.0), "int8", Tolerance(), rounding=rounding).grade == "differs"
     assert not asked
     found = judge(agreed(**{**FAR, "mean_steps": 0.1}), "int8", Tolerance(), rounding=rounding)
     assert asked
-    assert (found.grade, found.reasons[-1]) == ("close", "the network's own rounding moves it as far")
+    told = "the network's own rounding in float32 moves it as far (0.4 on average, 20 at most)"
+    assert (found.grade, found.reasons[-1]) == ("close", told)
+
+
+def test_a_verdict_tells_the_own_rounding_of_the_network() -> None:
+    def judged(mean: float, own: float) -> Judgement:
+        found = agreed(mean_steps=mean, max_steps=9.0, most_steps=2.0, worst_mean_steps=2.5)
+        rounding = agreed(mean_steps=own, max_steps=5.0, most_steps=2.0, worst_mean_steps=2.0)
+        return judge(found, "int8", Tolerance(), rounding=lambda: rounding)
+
+    assert judged(1.7, 1.15).grade == "close"
+    assert str(judged(2.3, 1.15)) == (
+        "differs: mean difference 2.3 quantization steps, allowed 1.725 (the network's own rounding in float32: 1.15)"
+    )
+    assert str(judged(2.3, 0.1)).endswith("allowed 0.6 (the network's own rounding in float32: 0.1)")
+    # What is something else is measured by what is close.
+    assert [judged(mean, own).grade for mean, own in ((7.0, 0.1), (7.0, 1.15), (18.0, 1.15))] == [
+        "broken",
+        "differs",
+        "broken",
+    ]
 
 
 def test_metric_that_is_no_number_any_more_is_lost() -> None:
