@@ -26,7 +26,7 @@ UNITS = 64
 class Last(nn.Module):
     """The last step of a layer over a sequence."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.GRU] | type[nn.LSTM]) -> None:
         super().__init__()
         self.memory = kind(UNITS, UNITS, batch_first=True)
 
