@@ -19,6 +19,8 @@ _TIMES_CLOSE = 10.0
 # Other classes, and by more than the last steps of scores that are nearly equal, as those of hardly trained networks.
 _OTHER_CLASSES = 0.8
 _OTHER_CLASSES_DB = 20.0
+# An error 1.5 times that of the network's own rounding is no more than it: other values are tipped.
+_OVER_OWN_DB = 20 * math.log10(1.5)
 
 
 def judge(
@@ -55,14 +57,14 @@ def judge(
     own = None
     if precision == "int8" and rounding is not None:
         least = tolerance.violations(agreement, precision, names, _without_limit(agreement))
-        if len(least) < len(violations):
+        if len(least) < len(violations) or _is_something_else(agreement, tolerance):
             own = rounding()
             violations = tolerance.violations(agreement, precision, names, own)
     if own is not None and not violations:
         by = f"{own.mean_steps:.2g} on average, {own.max_steps:.3g} at most"
         as_far = f"the network's own rounding in float32 moves it as far ({by})"
         return Judgement("close", (*_distance(agreement), as_far))
-    reasons = (*violations, *_noise(agreement), *cost)
+    reasons = (*violations, *_noise(agreement, own), *cost)
     if change is not None and (change.kept or change.lost):
         return Judgement("broken" if change.lost else "differs", reasons)
     return Judgement("broken" if _is_something_else(agreement, tolerance, own) else "differs", reasons)
@@ -80,20 +82,24 @@ def _without_limit(agreement: Agreement) -> Agreement:
     return Agreement(agreement.samples, None, (unbounded,) * len(agreement.outputs))
 
 
-def _is_something_else(agreement: Agreement, tolerance: Tolerance, own: Agreement | None) -> bool:
+def _is_something_else(agreement: Agreement, tolerance: Tolerance, own: Agreement | None = None) -> bool:
+    """Whether classes, noise or the mean difference lie far off, and further than the network's own rounding does."""
     ratio = _snr_db(agreement)
-    other_classes = agreement.top1 is not None and agreement.top1 < _OTHER_CLASSES and ratio < _OTHER_CLASSES_DB
     owns = (None,) * len(agreement.outputs) if own is None else own.outputs
     far = any(
         output.mean_steps is not None and output.mean_steps > _TIMES_CLOSE * tolerance.steps("mean_steps", of_own)
         for output, of_own in zip(agreement.outputs, owns, strict=True)
     )
+    if own is not None and ratio >= _snr_db(own) - _OVER_OWN_DB:
+        return far
+    other_classes = agreement.top1 is not None and agreement.top1 < _OTHER_CLASSES and ratio < _OTHER_CLASSES_DB
     return other_classes or far or ratio < _NOISE_DB
 
 
-def _noise(agreement: Agreement) -> list[str]:
+def _noise(agreement: Agreement, own: Agreement | None) -> list[str]:
     ratio = _snr_db(agreement)
-    return [f"signal to noise {ratio:.3g} dB"] if ratio < _OTHER_CLASSES_DB else []
+    by_own = "" if own is None else f" (the network's own rounding in float32: {_snr_db(own):.3g} dB)"
+    return [f"signal to noise {ratio:.3g} dB{by_own}"] if ratio < _OTHER_CLASSES_DB else []
 
 
 def _snr_db(agreement: Agreement) -> float:

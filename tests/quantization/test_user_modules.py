@@ -21,6 +21,7 @@ from lightning_edge.network import Inputs, flatten_outputs
 from lightning_edge.quantization import attach, calibrate, convert, is_quantized, quantize, quantized_forward
 from lightning_edge.quantization.train.layers import GraphDropout, StopGradient
 from lightning_edge.record import load_compressed
+from lightning_edge.user_warnings import EdgeWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -82,6 +83,16 @@ def drop_always(_: nn.Module, y: Tensor) -> Tensor:
 
 
 def autocast(_: nn.Module, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return y * 2 + 1
+
+
+def autocast_within(_: nn.Module, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return autocast(_, y)
+
+
+def autocast_off(_: nn.Module, y: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         return y * 2 + 1
 
@@ -102,18 +113,28 @@ class Counting(User):
         (User(write_into_part), "writes in place .*read through another view"),
         (User(write_through_view), "writes in place .*read through another view"),
         (User(drop_always), "drops values in evaluation too.*training=self.training"),
-        (User(autocast), "sets torch.autocast in forward"),
+        (User(autocast), "turns torch.autocast on in forward"),
+        (User(autocast_within), "turns torch.autocast on in forward"),
         (Counting(), "writes into its buffer 'seen'"),
         (
             User(lambda s, y: s.norm(y), norm=nn.BatchNorm2d(8, track_running_stats=False)),
             "keeps no running statistics",
         ),
     ],
-    ids=["part", "view", "dropout", "autocast", "buffer", "statistics"],
+    ids=["part", "view", "dropout", "autocast", "autocast within", "buffer", "statistics"],
 )
 def test_what_one_graph_cannot_do_is_refused(network: nn.Module, message: str) -> None:
     with pytest.raises(CompressionError, match=message):
         quantize(network.eval(), [images()])
+
+
+def test_parts_with_autocast_off_are_captured() -> None:
+    close_and_converted(User(autocast_off), images)
+
+
+def test_parts_with_autocast_off_are_told_in_mixed_precision() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(EdgeWarning, match="turns torch.autocast off"):
+        quantize(User(autocast_off).eval(), [images()])
 
 
 class Stars(User):

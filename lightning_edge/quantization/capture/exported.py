@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_edge.errors import CompressionError
 from lightning_edge.network import Inputs
 from lightning_edge.plain_calls import PlainCalls
-from lightning_edge.quantization.capture.in_place import inline_gradient_modes
+from lightning_edge.quantization.capture.in_place import inline_modes
 from lightning_edge.quantization.capture.nodes import LIFTED
 from lightning_edge.quantization.capture.regularizers import LayersStay
 from lightning_edge.quiet import without_graph_dumps
@@ -106,6 +106,7 @@ def _export(network: nn.Module, inputs: Inputs, any_batch: bool) -> GraphModule:
     device_type = next((tensor.device.type for tensor in inputs.tensors), "cpu")
     try:
         # With gradients, so that the graph shows where forward() turns them off.
+        mixed = torch.is_autocast_enabled(device_type)
         without_autocast = torch.autocast(device_type, enabled=False)
         with (
             torch.enable_grad(),
@@ -127,11 +128,6 @@ def _export(network: nn.Module, inputs: Inputs, any_batch: bool) -> GraphModule:
             f"{_fixed_batch(str(error)) or first_sentence}. {_advice(error)}"
         ) from error
     graph = program.module(check_guards=False)
-    if any(node.target is torch.ops.higher_order.wrap_with_autocast for node in graph.graph.nodes):
-        raise CompressionError(
-            f"{type(network).__name__} sets torch.autocast in forward(), which one int8 graph cannot follow. Take it "
-            "out of the network; the Trainer's precision=... sets it for the whole training."
-        )
     assert isinstance(graph, GraphModule)
     for node in list(graph.graph.nodes):
         counts = node.target is aten.add_.Tensor and "num_batches_tracked" in str(getattr(node.args[0], "target", ""))
@@ -139,10 +135,32 @@ def _export(network: nn.Module, inputs: Inputs, any_batch: bool) -> GraphModule:
             if node.users:
                 node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-    inline_gradient_modes(graph)
+    _check_autocast(graph, type(network).__name__, mixed)
+    inline_modes(graph)
     _own_lifted(graph, network)
     graph.recompile()
     return graph
+
+
+def _check_autocast(graph: GraphModule, network: str, mixed: bool) -> None:
+    """Warn where forward() turns autocast off in a training that has it on, which the graph does not follow.
+
+    Raises:
+        CompressionError: If forward() turns it on.
+    """
+    target = torch.ops.higher_order.wrap_with_autocast
+    graphs = [module.graph for module in graph.modules() if isinstance(module, GraphModule)]  # regions hold regions
+    regions = [node for one in graphs for node in one.find_nodes(op="call_function", target=target)]
+    if any(node.args[2] for node in regions):
+        raise CompressionError(
+            f"{network} turns torch.autocast on in forward(), which one int8 graph cannot follow. Take it out of the "
+            "network; the Trainer's precision=... sets it for the whole training."
+        )
+    if regions and mixed:
+        warn(
+            f"{network} turns torch.autocast off in parts of forward(). From here on these have the Trainer's "
+            "precision too: set precision='32-true' if they overflow."
+        )
 
 
 def _fixed_batch(message: str) -> str:

@@ -18,6 +18,10 @@ from lightning_edge.quantization.capture.nodes import LIFTED, constant
 
 aten = torch.ops.aten
 
+# (enabled, body, *operands) and (device_type, dtype, enabled, cache_enabled, body, *operands).
+_WITH_GRADIENTS = torch.ops.higher_order.wrap_with_set_grad_enabled
+_WITH_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
 
 def functional(target: Any) -> Any:
     """The operation that returns what an in-place one (``relu_``) writes; any other target as it is."""
@@ -139,10 +143,12 @@ def _is_plain(operation: Any) -> bool:
     return aten_operation and torch.Tag.nondeterministic_seeded not in operation.tags
 
 
-def inline_gradient_modes(graph: GraphModule) -> None:
-    """Write what forward() computes under ``torch.no_grad()`` into the graph, with its results detached."""
-    wrapped = torch.ops.higher_order.wrap_with_set_grad_enabled
-    while found := [node for node in graph.graph.nodes if node.target is wrapped]:
+def inline_modes(graph: GraphModule) -> None:
+    """Write into the graph what forward() computes under ``torch.no_grad()`` or within ``torch.autocast``.
+
+    Results of the first are detached.
+    """
+    while found := [node for node in graph.graph.nodes if node.target in (_WITH_GRADIENTS, _WITH_AUTOCAST)]:
         for node in found:
             _inline(graph, node)
     graph.graph.eliminate_dead_code()
@@ -150,7 +156,10 @@ def inline_gradient_modes(graph: GraphModule) -> None:
 
 
 def _inline(graph: GraphModule, node: Node) -> None:
-    enabled, body, *operands = node.args
+    given = list(node.args)
+    at = next(position for position, arg in enumerate(given) if isinstance(arg, Node))
+    body, *operands = given[at:]
+    detached = node.target is _WITH_GRADIENTS and not given[0]
     assert isinstance(body, Node)
     inner = getattr(graph, str(body.target)).graph
     values = dict(zip((n for n in inner.nodes if n.op == "placeholder"), operands, strict=True))
@@ -159,7 +168,7 @@ def _inline(graph: GraphModule, node: Node) -> None:
         for reader in list(node.users):
             result = results[reader.args[1]]
             value = result.meta.get("val")
-            if not enabled and isinstance(value, Tensor):
+            if detached and isinstance(value, Tensor):
                 result = graph.graph.call_function(aten.detach.default, (result,))
                 result.meta["val"] = value
             reader.replace_all_uses_with(result)

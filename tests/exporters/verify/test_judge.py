@@ -113,6 +113,15 @@ def test_a_verdict_tells_the_own_rounding_of_the_network() -> None:
     ]
 
 
+@pytest.mark.parametrize(("own_db", "grade"), [(7.0, "differs"), (8.6, "broken"), (40.0, "broken")])
+def test_noise_that_the_network_makes_itself_is_not_the_file_s(own_db: float, grade: Grade) -> None:
+    # An untrained LCNet: in float32, as it would be trained on, its int8 graph gives other classes than its exact form.
+    found = agreed(0.5, **FAR, snr_db=5.0)
+    judgement = judge(found, "int8", Tolerance(), rounding=lambda: agreed(0.5, **FAR, snr_db=own_db))
+    assert judgement.grade == grade
+    assert f"signal to noise 5 dB (the network's own rounding in float32: {own_db:g} dB)" in judgement.reasons
+
+
 def test_metric_that_is_no_number_any_more_is_lost() -> None:
     assert accuracy(0.9, math.nan).lost
     assert not accuracy(math.nan, 0.9).lost
