@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -208,7 +209,7 @@ def test_manifest_holds_what_the_report_does_and_the_folder_keeps_to_it(fitted: 
         # The network: one convolution of 8 filters with its folded BatchNorm, one linear layer.
         assert entry.placements is not None
         assert entry.placements.macs == 16 * 8 * 9 + 128 * 4
-    assert manifest.versions["torch"] == torch.__version__
+    assert manifest.versions["torch"] == version("torch")
     assert manifest.recipe is None
     assert verify(fitted.folder) == []
 
@@ -223,7 +224,7 @@ def test_settings_are_stated(fitted: Fitted) -> None:
     content = json.loads((fitted.folder / "report.json").read_text())
     assert (content["seed"], content["warmup"], content["repeats"], content["threads"]) == (3, 1, 3, 1)
     assert content["calibration_batches"] == 5
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == version("torch")
     assert "when quantization-aware training began" in (fitted.folder / "report.md").read_text()
 
 
