@@ -92,3 +92,31 @@ def test_a_float_einsum_of_one_operand_is_written_for_onnx(tmp_path: Path) -> No
     assert file.judgement is not None
     assert file.judgement.grade == "exact"
     assert file.contents.float_compute_ops == ("Conv",)
+
+
+class Summed(nn.Module):
+    """Branches added to a zero and a product with a one, as loops over branches and unset factors have them."""
+
+    def __init__(self, *, written_out: bool) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(3, 4, 1) for _ in range(2))
+        self.written_out = written_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute."""
+        if self.written_out:
+            return (self.branches[0](x) + self.branches[1](x)).flatten(1)
+        total: Tensor = sum(branch(x) for branch in self.branches) * 1.0 / 1 - 0
+        return total.flatten(1)
+
+
+def test_sums_with_zero_and_products_with_one_have_no_quantizer() -> None:
+    graphs: list[Any] = []
+    for written_out in (False, True):
+        torch.manual_seed(0)
+        network = Summed(written_out=written_out).eval()
+        images = torch.randn(4, 3, 6, 6)
+        graphs.append(convert(quantize(network, [images])))
+    assert torch.equal(graphs[0](images), graphs[1](images))
+    operations = [[operation(node) for node in network.graph.graph.nodes] for network in graphs]
+    assert operations[0] == operations[1]

@@ -127,11 +127,16 @@ def _glu(graph: GraphModule, node: Node) -> Node:
 
 
 def _sum_or_product(graph: GraphModule, node: Node) -> Node:
-    """A number as an operand becomes a constant, and a division a product."""
+    """A number as an operand becomes a constant, and a division a product; what changes nothing goes."""
     x, number = node.args[:2]
     if isinstance(number, bool) or not isinstance(number, int | float) or not isinstance(x, Node):
         return node
-    if not number or not math.isfinite(number) or _is_constant(x) or not _is_tensor_like(x, node):
+    if not math.isfinite(number) or _is_constant(x) or not _is_tensor_like(x, node):
+        return node
+    # Such as out = 0; out = out + branch(x). With a quantizer of its own it would round once more.
+    if number == (1 if node.target in (aten.mul.Tensor, aten.div.Tensor) else 0):
+        return x
+    if not number:
         return node
     alpha = node.kwargs.get("alpha", 1)
     assert isinstance(alpha, int | float)
