@@ -14,8 +14,8 @@ the file back, runs it and compares it with the network. Theirs:
 
 PT2E exports for a batch of one, as a file needs it, and is calibrated image by image; ours takes batches of eight.
 Figures are seconds of wall time, and of CPU time with processes that have ended, which a busy machine changes less. The
-last rows are all targets from one network, one after the other and ``--cores`` at once, with the peak memory of the
-user's process, beside that of a float training of the same network.
+last rows are all targets from one network, one after the other and two at once (with ``--cores 2``), with the peak
+memory of the user's process, beside that of a float training of the same network.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ def main() -> None:
 def of_network(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure all flows of a network in turn, as often as asked."""
     flows = [f"{who}:{target}" for target in options.targets.split(",") for who in ("ours", "own")]
-    flows += ["in turn", "together", "training"]
+    flows += ["in turn", "together"] * (options.cores > 1) + ["training"]
     runs: dict[str, list[dict[str, float]]] = {flow: [] for flow in flows}
     failed: dict[str, str] = {}
     for _ in range(options.rounds):
