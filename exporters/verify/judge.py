@@ -16,6 +16,9 @@ _EXACT_RELATIVE = 1e-5
 _NOISE_DB = 10.0
 # So much further off than what is close is no rounding, see docs/measuring.md.
 _TIMES_CLOSE = 10.0
+# Outputs that hardly change from sample to sample, as an untrained network's, differ by a step or two and have more
+# noise than signal: from here on that counts.
+_TIMES_CLOSE_TO_COUNT = 5.0
 # Other classes, and by more than the last steps of scores that are nearly equal, as those of hardly trained networks.
 _OTHER_CLASSES = 0.8
 _OTHER_CLASSES_DB = 20.0
@@ -84,16 +87,24 @@ def _without_limit(agreement: Agreement) -> Agreement:
 
 def _is_something_else(agreement: Agreement, tolerance: Tolerance, own: Agreement | None = None) -> bool:
     """Whether classes, noise or the mean difference lie far off, and further than the network's own rounding does."""
+    if _is_beyond(_TIMES_CLOSE, agreement, tolerance, own):
+        return True
     ratio = _snr_db(agreement)
+    if own is not None and ratio >= _snr_db(own) - _OVER_OWN_DB:
+        return False
+    other_classes = agreement.top1 is not None and agreement.top1 < _OTHER_CLASSES and ratio < _OTHER_CLASSES_DB
+    in_steps = any(output.mean_steps is not None for output in agreement.outputs)
+    seen = not in_steps or _is_beyond(_TIMES_CLOSE_TO_COUNT, agreement, tolerance, own)
+    return seen and (other_classes or ratio < _NOISE_DB)
+
+
+def _is_beyond(times: float, agreement: Agreement, tolerance: Tolerance, own: Agreement | None) -> bool:
+    """Whether the mean difference of an output is over so many times what is close."""
     owns = (None,) * len(agreement.outputs) if own is None else own.outputs
-    far = any(
-        output.mean_steps is not None and output.mean_steps > _TIMES_CLOSE * tolerance.steps("mean_steps", of_own)
+    return any(
+        output.mean_steps is not None and output.mean_steps > times * tolerance.steps("mean_steps", of_own)
         for output, of_own in zip(agreement.outputs, owns, strict=True)
     )
-    if own is not None and ratio >= _snr_db(own) - _OVER_OWN_DB:
-        return far
-    other_classes = agreement.top1 is not None and agreement.top1 < _OTHER_CLASSES and ratio < _OTHER_CLASSES_DB
-    return other_classes or far or ratio < _NOISE_DB
 
 
 def _noise(agreement: Agreement, own: Agreement | None) -> list[str]:

@@ -14,6 +14,7 @@ from lightning_edge.verdict import Grade, Judgement, MetricChange, Strict, check
 # How MobileNetV3's .onnx lay from its network: one value of 5,000 lay 5 steps off.
 ONE_VALUE = {"max_relative": 0.04, "max_steps": 5.0, "mean_steps": 0.005, "most_steps": 1.0, "worst_mean_steps": 0.01}
 FAR = {"max_relative": 0.1, "max_steps": 20.0, "mean_steps": 1.3, "most_steps": 6.0, "worst_mean_steps": 2.0}
+NOISY = {**FAR, "mean_steps": 4.0}
 
 
 def agreed(top1: float | None = 1.0, **output: Any) -> Agreement:
@@ -40,14 +41,16 @@ def loss(network: float, file: float) -> MetricChange:
         (agreed(0.95, **FAR, snr_db=30.0), accuracy(0.90, 0.70), "broken"),
         # The user's metric decides before the values do, where it is kept.
         (agreed(0.5, **FAR, snr_db=5.0), accuracy(0.90, 0.90), "differs"),
-        (agreed(0.5, **FAR, snr_db=5.0), None, "broken"),
+        (agreed(0.5, **NOISY, snr_db=5.0), None, "broken"),
+        # An untrained LCNet: its outputs change by two steps from sample to sample.
+        (agreed(0.0, **FAR, snr_db=4.0), None, "differs"),
         # Scores that are nearly equal: hardly trained networks.
         (agreed(0.5, **FAR, snr_db=25.0), None, "differs"),
-        (agreed(1.0, **FAR, snr_db=5.0), None, "broken"),
+        (agreed(1.0, **NOISY, snr_db=5.0), None, "broken"),
         # The same classes from a layer whose weights are mixed up.
         (agreed(1.0, **{**FAR, "mean_steps": 9.0}, snr_db=19.0), None, "broken"),
         (agreed(1.0, **{**FAR, "mean_steps": 9.0}, snr_db=19.0), accuracy(0.9, 0.9), "differs"),
-        (agreed(None, **FAR, snr_db=5.0), None, "broken"),
+        (agreed(None, **NOISY, snr_db=5.0), None, "broken"),
         (agreed(None, **FAR, snr_db=15.0), None, "differs"),
         # Losses begin near zero, where a small difference is a large share.
         (agreed(0.97, **FAR, snr_db=30.0), loss(0.010, 0.015), "differs"),
@@ -116,8 +119,10 @@ def test_a_verdict_tells_the_own_rounding_of_the_network() -> None:
 @pytest.mark.parametrize(("own_db", "grade"), [(7.0, "differs"), (8.6, "broken"), (40.0, "broken")])
 def test_noise_that_the_network_makes_itself_is_not_the_file_s(own_db: float, grade: Grade) -> None:
     # An untrained LCNet: in float32, as it would be trained on, its int8 graph gives other classes than its exact form.
-    found = agreed(0.5, **FAR, snr_db=5.0)
-    judgement = judge(found, "int8", Tolerance(), rounding=lambda: agreed(0.5, **FAR, snr_db=own_db))
+    found = agreed(0.5, **NOISY, snr_db=5.0)
+    judgement = judge(
+        found, "int8", Tolerance(), rounding=lambda: agreed(0.5, **{**FAR, "mean_steps": 0.5}, snr_db=own_db)
+    )
     assert judgement.grade == grade
     assert f"signal to noise 5 dB (the network's own rounding in float32: {own_db:g} dB)" in judgement.reasons
 
