@@ -1,7 +1,7 @@
 # Everything from a bare Python 3.11 with pip. A second run skips what is installed already.
 PYTHON ?= python3.11
 # The build of torch to install: pip's default, or for example a CPU-only one by PIP_INDEX_URL or a wheel's path.
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.14.1
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed

@@ -66,7 +66,7 @@ class _ChannelsLast(nn.Module):
 
 def channels_last(network: nn.Module, images: Tensor) -> nn.Module:
     """Copy the float network, for a user who knows of torch's memory formats."""
-    return _ChannelsLast(copy.deepcopy(network).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    return _ChannelsLast(copy.deepcopy(network).to(memory_format=torch.channels_last))  # type: ignore[call-overload, unused-ignore]
 
 
 def torchao_pt2e(network: nn.Module, images: Tensor) -> nn.Module:

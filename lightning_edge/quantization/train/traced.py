@@ -121,5 +121,5 @@ def round_to_scale(
             last, inside[1] = torch.minimum(last, (high * (1.0 / scale)).round()), inside[1].clamp_max(high)
         levels = torch.stack([first, last])
         ends = torch.stack(inside) if clips else None
-    rounded: Tensor = _Round.apply(x, scale, levels, ends)  # type: ignore[no-untyped-call]
+    rounded: Tensor = _Round.apply(x, scale, levels, ends)  # type: ignore[no-untyped-call, unused-ignore]
     return rounded

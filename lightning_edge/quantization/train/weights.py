@@ -72,7 +72,7 @@ class LayerWeights(nn.Module):
             if unscaled and scale is not None:
                 rounded = rounded / _divisor(scale, quantizer, weight)
         else:
-            rounded, bias = _FoldAndRound.apply(  # type: ignore[no-untyped-call]
+            rounded, bias = _FoldAndRound.apply(  # type: ignore[no-untyped-call, unused-ignore]
                 *parameters, self.eps, unscaled, quantizer
             )
         assert isinstance(rounded, Tensor)
