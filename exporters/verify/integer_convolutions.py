@@ -37,19 +37,22 @@ def convolve_integers(graph: fx.GraphModule, node: fx.Node) -> bool:
     """
     if operation(node) not in _CONVOLUTIONS or node.kwargs:
         return False
-    input, weight, *others = node.args
+    arguments: Any = node.args
+    input, weight, *others = arguments
     if not isinstance(input, fx.Node) or operation(input) != "dequantize_per_tensor":
         return False
     if (levels := _levels(graph, weight)) is None:
         return False
-    quantized, scale, zero_point, lowest, highest, *_ = input.args
+    ends: Any = input.args
+    quantized, scale, zero_point, lowest, highest, *_ = ends
     bias = others[0] if others else None
     integers, scales = levels
     parts = _exact_parts(integers, max(highest - zero_point, zero_point - lowest))
     if parts is None or not (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")):
         return False
     stored = None if bias is None else _constant(graph, bias).double()
-    layer = IntegerConvolution(node.target, tuple(others[1:]), zero_point, parts, scales * scale, stored)
+    target: Any = node.target
+    layer = IntegerConvolution(target, tuple(others[1:]), zero_point, parts, scales * scale, stored)
     graph.add_submodule(f"integers_of_{node.name}", layer)
     with graph.graph.inserting_before(node):
         result = graph.graph.call_module(f"integers_of_{node.name}", (quantized,))
@@ -114,7 +117,8 @@ def _levels(graph: fx.GraphModule, weight: Any) -> tuple[Tensor, Tensor] | None:
     """The integers of a constant int8 weight less their zero points, and the scales of its output channels."""
     if not isinstance(weight, fx.Node) or operation(weight) not in ("dequantize_per_channel", "dequantize_per_tensor"):
         return None
-    stored, scale, zero_point, *rest = weight.args
+    arguments: Any = weight.args
+    stored, scale, zero_point, *rest = arguments
     if not isinstance(stored, fx.Node) or stored.op != "get_attr":
         return None
     levels = _constant(graph, stored)
