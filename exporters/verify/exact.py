@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lightning_edge.exporters.passes.base import each_node
 from lightning_edge.exporters.passes.graph import operation
 from lightning_edge.exporters.verify.integer_convolutions import convolve_integers
 from lightning_edge.network import Deployable
@@ -30,7 +29,7 @@ def exact(network: Deployable) -> Deployable:
     if network.precision != "int8" or not isinstance(network.graph, fx.GraphModule):
         return network
     graph = copy.deepcopy(network.graph).double()
-    if each_node(convolve_integers)(graph):
+    if convolve_integers(graph):
         graph.graph.eliminate_dead_code()
     for node in list(graph.graph.nodes):
         replaced = _REPLACED.get(operation(node))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_edge.exporters.passes.base import each_node
 from lightning_edge.exporters.passes.graph import operation
 
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
@@ -21,6 +22,7 @@ _LARGEST_SUM = 2**24
 _HALF_BYTE = 16
 
 
+@each_node
 def convolve_integers(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Let a convolution sum its integers in float32, where that is exact.
 

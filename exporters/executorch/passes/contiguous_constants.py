@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from torch import Tensor, fx, nn
 
 
@@ -19,8 +17,8 @@ def lay_out_constants(graph: fx.GraphModule) -> bool:
     changed = False
     for node in graph.graph.find_nodes(op="get_attr"):
         *path, name = str(node.target).split(".")
-        owner: nn.Module = graph.get_submodule(".".join(path))
-        value = attrgetter(str(node.target))(graph)
+        owner = graph.get_submodule(".".join(path))
+        value = getattr(owner, name)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_contiguous():
             setattr(owner, name, value.contiguous())
             changed = True

@@ -17,7 +17,7 @@ def _exact(layer: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) ->
     """What a layer gives in float64, what it gives with sums in float32, and the layers that have such sums."""
     converted = convert(quantize(nn.Sequential(layer).eval(), [images]))
     rewritten = exact(converted)
-    monkeypatch.setattr("lightning_edge.exporters.verify.exact.convolve_integers", lambda graph, node: False)
+    monkeypatch.setattr("lightning_edge.exporters.verify.exact.convolve_integers", lambda graph: False)
     layers = [module for module in rewritten.modules() if isinstance(module, IntegerConvolution)]
     return exact(converted)(images), rewritten(images), layers
 
